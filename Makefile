@@ -1,0 +1,47 @@
+# Every command sets the environment up first; where nothing changed that takes a tenth of a second.
+# Python 3.8 or later is enough to start: course_lib/bootstrap.py finds Python 3.12 and uv.
+PYTHON ?= $(shell command -v python3 || command -v python || echo python3)
+COURSE := .venv/bin/course
+# Without bytecode each of the eight ranks would compile some 7,000 modules again.
+unexport PYTHONDONTWRITEBYTECODE
+# The lessons choose the environment in .venv; an activated one must not leak in.
+unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+.PHONY: help setup run test lab book bench doctor lock-check environment clean
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+
+setup: ## find or install uv and Python packages into this folder, nothing else
+	@"$(PYTHON)" course_lib/bootstrap.py
+
+run: setup ## train on 8 ranks: lesson 03 without a browser, on mock data, then on real text
+	@$(COURSE) lesson 03 --open-hint
+
+test: setup ## run every test
+	@.venv/bin/python -m pytest
+
+lab: setup ## open JupyterLab on lesson 00
+	@.venv/bin/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/00_check_your_setup.ipynb
+
+book: setup ## build the book as HTML
+	@$(COURSE) book
+
+bench: setup ## measure the engine's speed
+	@$(COURSE) bench
+
+doctor: setup ## say what this machine can run, and what to mend
+	@$(COURSE) doctor
+
+lock-check: ## check that uv.lock fits pyproject.toml (needs uv)
+	@PATH="$(CURDIR)/.tools/bin:$$PATH" uv lock --check
+
+environment: ## write environment.yml again from uv.lock (needs uv)
+	@PATH="$(CURDIR)/.tools/bin:$$PATH" uv export --locked --quiet --no-hashes --no-emit-project --no-annotate --no-header \
+	  | sed 's/ ;.*//; s/^/      - /' > .environment.new
+	@sed '/^  - pip:$$/q' environment.yml | cat - .environment.new > .environment.yml
+	@mv .environment.yml environment.yml && rm .environment.new
+
+clean: ## delete runs, executed lessons and the built book; keeps .venv
+	rm -rf runs book/_build book/lessons book/assets bench .pytest_cache .ruff_cache

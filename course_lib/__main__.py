@@ -1,0 +1,104 @@
+"""The command `course`: a thin door to the rest, which answers `--help` without importing torch."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  help="From NVIDIA's Nemotron blueprint to an 8-GPU pretraining run.")  # fmt: skip
+
+
+@app.command()
+def doctor(
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Look at this machine: what runs live here, what does not, and how to mend it."""
+    from course_lib import doctor as module
+
+    raise typer.Exit(module.main(json=json))
+
+
+@app.command()
+def lesson(
+    number: Annotated[str, typer.Argument(help="Number of the lesson, for example 03.")],
+    parameters: Annotated[
+        list[str] | None, typer.Option("--parameter", "-p", help="NAME=VALUE of the parameters cell.")
+    ] = None,
+    output_directory: Annotated[Path | None, typer.Option("--output", help="Folder for the executed copy.")] = None,
+    open_hint: Annotated[bool, typer.Option("--open-hint", help="End with the next step.")] = False,
+) -> None:
+    """Run a lesson without a browser and say where its results are."""
+    from course_lib import lessons
+
+    try:
+        done = lessons.execute(
+            number, parameters=_parameters(parameters or []) or None, output_directory=output_directory
+        )
+    except (ValueError, lessons.LessonFailed) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
+    typer.echo(summary(done))
+    if open_hint:
+        typer.echo("next step         make lab   (opens the lessons in JupyterLab)")
+
+
+@app.command()
+def book() -> None:
+    """Build the book from the executed lessons, with no request to the network's pages."""
+    from course_lib import book as module
+
+    typer.echo(f"book              {_shown(module.build())}")
+
+
+@app.command()
+def bench() -> None:
+    """Measure the engine and write the figures as JSON and as a table."""
+    from course_lib import bench as module
+
+    raise typer.Exit(module.main() or 0)
+
+
+def _parameters(pairs: list[str]) -> dict[str, object]:
+    """Read NAME=VALUE pairs; a value is a Python literal, else text."""
+    import ast
+
+    values: dict[str, object] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name.isidentifier():
+            raise typer.BadParameter(f"{pair!r} is not NAME=VALUE, for example steps=20")
+        try:
+            values[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            values[name] = text
+    return values
+
+
+def _shown(path: Path) -> str:
+    """A path as the learner can type it: relative where it lies below the current folder."""
+    path = Path(path)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def summary(done: object) -> str:
+    """Where the results of an executed lesson are, one a line.
+
+    Args:
+        done: A `lessons.Executed` with `path`, `figures` and `runs`.
+    """
+    lines = ["", f"executed lesson   {_shown(done.path)}"]
+    lines += [f"figure            {_shown(path)}" for path in done.figures]
+    lines += [f"run directory     {_shown(path)}" for path in done.runs]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Entry of the console script `course`."""
+    app(prog_name="course")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""Redirections of Megatron Core 0.19.2 and Megatron-Bridge 0.6.2 beyond the device.
+
+Most of them answer a fault that pip users meet on GPUs too; the reason says which.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+from course_lib.cpu.redirection import Redirection
+
+__all__ = ["redirections"]
+
+
+def _no_compile(_: object) -> Callable:
+    def compile_helpers() -> None:
+        return None
+
+    return compile_helpers
+
+
+def _rng_state(_: object) -> Callable:
+    def _get_cuda_rng_state(device: object = "cuda", clone: bool = False, graph_safe: bool = False) -> object:
+        import torch
+
+        return torch.default_generator if graph_safe else torch.get_rng_state()
+
+    return _get_cuda_rng_state
+
+
+def _set_rng_state(_: object) -> Callable:
+    def _set_cuda_rng_state(new_state: object, device: object = -1, graph_safe: bool = False) -> None:
+        import torch
+
+        torch.set_rng_state(new_state.get_state() if graph_safe else new_state)
+
+    return _set_cuda_rng_state
+
+
+def _keep_cpu_stream(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def model_parallel_cuda_manual_seed(*args: object, **kwargs: object) -> None:
+        import torch
+
+        state = torch.get_rng_state()
+        original(*args, **kwargs)
+        torch.set_rng_state(state)
+
+    return model_parallel_cuda_manual_seed
+
+
+def _initialise_on_cpu(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def get_model(*args: object, **kwargs: object) -> object:
+        kwargs["use_cpu_initialization"] = True
+        return original(*args, **kwargs)
+
+    return get_model
+
+
+def _plain_queue(_: object) -> Callable:
+    def get_write_results_queue(mp_mode: str | None = None) -> object:
+        import queue
+
+        return queue.Queue()
+
+    return get_write_results_queue
+
+
+def _state_with_empty_adam(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def state_dict(self: object) -> dict:
+        import torch
+
+        if self.optimizer is not None and not self.optimizer.state:
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    self.optimizer.state[parameter] = {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(parameter.data),
+                        "exp_avg_sq": torch.zeros_like(parameter.data),
+                    }
+        return original(self)
+
+    return state_dict
+
+
+def _state_keeps_step(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def _set_main_param_and_optimizer_states(self: object, model_param: object, tensors: dict) -> None:
+        import torch
+
+        if "step" not in tensors:
+            tensors = {**tensors, "step": torch.tensor(0.0)}
+        original(self, model_param, tensors)
+
+    return _set_main_param_and_optimizer_states
+
+
+def _own_step_each(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def load_state_dict(self: object, state_dict: dict) -> None:
+        import torch
+
+        original(self, state_dict)
+        if self.optimizer is not None:
+            step = float(state_dict["optimizer"]["param_groups"][0]["step"])
+            for state in self.optimizer.state.values():
+                state["step"] = torch.tensor(step)
+
+    return load_state_dict
+
+
+def _int_splits(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def all_to_all_single(
+        output: object,
+        input: object,
+        output_split_sizes: object = None,
+        input_split_sizes: object = None,
+        group: object = None,
+        async_op: bool = False,
+    ) -> object:
+        def ints(sizes: object) -> list[int] | None:
+            return None if sizes is None else [int(size) for size in sizes]
+
+        return original(
+            output, input.contiguous(), ints(output_split_sizes), ints(input_split_sizes), group=group, async_op=async_op
+        )
+
+    return all_to_all_single
+
+
+def _norm_with_sequence_parallel(_: object) -> Callable:
+    def new_norm(
+        cls: type,
+        config: object,
+        hidden_size: int,
+        eps: float = 1e-5,
+        persist_layer_norm: bool = False,
+        zero_centered_gamma: bool = False,
+        normalization: str | None = None,
+        **_: object,
+    ) -> object:
+        import torch
+
+        kind = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
+        norm = kind(hidden_size, eps=eps)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm
+
+    return new_norm
+
+
+def redirections() -> list[Redirection]:
+    """Every redirection of Megatron that a CPU rank needs, in the order in which they are applied."""
+    optimizer = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
+    without_te = "torch's AdamW keeps `step` per parameter, which upstream loses on resume without Transformer Engine"
+    prebuilt = "the wheel ships helpers_cpp built but no Makefile: `make` fails and rank 0 exits, on GPUs too"
+    one_stream = "seeds of tensor-parallel ranks live in the CPU generator"
+    return [
+        Redirection("megatron.core.datasets.utils.compile_helpers", _no_compile, "no effect", prebuilt),
+        Redirection("megatron.bridge.training.initialize.compile_helpers", _no_compile, "no effect", prebuilt),
+        Redirection(
+            "megatron.core.tensor_parallel.random._get_cuda_rng_state",
+            _rng_state,
+            "the CPU generator, or its state",
+            one_stream,
+            ("device", "clone", "graph_safe"),
+        ),
+        Redirection(
+            "megatron.core.tensor_parallel.random._set_cuda_rng_state",
+            _set_rng_state,
+            "sets the CPU generator",
+            one_stream,
+            ("new_state", "device", "graph_safe"),
+        ),
+        *(
+            Redirection(
+                f"{module}.model_parallel_cuda_manual_seed",
+                _keep_cpu_stream,
+                "leaves the CPU generator as it was",
+                "a GPU has a second random stream; here reseeding it would break layout-independent initialisation",
+                ("seed",),
+            )
+            for module in (
+                "megatron.core.tensor_parallel.random",
+                "megatron.core.tensor_parallel",
+                "megatron.bridge.models.model_provider",
+            )
+        ),
+        Redirection(
+            "megatron.bridge.models.model_provider.get_model",
+            _initialise_on_cpu,
+            "use_cpu_initialization=True",
+            "the model is on the CPU anyway, and the same seed then gives the same weights at every TP size",
+            ("use_cpu_initialization",),
+        ),
+        Redirection(
+            "megatron.core.dist_checkpointing.strategies.filesystem_async.get_write_results_queue",
+            _plain_queue,
+            "a plain queue",
+            "upstream spawns a manager process that re-imports the main module (65 s, then EOFError)",
+            ("mp_mode",),
+        ),
+        Redirection(f"{optimizer}.state_dict", _state_with_empty_adam, "creates Adam's state first", without_te, ("self",)),
+        Redirection(
+            f"{optimizer}._set_main_param_and_optimizer_states",
+            _state_keeps_step,
+            "adds a missing `step`",
+            without_te,
+            ("self", "model_param", "tensors"),
+        ),
+        Redirection(
+            f"{optimizer}.load_state_dict",
+            _own_step_each,
+            "one `step` tensor per parameter",
+            "upstream shares one tensor, which every parameter then increments: the loss drifts silently",
+            ("self", "state_dict"),
+        ),
+        Redirection("torch.distributed.all_to_all_single", _int_splits, "split sizes as ints", "gloo refuses tensors"),
+        Redirection(
+            "megatron.core.transformer.torch_norm.WrappedTorchNorm.__new__",
+            _norm_with_sequence_parallel,
+            "marks its parameters as sequence parallel",
+            "upstream's plain norm refuses sequence parallelism, which MoE with TP>1 demands",
+            ("cls", "config", "hidden_size", "eps"),
+        ),
+        Redirection(
+            "megatron.core.models.hybrid.hybrid_block.TENorm",
+            lambda _: _torch_norm(),
+            "torch's norm",
+            "Transformer Engine is absent",
+        ),
+        Redirection("megatron.bridge.peft.utils.HAVE_TE", lambda _: False, "False", "LoRA compares with TE's classes"),
+    ]
+
+
+def _torch_norm() -> type:
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    return WrappedTorchNorm

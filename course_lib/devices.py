@@ -1,0 +1,157 @@
+"""What a run's configuration becomes on a machine without GPUs: a table of fields.
+
+The file `config.yaml` of a run is the same for both devices.  A CPU rank applies these fields after reading it; a GPU
+rank applies none.  Every entry has its reason, and a test holds the table complete: what a rank really used differs
+from `config.yaml` in exactly these fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["FIELDS", "Difference", "Field", "apply", "differences", "table"]
+
+
+@dataclass(frozen=True)
+class Field:
+    """One configuration field that a CPU rank sets.
+
+    Attributes:
+        path: Dotted name under the configuration, such as `model.bf16`.
+        on_cpu: The value there, or a function of the configuration that returns it.
+        why: The reason.
+    """
+
+    path: str
+    on_cpu: object
+    why: str
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One field that differs between the two devices, for one configuration."""
+
+    field: str
+    on_gpu: object
+    on_cpu: object
+    why: str
+
+
+def _float32(_: object) -> object:
+    import torch
+
+    return torch.float32
+
+
+def _layer_spec(cfg: object) -> object:
+    """The layer spec without Transformer Engine that fits the model."""
+    from megatron.bridge.models import gpt_provider
+
+    spec = cfg.model.transformer_layer_spec
+    te_specs = (gpt_provider.default_layer_spec, gpt_provider.transformer_engine_layer_spec)
+    return gpt_provider.local_layer_spec if spec in te_specs else spec
+
+
+_NO_TE = "Transformer Engine's layers need CUDA"
+_NO_FUSION = "the fused kernel needs CUDA"
+_FP32 = "a CPU emulates bf16, about six times slower than fp32"
+_NO_GRAPH = "a CPU has no CUDA graphs"
+
+FIELDS: tuple[Field, ...] = (
+    Field("dist.distributed_backend", "gloo", "NCCL needs GPUs"),
+    Field("model.transformer_impl", "local", _NO_TE),
+    Field("model.transformer_layer_spec", _layer_spec, _NO_TE),
+    Field("model.attention_backend", lambda cfg: _local_attention(), "flash and fused attention need CUDA"),
+    Field("model.gradient_accumulation_fusion", False, _NO_FUSION),
+    Field("model.masked_softmax_fusion", False, _NO_FUSION),
+    Field("model.bias_activation_fusion", False, _NO_FUSION),
+    Field("model.bias_dropout_fusion", False, _NO_FUSION),
+    Field("model.apply_rope_fusion", False, _NO_FUSION),
+    Field("model.persist_layer_norm", False, _NO_FUSION),
+    Field("model.cross_entropy_loss_fusion", False, _NO_FUSION),
+    Field("model.moe_permute_fusion", False, _NO_FUSION),
+    Field("model.moe_router_fusion", False, _NO_FUSION),
+    Field("model.moe_grouped_gemm", False, _NO_FUSION),
+    Field("model.tp_comm_overlap", False, "overlaps inside Transformer Engine"),
+    Field("model.cuda_graph_impl", "none", _NO_GRAPH),
+    Field("model.fp8", None, "FP8 needs Transformer Engine"),
+    Field("model.bf16", False, _FP32),
+    Field("model.fp16", False, _FP32),
+    Field("model.params_dtype", _float32, _FP32),
+    Field("model.pipeline_dtype", _float32, _FP32),
+    Field("model.autocast_dtype", _float32, _FP32),
+    Field("mixed_precision", None, _FP32),
+    Field("optimizer.bf16", False, _FP32),
+    Field("optimizer.fp16", False, _FP32),
+    Field("optimizer.params_dtype", _float32, _FP32),
+    Field("optimizer.use_precision_aware_optimizer", False, "needs Transformer Engine's Adam"),
+    Field("ddp.average_in_collective", False, "gloo has no averaging reduction"),
+    Field("ddp.overlap_grad_reduce", False, "gloo's threads would fight the ranks for the same cores"),
+    Field("ddp.overlap_param_gather", False, "gloo's threads would fight the ranks for the same cores"),
+    Field("optimizer.overlap_param_gather", False, "as ddp.overlap_param_gather"),
+    Field("comm_overlap", None, "overlaps inside Transformer Engine"),
+    Field("dataset.num_workers", 0, "worker processes would fight the ranks for the same cores"),
+    Field("dataset.pin_memory", False, "pinned memory speeds up copies to a GPU"),
+    Field("dataset.persistent_workers", False, "there are no workers"),
+    Field("checkpoint.async_save", False, "its worker process starts without the redirection and hangs"),
+)
+
+
+def _local_attention() -> object:
+    from megatron.core.transformer.enums import AttnBackend
+
+    return AttnBackend.unfused
+
+
+def _holder(cfg: object, path: str) -> tuple[object, str] | None:
+    """The object that has the field, or `None` if this configuration has no such field."""
+    *parents, name = path.split(".")
+    for parent in parents:
+        cfg = getattr(cfg, parent, None)
+    return (cfg, name) if cfg is not None and hasattr(cfg, name) else None
+
+
+def differences(cfg: object, *, fields: tuple[Field, ...] = FIELDS) -> list[Difference]:
+    """Which fields of this configuration change on a CPU.
+
+    Args:
+        cfg: Bridge's `ConfigContainer`; it is not changed.
+        fields: The table to use.
+
+    Returns:
+        One entry for each field whose value differs; fields that the configuration does not have are left out.
+    """
+    found = []
+    for field in fields:
+        holder = _holder(cfg, field.path)
+        if holder is None:
+            continue
+        now = getattr(*holder)
+        then = field.on_cpu(cfg) if isinstance(field.on_cpu, Callable) else field.on_cpu
+        if now is not then and now != then:
+            found.append(Difference(field.path, now, then, field.why))
+    return found
+
+
+def apply(cfg: object, *, fields: tuple[Field, ...] = FIELDS) -> list[Difference]:
+    """Set the CPU's values in place and return what changed, as `differences()` would say it."""
+    changed = differences(cfg, fields=fields)
+    for difference in changed:
+        setattr(*_holder(cfg, difference.field), difference.on_cpu)
+    return changed
+
+
+def table(cfg: object) -> pd.DataFrame:
+    """The differences as a table for people: `field, on GPU, on CPU, why`."""
+    import pandas as pd
+
+    def short(value: object) -> str:
+        return getattr(value, "__name__", None) or str(value)
+
+    rows = [(d.field, short(d.on_gpu), short(d.on_cpu), d.why) for d in differences(cfg)]
+    return pd.DataFrame(rows, columns=["field", "on GPU", "on CPU", "why"]).set_index("field")

@@ -1,0 +1,189 @@
+"""Which rank failed first, and what to do about it.
+
+Eight ranks that fail look like eight errors.  Seven of them only lost the eighth.  The rules here tell them apart: a rank
+that was killed by a signal beats a rank that raised, a rank that raised beats one that lost its peer, and among equals
+the earliest wins.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+import traceback
+from pathlib import Path
+
+from course_lib import runs
+
+__all__ = ["describe", "hint_for", "lost_a_peer", "record", "settle"]
+
+_LOST_PEER = re.compile(
+    r"connection (closed|reset|refused)|broken pipe|socket (timeout|closed)|"
+    r"gloo.*(timed out|timeout)|application timeout caused pair closure|read error|write error|"
+    r"nccl.*(remote process|timeout)|store.*(timeout|closed)",
+    re.IGNORECASE,
+)
+
+_HINTS = (
+    (r"No space left on device|Disk quota|Errno 28", "The disk is full: free space, or point COURSE_RUNS at another disk."),
+    (
+        r"not enough memory|can't allocate memory|Cannot allocate memory|MemoryError|out of memory",
+        "Out of memory: use a smaller micro_batch_size or seq_length, a smaller model, or fewer ranks.",
+    ),
+    (
+        r"SIGKILL",
+        "Nobody in this run sends SIGKILL; the usual sender is the kernel's out-of-memory killer (`dmesg | tail` tells). "
+        "Use a smaller model, micro_batch_size or seq_length, or fewer ranks.",
+    ),
+    (r"SIGBUS", "A shared memory segment could not grow: make /dev/shm larger."),
+    (r"SIGSEGV|SIGILL|SIGABRT", "Native code crashed: run `course doctor`, and look at the end of the rank's log."),
+    (r"/dev/shm|sem_open|SemLock", "Shared memory is too small: make /dev/shm larger (Docker: --shm-size=1g)."),
+    (r"Address already in use|EADDRINUSE", "Another program took the port; launch again: each launch asks for a free one."),
+    (
+        r"gated repo|401 Client|offline mode|couldn't connect to 'https://huggingface",
+        "The Hub was asked for something; build the model from data/ (course_lib.recipes.offline) instead.",
+    ),
+    (r"unexpected keyword argument|extra keys|not a field", "A field name in config.yaml is wrong; see the list above."),
+)
+
+
+def lost_a_peer(message: str) -> bool:
+    """True if an error only says that another rank went away.
+
+    Example:
+        >>> lost_a_peer("[../gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1234")
+        True
+        >>> lost_a_peer("mat1 and mat2 shapes cannot be multiplied")
+        False
+    """
+    return bool(_LOST_PEER.search(message))
+
+
+def hint_for(text: str) -> str:
+    """How to fix an error, from its text; empty if it is not a known one.
+
+    Example:
+        >>> hint_for("OSError: [Errno 28] No space left on device").split(":")[0]
+        'The disk is full'
+    """
+    return next((hint for pattern, hint in _HINTS if re.search(pattern, text, re.IGNORECASE)), "")
+
+
+def record(path: Path, rank: int, error: BaseException) -> None:
+    """Note a rank's exception in `ranks/N.json`; called by the rank itself.
+
+    Args:
+        path: The run directory.
+        rank: Global rank.
+        error: What it raised.
+    """
+    message = " ".join(str(error).split()) or type(error).__name__
+    lines = traceback.format_exception(error)
+    runs.write_json(
+        path / "ranks" / f"{rank}.json",
+        {
+            "rank": rank,
+            "pid": os.getpid(),
+            "stage": "failed",
+            "time": time.time(),
+            "exception": type(error).__name__,
+            "message": message[:2000],
+            "tail": "".join(lines)[-3000:],
+            "lost_a_peer": lost_a_peer(message),
+        },
+    )
+
+
+def settle(path: Path, *, dead: dict[int, int] | None = None) -> runs.Outcome:
+    """Decide how a run ended and write `outcome.json`, unless somebody already did.
+
+    Args:
+        path: The run directory.
+        dead: Exit codes of the ranks that the launcher saw die first, by rank; negative for a signal.
+
+    Returns:
+        The outcome that stands in the file.
+    """
+    run = runs.Run(path)
+    if run.outcome is not None:
+        return run.outcome
+    outcome = _decide(run, dead or {})
+    try:
+        runs.write_outcome(path, outcome)
+    except OSError:  # a full disk: the launch reserved a little space for these lines
+        (path / ".reserve").unlink(missing_ok=True)
+        try:
+            runs.write_outcome(path, outcome)
+        except OSError:
+            pass  # the caller still gets the outcome as a value
+    return outcome
+
+
+def _decide(run: runs.Run, dead: dict[int, int]) -> runs.Outcome:
+    ranks = run.ranks()
+    world = run.launch.get("ranks", len(ranks))
+    failed = {rank: r for rank, r in ranks.items() if r["stage"] == "failed"}
+    killed = {rank: code for rank, code in dead.items() if code < 0 and rank not in failed}
+    causes = {rank: r for rank, r in failed.items() if not r["lost_a_peer"]}
+    if len(ranks) == world and all(r["stage"] == "done" for r in ranks.values()) and not dead:
+        return runs.Outcome("succeeded")
+    if causes:
+        return _raised(min(causes.values(), key=lambda r: r["time"]))
+    gone = killed or {rank: 0 for rank, r in ranks.items() if r["stage"] not in ("failed", "done") and _gone(r["pid"])}
+    if gone:
+        rank = min(gone)
+        return _killed(run, rank, gone[rank], ranks.get(rank, {}).get("stage", "starting ranks"))
+    if failed:
+        return _raised(min(failed.values(), key=lambda r: r["time"]))
+    if dead:
+        rank = min(dead)
+        return runs.Outcome(
+            "failed", rank, f"rank {rank} exited with code {dead[rank]}", None, _tail(run, rank), hint_for(_tail(run, rank))
+        )
+    return runs.Outcome("failed", None, "the ranks ended without a word", None, _tail_of_launcher(run), "Look at logs/.")
+
+
+def _raised(entry: dict) -> runs.Outcome:
+    cause = f"rank {entry['rank']} raised {entry['exception']}: {entry['message']}"
+    hint = hint_for(f"{entry['exception']}: {entry['message']}")
+    if entry["lost_a_peer"]:
+        hint = "It lost another rank; that rank's log ends where the trouble began."
+    return runs.Outcome("failed", entry["rank"], cause[:500], entry["exception"], entry["tail"], hint)
+
+
+def _killed(run: runs.Run, rank: int, code: int, stage: str) -> runs.Outcome:
+    name = signal.Signals(-code).name if code < 0 else "SIGKILL"
+    cause = f"rank {rank} was killed by {name} while {stage}"
+    return runs.Outcome("failed", rank, cause, name, _tail(run, rank), hint_for(name))
+
+
+def _gone(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return True
+    return state in "ZX"
+
+
+def _tail(run: runs.Run, rank: int) -> str:
+    return "\n".join(run.log(rank).splitlines()[-12:])
+
+
+def _tail_of_launcher(run: runs.Run) -> str:
+    path = run.path / "logs" / "launcher.log"
+    return "\n".join(path.read_text(errors="replace").splitlines()[-12:]) if path.exists() else ""
+
+
+def describe(run: runs.Run, outcome: runs.Outcome) -> str:
+    """An outcome on one screen: the cause, the last lines, the fix, and where to read more."""
+    lines = [f"run {run.name!r} {outcome.status}: {outcome.cause}"]
+    if outcome.hint:
+        lines.append(f"what to do: {outcome.hint}")
+    tail = [line for line in outcome.tail.splitlines() if line.strip()][-8:]
+    if tail:
+        who = f"rank {outcome.rank}" if outcome.rank is not None else "the launcher"
+        lines += [f"last lines of {who}:", *(f"  {line[:160]}" for line in tail)]
+    log = f"logs/rank_{outcome.rank}.log" if outcome.rank is not None else "logs/launcher.log"
+    lines.append(f"everything it wrote: {run.path / log}")
+    return "\n".join(lines)

@@ -1,0 +1,307 @@
+"""Start a run on N ranks and wait for it: forked CPU ranks here, `torchrun` with NCCL where there are enough GPUs."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import difflib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from course_lib import failures, runs, stack, warm
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from megatron.bridge.training.config import ConfigContainer
+
+__all__ = ["RunFailed", "RunInterrupted", "command", "differences", "run", "warm_up"]
+
+RESERVE_BYTES = 16 * 1024
+"""Space kept free in a run directory, so that a full disk cannot keep `outcome.json` from being written."""
+
+
+class RunFailed(RuntimeError):
+    """A run failed; the message names the first failing rank and its cause, `outcome` and `run` have the rest."""
+
+    def __init__(self, run: runs.Run, outcome: runs.Outcome) -> None:
+        super().__init__(failures.describe(run, outcome))
+        self.run, self.outcome = run, outcome
+
+
+class RunInterrupted(KeyboardInterrupt):
+    """The learner stopped the cell; all ranks are gone."""
+
+
+class FieldError(ValueError):
+    """The configuration carries a name that Bridge does not know."""
+
+
+def warm_up() -> None:
+    """Let the stack be imported in the background, so that the first `run()` need not wait for it."""
+    if stack.device(1) == "cpu":
+        warm.lease()
+
+
+def differences(cfg: ConfigContainer) -> pd.DataFrame:
+    """What this machine changes in a configuration for CPU ranks: `field, on GPU, on CPU, why`."""
+    from course_lib import devices
+
+    return devices.table(cfg)
+
+
+def run(
+    cfg: ConfigContainer,
+    *,
+    ranks: int = 8,
+    name: str = "run",
+    save: bool = False,
+    load: runs.Run | Path | None = None,
+    show: str | None = "live",
+    launcher: str | None = None,
+) -> runs.Run:
+    """Train on so many ranks and return what happened.
+
+    The configuration is written to `runs/NAME/config.yaml`, which is the only thing that travels to the ranks; `cfg`
+    itself stays as it is.
+
+    Args:
+        cfg: Bridge's configuration.
+        ranks: Number of ranks; the world size.
+        name: Name of the run's directory; a number is added if it exists.
+        save: Keep checkpoints in the run's own directory.  Bridge's recipes save to, and silently resume from, one
+            default directory; a run of this course does neither unless asked.
+        load: A run, or a checkpoint directory, to start from.
+        show: `"live"` for a view of loss, memory and throughput while it trains, `None` for silence.
+        launcher: `"warm"` or `"torchrun"`; `None` takes what fits the device.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        LayoutError: If the model, batch and ranks do not fit together; nothing was started.
+        FieldError: If `cfg` carries an attribute that is no field of Bridge's, such as `cfg.train.save_interval`.
+        RunFailed: If a rank failed; names the first one and its cause.
+        RunInterrupted: If the learner interrupted; no rank is left.
+    """
+    from course_lib import layout
+
+    _refuse_unknown_fields(cfg)
+    device = stack.device(ranks)
+    plan = layout.require(_as_the_ranks_see_it(cfg, device), ranks)
+    path = runs.create(name)
+    _write_config(cfg, path, save=save, load=load)
+    launcher = launcher or ("torchrun" if device == "cuda" else "warm")
+    runs.write_json(path / "launch.json", _about(cfg, path, ranks, device, launcher, plan))
+    (path / ".reserve").write_bytes(b"\0" * RESERVE_BYTES)
+    return _start_and_wait(runs.Run(path), ranks, launcher, _view(show, cfg, path))
+
+
+def command(run: runs.Run | Path, *, ranks: int = 8) -> list[str]:
+    """The command that starts the same run by hand, here or on a GPU node.
+
+    Example:
+        >>> " ".join(command(Path("runs/smoke"), ranks=8)[1:])
+        '-m torch.distributed.run --standalone --nproc-per-node 8 -m course_lib.train runs/smoke/config.yaml'
+    """
+    path = run.path if isinstance(run, runs.Run) else Path(run)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [*torchrun, "-m", "course_lib.train", str(path / "config.yaml")]
+
+
+def _refuse_unknown_fields(cfg: object) -> None:
+    """A dataclass accepts `cfg.train.save_interval = 500` and YAML then drops it; catch that before a run."""
+    sections = {
+        part.name: getattr(cfg, part.name)
+        for part in dataclasses.fields(cfg)
+        if dataclasses.is_dataclass(getattr(cfg, part.name))
+    }
+    fields = {name: {field.name for field in dataclasses.fields(section)} for name, section in sections.items()}
+    for name, section in sections.items():
+        for extra in vars(section).keys() - fields[name]:
+            if extra.startswith("_") or hasattr(type(section), extra):
+                continue
+            # Recipes leave a few harmless names of their own; a name that lives elsewhere, or nearly here, is a slip.
+            meant = [f"cfg.{other}.{extra}" for other in sections if extra in fields[other]]
+            meant += [f"cfg.{name}.{close}" for close in difflib.get_close_matches(extra, fields[name], 1, 0.85)]
+            if meant:
+                raise FieldError(f"cfg.{name}.{extra} is not a field of {type(section).__name__}. "
+                                 f"Did you mean {' or '.join(meant)}?")
+
+
+def _as_the_ranks_see_it(cfg: ConfigContainer, device: str) -> ConfigContainer:
+    """The configuration with the CPU's fields where the ranks will have no GPU; `cfg` itself stays as it is."""
+    if device == "cuda":
+        return cfg
+    from course_lib import devices
+
+    mine = copy.copy(cfg)
+    for part in ("model", "dist", "optimizer", "ddp", "dataset", "checkpoint"):
+        setattr(mine, part, copy.copy(getattr(cfg, part)))
+    devices.apply(mine)
+    return mine
+
+
+def _write_config(cfg: ConfigContainer, path: Path, *, save: bool, load: runs.Run | Path | None) -> None:
+    mine = copy.copy(cfg)
+    mine.checkpoint, mine.logger = copy.copy(cfg.checkpoint), copy.copy(cfg.logger)
+    mine.checkpoint.save = str(path / "checkpoints") if save else None
+    mine.checkpoint.load = str(load.path / "checkpoints" if isinstance(load, runs.Run) else load) if load else None
+    mine.logger.tensorboard_dir = None  # the run directory records the same numbers
+    temporary = path / ".config.yaml"
+    mine.to_yaml(str(temporary))
+    os.replace(temporary, path / "config.yaml")
+
+
+def _about(cfg: object, path: Path, ranks: int, device: str, launcher: str, plan: object) -> dict:
+    sizes = ("tensor", "pipeline", "context", "expert")
+    return {
+        "name": path.name,
+        "ranks": ranks,
+        "device": device,
+        "launcher": launcher,
+        "command": " ".join(command(path, ranks=ranks)),
+        "layout": {
+            **{f"{s}_model_parallel_size": getattr(cfg.model, f"{s}_model_parallel_size", 1) or 1 for s in sizes[:2]},
+            "context_parallel_size": getattr(cfg.model, "context_parallel_size", 1) or 1,
+            "expert_model_parallel_size": getattr(cfg.model, "expert_model_parallel_size", 1) or 1,
+            "data_parallel_size": plan.data_parallel_size,
+        },
+        "versions": stack.versions(),
+        "seed": cfg.rng.seed,
+        "started": time.time(),
+        "train_iters": cfg.train.train_iters,
+        "global_batch_size": cfg.train.global_batch_size,
+        "seq_length": cfg.model.seq_length,
+        "memory_kind": "allocated by torch on the GPU" if device == "cuda" else "anonymous memory of the process since it started",
+    }
+
+
+def _view(show: str | None, cfg: object, path: Path) -> object | None:
+    if show is None:
+        return None
+    if show != "live":
+        raise ValueError(f"show={show!r}: use 'live' or None")
+    from course_lib import live
+
+    return live.view(cfg.train.train_iters, name=path.name)
+
+
+def _start_and_wait(run: runs.Run, ranks: int, launcher: str, view: object | None) -> runs.Run:
+    """Start the ranks, show what they do, and turn their end into a value or an exception."""
+    start = {"warm": _start_warm, "torchrun": _start_torchrun}[launcher]
+    report: dict | None = None
+    try:
+        launched = start(run, ranks)
+        try:
+            while (report := launched.wait(0.1)) is None:
+                if view is not None:
+                    view.update(run.again())
+        except KeyboardInterrupt:
+            launched.stop()
+            _wait_for_the_end(launched, run)
+            outcome = runs.Outcome("interrupted", cause="stopped by the learner")
+            runs.write_outcome(run.path, outcome)
+            raise RunInterrupted(f"run {run.name!r} was stopped; all {ranks} ranks are gone") from None
+        finally:
+            launched.close()
+        outcome = _outcome_of(run, report)
+    finally:
+        (run.path / ".reserve").unlink(missing_ok=True)
+        if view is not None:
+            view.close(run.again())
+    if outcome.status != "succeeded":
+        raise RunFailed(run.again(), outcome)
+    return run.again()
+
+
+def _outcome_of(run: runs.Run, report: dict) -> runs.Outcome:
+    if report.get("error"):
+        outcome = runs.Outcome("failed", cause=report["error"][:500], hint=failures.hint_for(report["error"]))
+        with contextlib.suppress(OSError):
+            if run.outcome is None:
+                runs.write_outcome(run.path, outcome)
+        return run.outcome or outcome
+    return failures.settle(run.path, dead={int(rank): code for rank, code in report.get("dead", {}).items()})
+
+
+def _wait_for_the_end(launched: object, run: runs.Run, *, limit_seconds: float = 10.0) -> None:
+    """Wait until a stopped launch is over; ranks that are still there at the limit are killed by their pids."""
+    end = time.monotonic() + limit_seconds
+    while launched.wait(0.1) is None and time.monotonic() < end:
+        pass
+    for entry in run.ranks().values():
+        with contextlib.suppress(ProcessLookupError):
+            if _is_rank(entry["pid"]):
+                os.kill(entry["pid"], signal.SIGKILL)
+
+
+def _is_rank(pid: int) -> bool:
+    """True if the pid still belongs to a Python process of this user, and not to somebody who got the number later."""
+    try:
+        return Path(f"/proc/{pid}").stat().st_uid == os.getuid() and b"python" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+# ------------------------------------------------------------------------------------------------------- two launchers
+
+
+def _start_warm(run: runs.Run, ranks: int) -> warm.Launched:
+    threads = os.environ.get("COURSE_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // ranks))
+    environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    return warm.lease().launch(
+        "course_lib.train:rank_main",
+        str(run.path),
+        ranks=ranks,
+        log=run.path / "logs" / "launcher.log",
+        env=environment,
+    )
+
+
+class _Torchrun:
+    """A torchrun process, with the same three methods as a warm launch."""
+
+    def __init__(self, process: subprocess.Popen) -> None:
+        self._process = process
+
+    def wait(self, seconds: float) -> dict | None:
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        return {"dead": {}}
+
+    def stop(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGTERM)
+
+    def close(self) -> None:
+        if self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+
+def _start_torchrun(run: runs.Run, ranks: int) -> _Torchrun:
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    root = str(Path(__file__).resolve().parent.parent)
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
+    if run.launch["device"] == "cpu":
+        environment.update(OMP_NUM_THREADS="1", TORCHDYNAMO_DISABLE="1", CUDA_DEVICE_MAX_CONNECTIONS="1")
+    with open(run.path / "logs" / "launcher.log", "a") as log:
+        return _Torchrun(
+            subprocess.Popen(
+                command(run, ranks=ranks),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+            )
+        )

@@ -1,0 +1,306 @@
+"""Lessons as files: list them, execute one, and read back what it left behind.
+
+The executed copy is what the book shows, so it is written whole or not at all: under a temporary name, then renamed.
+A lesson that fails leaves ``NAME.failed.ipynb`` with the traceback, and the last good copy stays.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Executed", "Lesson", "LessonError", "LessonFailed", "execute", "find", "listing", "publish"]
+
+PROJECT = Path(__file__).resolve().parent.parent
+SCREEN_LINES = 15  # of an error message: what still fits on one screen with the rest
+NUMBERED = re.compile(r"^(\d\d|[a-z])_.+\.ipynb$")
+
+
+class LessonError(ValueError):
+    """A lesson cannot be started: there is none of that number, or a parameter is unknown."""
+
+
+class LessonFailed(RuntimeError):
+    """A cell of a lesson raised an error."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a lesson says about itself in its own text."""
+
+    number: str
+    title: str
+    question: str
+    minutes: int | None
+    path: Path
+
+
+@dataclass(frozen=True)
+class Executed:
+    """An executed lesson.
+
+    Attributes:
+        path: The executed notebook.
+        figures: PNG files beside it, in the order of the page.
+        runs: Run directories that the notebook showed.
+        seconds: How long the execution took.
+        values: What the notebook published by ``publish``.
+    """
+
+    path: Path
+    figures: list[Path]
+    runs: list[Path]
+    seconds: float
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+def listing(*, directory: Path | None = None) -> list[Lesson]:
+    """List the lessons in reading order; number, title, question and minutes come from their text."""
+    directory = directory or PROJECT / "notebooks"
+    return [_describe(path) for path in sorted(directory.glob("*.ipynb")) if NUMBERED.match(path.name)]
+
+
+def find(number: str, *, directory: Path | None = None) -> Path:
+    """Return the notebook of a lesson.
+
+    Args:
+        number: "03", "3" or "a", or the whole name.
+        directory: Where the lessons are, by default ``notebooks/``.
+
+    Raises:
+        LessonError: There is no such lesson, or more than one.
+    """
+    directory = directory or PROJECT / "notebooks"
+    wanted = str(number).removesuffix(".ipynb").lower()
+    wanted = wanted.zfill(2) if wanted.isdigit() else wanted
+    names = sorted(path for path in directory.glob("*.ipynb") if NUMBERED.match(path.name))
+    found = [path for path in names if path.stem == wanted or path.stem.split("_")[0] == wanted]
+    if len(found) != 1:
+        known = ", ".join(path.stem for path in names) or "none"
+        raise LessonError(f"lesson {number!r} names {len(found)} notebooks in {directory}; the lessons are: {known}.")
+    return found[0]
+
+
+def publish(name: str, value: object) -> None:
+    """Hand a value out of a notebook: it is shown as text, and ``execute`` reads it back.
+
+    The name "run" is for run directories: ``publish("run", run.path)`` puts the path into ``Executed.runs``.
+
+    Args:
+        name: What the value is called.
+        value: Anything that JSON holds, a path, or a number of numpy or torch.
+
+    Raises:
+        LessonError: JSON cannot hold the value.
+
+    Example:
+        >>> publish("loss", 6.93)
+        loss = 6.93
+    """
+    plain = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if hasattr(plain, "item"):
+        plain = plain.item()
+    try:
+        json.dumps(plain)
+    except TypeError as error:
+        raise LessonError(
+            f"the value {name!r} is a {type(value).__name__}: publish numbers, text, lists or paths."
+        ) from error
+    if "IPython" in sys.modules:
+        from IPython import get_ipython
+        from IPython.display import display
+
+        if getattr(get_ipython(), "kernel", None) is not None:
+            display({"text/plain": f"{name} = {plain}"}, raw=True, metadata={"course": {name: plain}})
+            return
+    print(f"{name} = {plain}")
+
+
+def execute(
+    number: str,
+    *,
+    parameters: Mapping[str, Any] | None = None,
+    output_directory: Path | None = None,
+    directory: Path | None = None,
+) -> Executed:
+    """Execute a lesson from top to bottom, with progress on stderr, and keep the executed copy.
+
+    Args:
+        number: The lesson ("03").
+        parameters: New values for names of the lesson's parameters cell.
+        output_directory: Where the executed copy goes, by default ``book/lessons/``.
+        directory: Where the lessons are, by default ``notebooks/``; also the notebook's working directory.
+
+    Returns:
+        The executed copy, its figures, and the run directories that it showed.
+
+    Raises:
+        LessonError: There is no such lesson, or it has no such parameter.
+        LessonFailed: A cell raised an error; the message names the cell and the error.
+    """
+    import papermill
+
+    source = find(number, directory=directory)
+    target = (output_directory or PROJECT / "book" / "lessons").resolve() / source.name
+    _require_parameters(source, dict(parameters or {}))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.stem}.{os.getpid()}.partial.ipynb")
+    failed = target.with_name(f"{target.stem}.failed.ipynb")
+    start = time.monotonic()
+    progress = _Progress(source)
+    try:
+        with _kernel_environment(ledger=target.parent / ".ledger.json"):
+            papermill.execute_notebook(
+                source,
+                partial,
+                parameters=dict(parameters or {}),
+                kernel_name="python3",
+                progress_bar=False,
+                extra_arguments=["--log-level=40"],  # a kernel warns about its own transport each time it starts
+                cwd=source.parent,
+                on_cell_execute=progress.cell_starts,
+                on_cell_executed=progress.cell_ends,
+            )
+        progress.close("done")
+        notebook = json.loads(partial.read_text(encoding="utf-8"))
+        for part in (notebook, *notebook["cells"]):
+            part["metadata"].pop("papermill", None)  # it holds this machine's paths and clock
+        figures = _extract_figures(notebook, target.with_name(f"{source.stem.split('_')[0]}_figures"))
+        partial.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(partial, target)
+    except (
+        papermill.PapermillExecutionError,
+        RuntimeError,
+        TimeoutError,
+    ) as error:  # a cell failed, or the kernel died
+        progress.close("stopped")
+        name = getattr(error, "ename", type(error).__name__)
+        lines = str(getattr(error, "evalue", error)).strip().splitlines()
+        message = "\n".join([*lines[:SCREEN_LINES], "..."] if len(lines) > SCREEN_LINES else lines)
+        where = "There is no output."
+        if partial.exists():
+            os.replace(partial, failed)
+            where = f"The whole output is in {failed}"
+        raise LessonFailed(f"{source.stem}, cell {progress.cell}: {name}: {message}\n{where}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    failed.unlink(missing_ok=True)
+    values, runs = _published(notebook)
+    return Executed(path=target, figures=figures, runs=runs, seconds=time.monotonic() - start, values=values)
+
+
+def _require_parameters(source: Path, parameters: dict[str, Any]) -> None:
+    """Refuse an unknown parameter: papermill only warns, and the lesson would run with its default."""
+    if not parameters:
+        return
+    import papermill
+
+    known = papermill.inspect_notebook(source)
+    unknown = sorted(set(parameters) - set(known))
+    if unknown:
+        names = ", ".join(sorted(known)) or "none"
+        raise LessonError(f"{source.stem} has no parameter {', '.join(unknown)}; its parameters are: {names}.")
+
+
+@contextmanager
+def _kernel_environment(*, ledger: Path) -> Iterator[None]:
+    """Set what the kernel inherits, and put this process's environment back.
+
+    With PYTHONDONTWRITEBYTECODE every kernel would compile every module again. A headless run makes no predictions of
+    yours, so it keeps a ledger of its own.
+    """
+    before = dict(os.environ)
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    os.environ.setdefault("COURSE_LEDGER", os.fspath(ledger))
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+class _Progress:
+    """One line for each cell on stderr: rewritten in place on a terminal, appended elsewhere."""
+
+    def __init__(self, source: Path) -> None:
+        self.name = source.stem
+        self.started = time.monotonic()
+        cells = json.loads(source.read_text(encoding="utf-8"))["cells"]
+        self.total = sum(cell["cell_type"] == "code" for cell in cells)
+        self.done = 0
+        self.cell = "none"
+        self.rewrite = sys.stderr.isatty()
+        self._line("starting a kernel")
+
+    def cell_starts(self, *, cell: Any, cell_index: int) -> None:
+        if cell["cell_type"] == "code":
+            self.cell = str(cell.get("id", cell_index))
+            self._line(self.cell)
+
+    def cell_ends(self, *, cell: Any, cell_index: int, execute_reply: Any) -> None:
+        self.done += 1
+
+    def close(self, how: str) -> None:
+        self._line(how)
+        if self.rewrite:
+            print(file=sys.stderr)
+
+    def _line(self, what: str) -> None:
+        text = f"{self.name}  cell {self.done} of {self.total}  {time.monotonic() - self.started:5.1f} s  {what}"
+        print(
+            f"\r\x1b[K{text}" if self.rewrite else text, end="" if self.rewrite else "\n", file=sys.stderr, flush=True
+        )
+
+
+def _extract_figures(notebook: dict[str, Any], directory: Path) -> list[Path]:
+    """Write every PNG output as ``CELL.png`` (``CELL-2.png`` for a cell's second picture); old pictures go."""
+    shutil.rmtree(directory, ignore_errors=True)
+    figures: list[Path] = []
+    for cell in notebook["cells"]:
+        pictures = [
+            output["data"]["image/png"] for output in cell.get("outputs", ()) if "image/png" in output.get("data", {})
+        ]
+        for position, picture in enumerate(pictures, start=1):
+            directory.mkdir(parents=True, exist_ok=True)
+            path = directory / (f"{cell['id']}.png" if position == 1 else f"{cell['id']}-{position}.png")
+            path.write_bytes(base64.b64decode("".join(picture)))
+            figures.append(path)
+    return figures
+
+
+def _published(notebook: dict[str, Any]) -> tuple[dict[str, Any], list[Path]]:
+    values: dict[str, Any] = {}
+    runs: list[Path] = []
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", ()):
+            published = output.get("metadata", {}).get("course", {})
+            values.update(published)
+            if "run" in published and Path(published["run"]) not in runs:
+                runs.append(Path(published["run"]))
+    return values, runs
+
+
+def _describe(path: Path) -> Lesson:
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    prose = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+    first = prose[0] if prose else ""
+    heading = re.search(r"^# (.+)$", first, flags=re.MULTILINE)
+    question = re.search(r"^(?!#)(.*\?)", first, flags=re.MULTILINE)
+    minutes = next((re.search(r"(\d+)\s+minutes", text) for text in prose if re.search(r"(\d+)\s+minutes", text)), None)
+    return Lesson(
+        number=path.stem.split("_")[0],
+        title=heading.group(1).strip() if heading else path.stem,
+        question=question.group(1).strip().strip("*_ ") if question else "",
+        minutes=int(minutes.group(1)) if minutes else None,
+        path=path,
+    )

@@ -1,0 +1,218 @@
+"""A run directory: what training leaves behind, read back as one object.
+
+The directory is the contract between training and looking.  Every file is appended in whole lines or replaced at once,
+so it can be read while the run goes on.  Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["NoSuchRun", "Outcome", "Run", "create", "directory", "listing", "read", "write_json"]
+
+METRICS = ("step", "time", "loss", "grad_norm", "learning_rate", "elapsed_ms", "tokens", "tokens_per_second", "skipped")
+VALIDATION = ("step", "time", "loss")
+MEMORY = ("rank", "step", "time", "memory_bytes", "peak_memory_bytes")
+
+
+class NoSuchRun(FileNotFoundError):
+    """There is no run of that name."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        status: `"succeeded"`, `"failed"` or `"interrupted"`.
+        rank: The first rank that failed; `None` if none did, or if the run failed before there were ranks.
+        cause: One line for people.
+        exception: Name of the exception's type, `"SIGKILL"` and the like for a signal, else `None`.
+        tail: The last lines that the failing rank wrote.
+        hint: How to fix it; empty if nobody knows.
+        finished: Unix time, seconds.
+    """
+
+    status: str
+    rank: int | None = None
+    cause: str = ""
+    exception: str | None = None
+    tail: str = ""
+    hint: str = ""
+    finished: float = 0.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, read from its directory at the moment of access; a table is read once per object.
+
+    Attributes:
+        path: The run's directory.
+
+    Tables (pandas): `metrics` has one row a step (`loss` in nats per token, `elapsed_ms`, `tokens_per_second`),
+    `validation` one row an evaluation, `memory` one row a rank and step (`memory_bytes`, `peak_memory_bytes`).
+    """
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The directory's name."""
+        return self.path.name
+
+    @cached_property
+    def config(self) -> dict:
+        """`config.yaml` as nested dicts."""
+        import yaml
+
+        return yaml.safe_load((self.path / "config.yaml").read_text())
+
+    @cached_property
+    def launch(self) -> dict:
+        """`launch.json`: command, layout, device, versions, seed, start; empty before the launch wrote it."""
+        return _read_json(self.path / "launch.json") or {}
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """How the run ended, or `None` while it goes on."""
+        found = _read_json(self.path / "outcome.json")
+        return Outcome(**found) if found else None
+
+    @cached_property
+    def metrics(self) -> pd.DataFrame:
+        """One row a step."""
+        return _read_lines(self.path / "metrics.jsonl", METRICS)
+
+    @cached_property
+    def validation(self) -> pd.DataFrame:
+        """One row an evaluation."""
+        return _read_lines(self.path / "validation.jsonl", VALIDATION)
+
+    @cached_property
+    def memory(self) -> pd.DataFrame:
+        """One row a rank and sample."""
+        return _read_lines(self.path / "memory.jsonl", MEMORY)
+
+    def ranks(self) -> dict[int, dict]:
+        """What each rank last said of itself: `pid`, `stage`, `time`, and the failure if there was one."""
+        files = (self.path / "ranks").glob("*.json")
+        found = {int(f.stem): _read_json(f) for f in files}
+        return {rank: found[rank] for rank in sorted(found) if found[rank]}
+
+    def stage(self) -> str:
+        """What the slowest rank is doing, in words."""
+        stages = [r["stage"] for r in self.ranks().values()]
+        if len(stages) < self.launch.get("ranks", 1):
+            return STAGES[0]
+        return min(stages, key=lambda s: STAGES.index(s) if s in STAGES else len(STAGES))
+
+    def log(self, rank: int) -> str:
+        """The text that a rank wrote to its standard output and error."""
+        path = self.path / "logs" / f"rank_{rank}.log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def again(self) -> Run:
+        """The same run, read anew."""
+        return Run(self.path)
+
+
+STAGES = ("starting ranks", "reading the configuration", "building the model", "loading data", "training", "done", "failed")
+"""The stages that a rank goes through, in order."""
+
+
+def directory() -> Path:
+    """The directory that holds all runs: `COURSE_RUNS`, else `runs/` beside the package."""
+    return Path(os.environ.get("COURSE_RUNS") or Path(__file__).resolve().parent.parent / "runs")
+
+
+def create(name: str) -> Path:
+    """Make a new, empty run directory; an existing run is never touched.
+
+    Args:
+        name: Letters, digits, `-`, `_` and `.`; the directory is `name`, or `name-2`, `name-3`... if that exists.
+
+    Returns:
+        The new directory, with `logs/` and `ranks/` in it.
+
+    Raises:
+        ValueError: If the name could leave the runs directory.
+    """
+    if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
+        raise ValueError(f"run name {name!r}: use letters, digits, '-', '_' and '.', not starting with a dot")
+    directory().mkdir(parents=True, exist_ok=True)
+    for number in range(1, 100_000):
+        path = directory() / (name if number == 1 else f"{name}-{number}")
+        try:
+            path.mkdir()  # atomic: two notebooks that launch the same name get two directories
+        except FileExistsError:
+            continue
+        (path / "logs").mkdir()
+        (path / "ranks").mkdir()
+        return path
+    raise RuntimeError(f"there are 100,000 runs named {name!r} in {directory()}; delete some")
+
+
+def read(name: str | Path) -> Run:
+    """The run of that name, also while it trains.
+
+    Args:
+        name: Name of a directory under `directory()`, or a path.
+
+    Raises:
+        NoSuchRun: If there is none; lists the names that exist.
+    """
+    path = Path(name) if Path(name).is_absolute() else directory() / name
+    if not (path / "config.yaml").exists():
+        raise NoSuchRun(f"no run {str(name)!r} in {directory()}; there are: {', '.join(r.name for r in listing()) or 'none'}")
+    return Run(path)
+
+
+def listing() -> list[Run]:
+    """All runs, the newest first."""
+    found = [p.parent for p in directory().glob("*/config.yaml")] if directory().exists() else []
+    return [Run(p) for p in sorted(found, key=lambda p: p.stat().st_mtime, reverse=True)]
+
+
+def write_json(path: Path, content: object) -> None:
+    """Replace a JSON file at once, so that no reader ever sees half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(content, indent=1))
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_outcome(path: Path, outcome: Outcome) -> None:
+    """Write `outcome.json`, the last word on a run."""
+    from dataclasses import asdict, replace
+
+    write_json(path / "outcome.json", asdict(replace(outcome, finished=outcome.finished or time.time())))
+
+
+def _read_json(path: Path) -> dict | None:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+
+
+def _read_lines(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
+    import pandas as pd
+
+    rows = []
+    if path.exists():
+        text = path.read_text()
+        whole = text[: text.rfind("\n") + 1]  # the last line may still be on its way
+        rows = [json.loads(line) for line in whole.splitlines()]
+    return pd.DataFrame(rows, columns=list(columns)) if rows else pd.DataFrame(columns=list(columns))

@@ -1,0 +1,212 @@
+"""What of NVIDIA's stack is installed, on which device it will run, and what stands in for what is missing.
+
+`prepare_imports()` lets a process without a GPU import Megatron-Bridge.  It changes imports only: no call of
+`torch.cuda` behaves differently afterwards, so it is safe in a notebook kernel.  Making CUDA-shaped calls land on a CPU
+is the business of `course_lib.cpu`, which only rank processes load.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+import types
+import warnings
+from dataclasses import dataclass
+
+__all__ = ["TESTED", "StandIn", "device", "gpu_count", "prepare_imports", "stand_ins", "versions"]
+
+TESTED = {"torch": "2.13.0", "megatron-core": "0.19.2", "megatron-bridge": "0.6.2"}
+"""The versions that `course_lib.cpu` was tested against; `pyproject.toml` pins the same."""
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """One thing that differs from a GPU node when the stack is imported here.
+
+    Attributes:
+        name: The package or variable.
+        reason: Why it cannot be the real one on this machine.
+        where: What takes its place.
+    """
+
+    name: str
+    reason: str
+    where: str
+
+
+_MODULES = {
+    "transformer_engine": ("fused CUDA layers: no wheel for a CPU, yet LoRA's module imports it", ("pytorch",)),
+    "nvidia_resiliency_ext": ("restarts in place on GPU clusters: needs glibc 2.39, yet pretrain imports it", ("inprocess",)),
+}
+
+
+def versions() -> dict[str, str | None]:
+    """The installed versions of the pinned packages, `None` where one is missing.
+
+    Example:
+        >>> sorted(versions())
+        ['megatron-bridge', 'megatron-core', 'torch']
+    """
+    found: dict[str, str | None] = {}
+    for name in TESTED:
+        try:
+            found[name] = importlib.metadata.version(name).split("+")[0]
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def gpu_count() -> int:
+    """How many NVIDIA GPUs this machine has and shows, asked without importing torch.
+
+    Returns:
+        The number of GPUs that `nvidia-smi` lists, limited by `CUDA_VISIBLE_DEVICES`; 0 where there is no driver.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and visible.strip() in ("", "-1"):
+        return 0
+    try:
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    count = sum(line.startswith("GPU ") for line in listing.splitlines())
+    return count if visible is None else min(count, len(visible.split(",")))
+
+
+def device(ranks: int) -> str:
+    """The device on which a run of so many ranks happens here.
+
+    Args:
+        ranks: Number of ranks of the run.
+
+    Returns:
+        `"cuda"` if every rank can have a GPU of its own, else `"cpu"`.  `COURSE_DEVICE` overrides it.
+
+    Raises:
+        ValueError: If `COURSE_DEVICE` is neither `cpu` nor `cuda`.
+    """
+    asked = os.environ.get("COURSE_DEVICE")
+    if asked is not None:
+        if asked not in ("cpu", "cuda"):
+            raise ValueError(f"COURSE_DEVICE is {asked!r}; it must be 'cpu' or 'cuda'. Unset it to let the course decide.")
+        return asked
+    return "cuda" if gpu_count() >= ranks else "cpu"
+
+
+def missing_modules() -> list[str]:
+    """Which of the modules that Bridge imports unconditionally are not installed."""
+    return [name for name in _MODULES if not _installed(name)]
+
+
+def _installed(name: str) -> bool:
+    loaded = sys.modules.get(name)
+    if loaded is not None:
+        return not getattr(loaded, "__stand_in__", False)
+    return importlib.util.find_spec(name) is not None
+
+
+def stand_ins() -> list[StandIn]:
+    """What differs from a GPU node once `prepare_imports()` was called here; empty on a complete GPU node."""
+    missing = missing_modules()
+    if not missing:
+        return []
+    rows = [StandIn(name, _MODULES[name][0], "an empty module whose names raise when used") for name in missing]
+    rows.append(StandIn("torch.compile", "compiles for a GPU, and costs seconds to import", "returns the function as it is"))
+    rows.append(StandIn("optional packages", "importing all of Bridge costs eight times `import torch`", "loaded when first used"))
+    return rows
+
+
+def prepare_imports() -> list[StandIn]:
+    """Make `import megatron.bridge` work, and work fast, in this process.
+
+    On a GPU node where Transformer Engine and the resiliency extension are installed it changes nothing.
+
+    Returns:
+        What stands in for what, as in `stand_ins()`.
+
+    Raises:
+        ImportError: If a pinned package is not installed.
+    """
+    absent = [name for name, version in versions().items() if version is None]
+    if absent:
+        raise ImportError(f"not installed: {', '.join(absent)}. Run `make setup` in the course's directory.")
+    rows = stand_ins()
+    if not rows:
+        return rows
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    _quiet_first_import()
+    import torch
+
+    from course_lib import imports
+
+    torch.compile = _do_not_compile
+    imports.defer()
+    _put_stand_ins()
+    return rows
+
+
+def _do_not_compile(model: object = None, **_: object) -> object:
+    """What `torch.compile` does under TORCHDYNAMO_DISABLE=1, without importing the compiler first."""
+    return model if model is not None else (lambda function: function)
+
+
+def _quiet_first_import() -> None:
+    """Upstream reports each absent GPU package many times, some with a traceback; the doctor says it in one line."""
+    for name in ("megatron.bridge.utils.import_utils", "megatron.bridge.models.gemma.gemma2_provider"):
+        logging.getLogger(name).addFilter(lambda record: record.levelno > logging.INFO)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    for message in (".*Apex (is|are) not installed.*", ".*Transformer Engine and Apex are not installed.*",
+                    ".*Only transformer-engine>=.*", ".*is experimental and still under active development.*"):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _put_stand_ins() -> None:
+    # Megatron Core must record that Transformer Engine is absent before something answers to its name.
+    importlib.import_module("megatron.core.fp8_utils")
+    importlib.import_module("megatron.core.extensions.transformer_engine")
+    for name in missing_modules():
+        module = _empty_module(name)
+        for child in _MODULES[name][1]:
+            setattr(module, child, _empty_module(f"{name}.{child}"))
+
+
+def _empty_module(name: str) -> types.ModuleType:
+    module = types.ModuleType(name, f"Stand-in: {name} is not installed here (see course_lib.stack).")
+    module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+    module.__path__ = []
+    module.__stand_in__ = True
+    module.__version__ = "0"
+
+    def missing(attribute: str) -> type:
+        if attribute.startswith("__"):
+            raise AttributeError(attribute)
+        created = _Absent(attribute, (), {"__module__": name})
+        setattr(module, attribute, created)  # one class per name, so that `is` and isinstance stay meaningful
+        return created
+
+    module.__getattr__ = missing
+    sys.modules[name] = module
+    return module
+
+
+class _Absent(type):
+    """A class that can be imported, subclassed and asked for attributes, but not used."""
+
+    def __getattr__(cls, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        created = _Absent(name, (), {"__module__": f"{cls.__module__}.{cls.__name__}"})
+        setattr(cls, name, created)
+        return created
+
+    def __call__(cls, *args: object, **kwargs: object) -> object:
+        if cls.__mro__[1] is object:
+            raise RuntimeError(f"{cls.__module__}.{cls.__name__} needs a package that is not installed here (CPU machine).")
+        return super().__call__(*args, **kwargs)

@@ -1,0 +1,264 @@
+"""What each rank executes: read `config.yaml`, call Bridge's own `pretrain()` or `finetune()`, record what happens.
+
+The warm launcher runs `rank_main()` in forked processes.  On a GPU node, or by hand, the same module is the entry for
+torchrun:
+
+    torchrun --nproc-per-node 8 -m course_lib.train runs/NAME/config.yaml
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from course_lib import failures, memory_meter, runs, stack
+
+if TYPE_CHECKING:
+    from megatron.bridge.training.callbacks import Callback
+    from megatron.bridge.training.config import ConfigContainer
+
+__all__ = ["ConfigError", "main", "rank_main", "read_config", "recorder", "stage"]
+
+GRACE_SECONDS = 0.4
+"""How long a failing rank waits before it exits, so that a rank which died without a word is noticed first."""
+
+
+class ConfigError(ValueError):
+    """`config.yaml` cannot be used."""
+
+
+def read_config(path: Path) -> ConfigContainer:
+    """Read Bridge's configuration, strictly.
+
+    Args:
+        path: A YAML file that `ConfigContainer.to_yaml` wrote.
+
+    Raises:
+        ConfigError: If the file is missing, is no YAML, or names a field or class that Bridge does not have.
+    """
+    import yaml
+    from megatron.bridge.training.config import ConfigContainer
+    from megatron.training.config.instantiate_utils import InstantiationMode
+
+    try:
+        # Bridge's from_yaml without the slow half of PyYAML: it takes half of the time, in every rank
+        content = yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        if not isinstance(content, dict):
+            raise ConfigError(f"{path} is empty or not a mapping")
+        return ConfigContainer.from_dict(content, mode=InstantiationMode.STRICT)
+    except ConfigError:
+        raise
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist") from None
+    except Exception as error:
+        raise ConfigError(f"{path} does not fit Bridge's ConfigContainer: {' '.join(str(error).split())}") from error
+
+
+def stage(path: Path, rank: int, name: str) -> None:
+    """Say in `ranks/N.json` what this rank is doing now."""
+    runs.write_json(
+        path / "ranks" / f"{rank}.json", {"rank": rank, "pid": os.getpid(), "stage": name, "time": time.time()}
+    )
+
+
+def recorder(path: Path, rank: int, world: int, meter: memory_meter.Meter) -> Callback:
+    """A Bridge callback that writes `metrics.jsonl`, `validation.jsonl` and `memory.jsonl`.
+
+    Args:
+        path: The run directory.
+        rank: Global rank; the last one holds the loss and writes metrics, every one writes its memory.
+        world: Number of ranks.
+        meter: Reads this rank's memory.
+    """
+    from megatron.bridge.training.callbacks import Callback
+
+    class Recorder(Callback):
+        started = 0.0
+
+        def on_data_init_start(self, context: object) -> None:
+            stage(path, rank, "loading data")
+
+        def on_train_start(self, context: object) -> None:
+            stage(path, rank, "training")
+            self.write_memory(context.state.train_state.step)
+            meter.begin_step()
+
+        def on_train_step_start(self, context: object) -> None:
+            self.started = time.perf_counter()
+
+        def on_train_step_end(self, context: object) -> None:
+            elapsed_seconds = time.perf_counter() - self.started
+            state = context.state
+            step = state.train_state.step + 1  # Bridge counts the step after this event
+            self.write_memory(step)
+            meter.begin_step()
+            if rank != world - 1:
+                return
+            tokens = state.cfg.train.global_batch_size * state.cfg.model.seq_length
+            rates = [group["lr"] for group in context.optimizer.param_groups if group]
+            _append(
+                path / "metrics.jsonl",
+                {
+                    "step": step,
+                    "time": time.time(),
+                    "loss": _number((context.loss_dict or {}).get("lm loss")),
+                    "grad_norm": _number(context.grad_norm),
+                    "learning_rate": max(rates) if rates else None,
+                    "elapsed_ms": elapsed_seconds * 1e3,
+                    "tokens": tokens,
+                    "tokens_per_second": tokens / elapsed_seconds,
+                    "skipped": bool(context.skipped_iter),
+                },
+            )
+
+        def on_eval_end(self, context: object) -> None:
+            if rank == world - 1:
+                loss = _number((context.total_loss_dict or {}).get("lm loss"))
+                _append(
+                    path / "validation.jsonl",
+                    {"step": context.state.train_state.step, "time": time.time(), "loss": loss},
+                )
+
+        def write_memory(self, step: int) -> None:
+            now_bytes, peak_bytes = meter.read()
+            _append(
+                path / "memory.jsonl",
+                {
+                    "rank": rank,
+                    "step": step,
+                    "time": time.time(),
+                    "memory_bytes": now_bytes,
+                    "peak_memory_bytes": peak_bytes,
+                },
+            )
+
+    return Recorder()
+
+
+def _number(value: object) -> float | None:
+    if value is None:
+        return None
+    if hasattr(value, "numel") and value.numel() == 2:  # Bridge may hand over (sum of losses, number of tokens)
+        return float(value[0] / value[1])
+    return float(value)
+
+
+def _append(path: Path, row: dict) -> None:
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+@contextmanager
+def _output_to(log: Path) -> Iterator[None]:
+    """Send this process's standard output and error, native code's included, to a file."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    kept = os.dup(1), os.dup(2)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for copy, original in zip(kept, (1, 2), strict=False):
+            os.dup2(copy, original)
+            os.close(copy)
+
+
+def rank_main(run_directory: str) -> None:
+    """Run one rank from start to end; `RANK` and `WORLD_SIZE` are in the environment.
+
+    Args:
+        run_directory: A directory with `config.yaml`, and `launch.json` if a launcher made it.
+
+    Raises:
+        SystemExit: With code 1 after a failure, which then stands in `ranks/N.json` and `outcome.json`.
+    """
+    path, rank, world = Path(run_directory), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    with _output_to(path / "logs" / f"rank_{rank}.log"):
+        try:
+            stage(path, rank, "reading the configuration")
+            _train(path, rank, world)
+            stage(path, rank, "done")
+        except BaseException as error:
+            traceback.print_exc()
+            failures.record(path, rank, error)
+            time.sleep(GRACE_SECONDS)
+            if failures.lost_a_peer(str(error)):
+                time.sleep(GRACE_SECONDS)  # whoever raised for a reason of its own speaks first
+            failures.settle(path)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)  # no destructor may wait for peers that are gone
+
+
+def _train(path: Path, rank: int, world: int) -> None:
+    device = runs.Run(path).launch.get("device") or stack.device(world)
+    if device == "cpu":
+        from course_lib import cpu
+
+        cpu.activate(allow_untested=os.environ.get("COURSE_ALLOW_UNTESTED") == "1")
+    import torch
+    from megatron.bridge.training.finetune import finetune
+    from megatron.bridge.training.gpt_step import forward_step
+    from megatron.bridge.training.pretrain import pretrain
+
+    from course_lib import devices, layout
+
+    meter = memory_meter.meter(device)
+    cfg = read_config(path / "config.yaml")
+    if device == "cpu":
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        devices.apply(cfg)
+    layout.require(cfg, world)
+    stage(path, rank, "building the model")
+    train = finetune if cfg.checkpoint.pretrained_checkpoint else pretrain
+    try:
+        train(cfg, forward_step, callbacks=[recorder(path, rank, world, meter)])
+    except SystemExit as leaving:  # Bridge leaves this way when a limit of time or a signal ends a run
+        if leaving.code not in (None, 0):
+            raise RuntimeError(f"Bridge ended the run with exit code {leaving.code}") from None
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry for torchrun: `python -m course_lib.train runs/NAME/config.yaml`."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if len(arguments) != 1 or not os.environ.get("RANK"):
+        sys.exit("usage: torchrun --nproc-per-node 8 -m course_lib.train runs/NAME/config.yaml")
+    config = Path(arguments[0]).resolve()
+    path = config.parent
+    for part in ("logs", "ranks"):
+        (path / part).mkdir(exist_ok=True)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank_main(str(path))
+    if rank == 0:
+        _wait_until_done(path, world)
+        print(failures.settle(path).status, path, flush=True)
+
+
+def _wait_until_done(path: Path, world: int, *, limit_seconds: float = 30.0) -> None:
+    """Rank 0 speaks for all, so it waits until every rank has said that it is done."""
+    end = time.monotonic() + limit_seconds
+    while time.monotonic() < end:
+        stages = [r["stage"] for r in runs.Run(path).ranks().values()]
+        if len(stages) == world and all(s in ("done", "failed") for s in stages):
+            return
+        time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    main()

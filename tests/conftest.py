@@ -1,0 +1,34 @@
+"""Shared fixtures: the stack importable, a warm engine for the whole session, and runs in a directory of their own."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm_engine():
+    """One lease for the session: every launch of every test and notebook shares one warm fork server."""
+    from course_lib import warm
+
+    lease = warm.lease()
+    yield lease
+    lease.close()
+
+
+@pytest.fixture(scope="session")
+def bridge():
+    """Megatron-Bridge can be imported in this process."""
+    from course_lib import stack
+
+    return stack.prepare_imports()
+
+
+@pytest.fixture
+def runs_directory(tmp_path, monkeypatch):
+    """A fresh directory for runs."""
+    monkeypatch.setenv("COURSE_RUNS", str(tmp_path / "runs"))
+    return tmp_path / "runs"

@@ -1,0 +1,276 @@
+"""The book: built from executed lessons, and it asks nothing of any other machine."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import os
+import shutil
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+from notebooks_made_here import clean, code, markdown, write
+
+from course_lib import book, lessons
+
+PROJECT = Path(__file__).resolve().parent.parent
+# One transparent pixel.
+PICTURE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
+
+
+def copy_book(tmp_path: Path) -> Path:
+    """The project's book without what was generated, but with the tarballs that were already fetched."""
+    root = tmp_path / "project"
+    generated = shutil.ignore_patterns("_build", "lessons", "assets")
+    shutil.copytree(PROJECT / "book", root / "book", ignore=generated)
+    (root / "notebooks").mkdir()
+    assets = book.vendor(PROJECT / "book" / "assets")
+    (root / "book" / "assets").symlink_to(assets, target_is_directory=True)
+    return root
+
+
+def executed_lesson(root: Path, *, extra: str = "") -> Path:
+    """A lesson and its executed copy, with a widget, a picture with words, a formula and a diagram."""
+    lesson = clean()
+    text = (
+        "The loss is $\\ln V$ [nats](../book/glossary.md#nat).\n\n```mermaid\nflowchart LR\n    a --> b\n```\n" + extra
+    )
+    lesson["cells"].insert(3, markdown("formula", text))
+    lesson["cells"].insert(4, code("picture", "show()"))
+    write(root / "notebooks" / "07_small.ipynb", lesson)
+    words = {"alt": "Loss falls.", "width": 720}
+    view = {"model_id": "a" * 32, "version_major": 2, "version_minor": 0}
+    lesson["cells"][4]["outputs"] = [
+        {"output_type": "display_data", "data": {"image/png": PICTURE}, "metadata": {"image/png": words}},
+        {"output_type": "display_data", "data": {"application/vnd.jupyter.widget-view+json": view}, "metadata": {}},
+    ]  # fmt: skip
+    lesson["cells"][4]["execution_count"] = 1
+    model = {
+        "model_name": "LayoutModel",
+        "model_module": "@jupyter-widgets/base",
+        "model_module_version": "2.0.0",
+        "state": {},
+    }
+    state = {"state": {"a" * 32: model}, "version_major": 2, "version_minor": 0}
+    lesson["metadata"]["widgets"] = {"application/vnd.jupyter.widget-state+json": state}
+    path = write(root / "book" / "lessons" / "07_small.ipynb", lesson)
+    later = time.time() + 5
+    os.utime(path, (later, later))
+    return path
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The book of this project with one small executed lesson, as HTML."""
+    root = copy_book(tmp_path_factory.mktemp("book"))
+    executed_lesson(root)
+    return book.build(root=root, execute=False).parent
+
+
+def test_the_book_has_its_pages_and_loads_nothing_from_elsewhere(built: Path) -> None:
+    """Front page, glossary, the honest page and the lesson are there; no page loads anything from another machine."""
+    assert all(
+        (built / name).is_file()
+        for name in ("index.html", "glossary.html", "what_runs_where.html", "lessons/07_small.html")
+    )
+    assert book.external_loads(built) == []
+
+
+def test_what_pages_need_travels_with_the_book(built: Path) -> None:
+    """Formulae, widgets and diagrams are drawn by files of the book, and each of these files is there."""
+    page = (built / "lessons" / "07_small.html").read_text()
+    for script in ("mathjax/tex-mml-chtml.js", "widgets/require.js", "widgets/embed-amd.js", "mermaid/mermaid.mjs"):
+        assert f"../_static/{script}" in page
+        assert (built / "_static" / script).is_file()
+    assert (built / "_static" / "mermaid" / "mermaid.min.js").is_file()
+    assert "widget-state+json" in page
+
+
+def test_pictures_have_words_and_links_fit(built: Path) -> None:
+    """Alternative text and width of a picture reach the page; links to the book's pages work from the lesson."""
+    page = (built / "lessons" / "07_small.html").read_text()
+    assert 'alt="Loss falls."' in page and "720" in page
+    assert 'href="../glossary.html#nat"' in page
+
+
+def test_solutions_are_folded(built: Path) -> None:
+    """A cell tagged hide-cell is folded in the page."""
+    page = (built / "lessons" / "07_small.html").read_text()
+    assert 'class="hide above-input"' in page or "Show code cell content" in page
+
+
+def test_a_warning_fails_the_build(tmp_path: Path) -> None:
+    """A broken link is an error, and the message names the page."""
+    root = copy_book(tmp_path)
+    executed_lesson(root, extra="See [nothing](no_such_page.md).\n")
+    for name in ("what_runs_where", "glossary"):  # the fewer pages, the sooner the answer
+        (root / "book" / f"{name}.md").write_text(f"# {name}\n\n## Nat\n")
+    with pytest.raises(book.BookError, match=r"lessons/07_small.*no_such_page"):
+        book.build(root=root, execute=False)
+
+
+def test_lessons_are_executed_when_missing_or_older(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lesson runs before the build if it never ran or its source is newer; otherwise its copy is taken as it is."""
+    asked: list[str] = []
+
+    def execute(number: str, *, directory: Path, output_directory: Path) -> None:
+        asked.append(number)
+        write(output_directory / "07_small.ipynb", clean())
+
+    monkeypatch.setattr(lessons, "execute", execute)
+    source = write(tmp_path / "notebooks" / "07_small.ipynb", clean())
+    book._executed(tmp_path, execute=True)
+    book._executed(tmp_path, execute=True)
+    assert asked == ["07"], "never executed: once, and its copy is taken from then on"
+    later = time.time() + 5
+    os.utime(source, (later, later))
+    book._executed(tmp_path, execute=True)
+    assert asked == ["07", "07"], "the source is newer than the copy"
+    executed = tmp_path / "book" / "lessons" / "07_small.ipynb"
+    (tmp_path / "book" / "lessons" / "07_small.failed.ipynb").write_text("{}")
+    assert book._executed(tmp_path, execute=False) == [executed], "a failed copy is no page"
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        '<script src="https://cdn.example.org/x.js"></script>',
+        '<script src="//cdn.example.org/x.js"></script>',
+        '<link rel="stylesheet" href="https://cdn.example.org/x.css">',
+        '<link rel="preload" as="font" href="https://cdn.example.org/x.woff2">',
+        '<img src="http://cdn.example.org/x.png">',
+        '<img srcset="x.png 1x, https://cdn.example.org/x.png 2x">',
+        '<iframe src="https://cdn.example.org/"></iframe>',
+        "<style>@import 'https://cdn.example.org/x.css';</style>",
+        '<div style="background: url(https://cdn.example.org/x.png)"></div>',
+        '<script type="module">import mermaid from "https://cdn.example.org/mermaid.mjs";</script>',
+    ],
+)
+def test_every_kind_of_load_is_found(tmp_path: Path, load: str) -> None:
+    """The check finds scripts, styles, fonts, pictures, frames and imports."""
+    (tmp_path / "page.html").write_text(f"<html><body>{load}</body></html>")
+    assert len(book.external_loads(tmp_path)) == 1
+
+
+def test_links_are_no_loads(tmp_path: Path) -> None:
+    """A link that a reader follows, a canonical address and a comment in a style sheet load nothing."""
+    page = '<a href="https://example.org">x</a><link rel="canonical" href="https://example.org"><script src="x.js">'
+    (tmp_path / "page.html").write_text(page)
+    (tmp_path / "x.css").write_text("/* @import url(https://example.org/x.css); */ a { background: url(x.png) }")
+    assert book.external_loads(tmp_path) == []
+    (tmp_path / "x.css").write_text("@font-face { src: url('https://example.org/x.woff2') }")
+    assert book.external_loads(tmp_path) == ["x.css: https://example.org/x.woff2"]
+
+
+def package_of(files: dict[str, bytes], *, keep: tuple[tuple[str, str], ...]) -> tuple[book.Package, bytes]:
+    """A package as the registry would serve it."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"package/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    data = buffer.getvalue()
+    integrity = "sha512-" + base64.b64encode(hashlib.sha512(data).digest()).decode()
+    return book.Package(name="@scope/tool", version="1.0.0", integrity=integrity, folder="tool", keep=keep), data
+
+
+def put(assets: Path, package: book.Package, data: bytes) -> None:
+    """Put a tarball where the cache has it."""
+    (assets / ".tarballs").mkdir(parents=True, exist_ok=True)
+    (assets / ".tarballs" / package.tarball).write_bytes(data)
+
+
+def test_vendoring_keeps_what_is_needed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the named files are kept, no path leaves the folder, and a second call touches nothing."""
+    files = {"dist/a.js": b"a", "dist/a.js.map": b"map", "fonts/b.woff": b"b", "fonts/../../../evil": b"e"}
+    package, data = package_of(files, keep=(("dist/a.js", "a.js"), ("fonts/", "f/")))
+    put(tmp_path, package, data)
+    monkeypatch.setattr(book, "_fetch", lambda package, path: pytest.fail("nothing has to be fetched"))
+    book.vendor(tmp_path, packages=(package,))
+    kept = sorted(path.relative_to(tmp_path).as_posix() for path in (tmp_path / "tool").rglob("*") if path.is_file())
+    assert kept == ["tool/a.js", "tool/f/b.woff"] and not list(tmp_path.rglob("evil"))
+    (tmp_path / ".tarballs" / package.tarball).unlink()
+    book.vendor(tmp_path, packages=(package,))
+
+
+def test_a_wrong_checksum_is_refused(tmp_path: Path) -> None:
+    """A tarball that is not the tested one is removed, and nothing of it is unpacked."""
+    package, data = package_of({"dist/a.js": b"a"}, keep=(("dist/a.js", "a.js"),))
+    put(tmp_path, package, data + b" ")
+    with pytest.raises(book.BookError, match="checksum"):
+        book.vendor(tmp_path, packages=(package,))
+    assert not (tmp_path / "tool").exists() and not (tmp_path / ".tarballs" / package.tarball).exists()
+
+
+def test_a_missing_file_in_a_package_is_named(tmp_path: Path) -> None:
+    """If upstream moves a file, the error says which."""
+    package, data = package_of({"dist/a.js": b"a"}, keep=(("dist/b.js", "b.js"),))
+    put(tmp_path, package, data)
+    with pytest.raises(book.BookError, match="dist/b.js"):
+        book.vendor(tmp_path, packages=(package,))
+
+
+@pytest.fixture
+def registry(tmp_path: Path):
+    """A registry on this machine that serves one package, and its name for the package's address."""
+    import functools
+    import http.server
+    import threading
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args: object) -> None: ...
+
+    folder = tmp_path / "registry"
+    folder.mkdir()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=os.fspath(folder)))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield folder, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_without_npm_the_registry_is_asked_directly(tmp_path: Path, registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where npm is not installed, the tarball comes from the registry's address; else the error says all."""
+    folder, address = registry
+    package, data = package_of({"dist/a.js": b"a"}, keep=(("dist/a.js", "a.js"),))
+    served = folder / package.url.removeprefix(f"{book.REGISTRY}/")
+    served.parent.mkdir(parents=True)
+    served.write_bytes(data)
+    monkeypatch.setattr(book.shutil, "which", lambda name: None)
+    monkeypatch.setattr(book, "REGISTRY", address)
+    book.vendor(tmp_path / "one", packages=(package,))
+    assert (tmp_path / "one" / "tool" / "a.js").read_bytes() == b"a"
+    served.unlink()
+    with pytest.raises(book.BookError, match=r"npm is not installed.*404.*copy scope-tool-1.0.0.tgz"):
+        book.vendor(tmp_path / "two", packages=(package,))
+    assert not list((tmp_path / "two").rglob("*.partial"))
+
+
+def test_glossary_entries_are_unique_and_linked_words_exist() -> None:
+    """Each word has one entry, and every link of a lesson or a page into the glossary has its entry."""
+    import re
+
+    entries = re.findall(r"^### (.+)$", (PROJECT / "book" / "glossary.md").read_text(), flags=re.MULTILINE)
+    anchors = [re.sub(r"[^\w -]", "", entry.lower()).replace(" ", "-") for entry in entries]
+    assert len(anchors) == len(set(anchors))
+    sources = [*(PROJECT / "notebooks").glob("*.ipynb"), *(PROJECT / "book").glob("*.md")]
+    linked = {
+        anchor for path in sources for anchor in re.findall(r"glossary\.md#([\w-]+)", path.read_text(encoding="utf-8"))
+    }
+    assert linked <= set(anchors)
+
+
+def test_pages_keep_the_habits_of_prose() -> None:
+    """The book's own pages have one sentence a line and plain words, as the lessons do."""
+    from course_lib import hygiene
+
+    for path in (PROJECT / "book").glob("*.md"):
+        page = json.loads(json.dumps({"cells": [markdown("page", path.read_text(encoding="utf-8"))]}))
+        found = [*hygiene.one_sentence_a_line(page), *hygiene.plain_words(page)]
+        assert found == [], path.name
