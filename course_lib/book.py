@@ -8,112 +8,29 @@ checksums, and travel with the book.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-import tarfile
 import time
-import urllib.error
-import urllib.request
-from dataclasses import asdict, dataclass
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 from course_lib import lessons
+from course_lib.book_assets import vendor
+from course_lib.book_loads import external_loads
 
-__all__ = ["PACKAGES", "BookError", "Package", "build", "external_loads", "vendor"]
+__all__ = ["BookError", "build"]
 
 PROJECT = Path(__file__).resolve().parent.parent
-REGISTRY = "https://registry.npmjs.org"
 
 
 class BookError(RuntimeError):
     """The book cannot be built."""
 
 
-@dataclass(frozen=True)
-class Package:
-    """A JavaScript package of the book.
-
-    Attributes:
-        name: Its name in the npm registry.
-        version: The exact version.
-        integrity: The tarball's checksum, in the registry's own notation.
-        folder: Where its files go below ``assets``.
-        keep: What the book needs: path in the tarball, path in the folder; a path that ends in "/" is a tree.
-    """
-
-    name: str
-    version: str
-    integrity: str
-    folder: str
-    keep: tuple[tuple[str, str], ...]
-
-    @property
-    def tarball(self) -> str:
-        """The tarball's name, as ``npm pack`` writes it."""
-        return f"{self.name.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
-
-    @property
-    def url(self) -> str:
-        """The tarball's address in the registry."""
-        return f"{REGISTRY}/{self.name}/-/{self.name.split('/')[-1]}-{self.version}.tgz"
-
-
-# Source of the checksums: `npm view NAME@VERSION dist.integrity`, registry.npmjs.org, November 2026.
-PACKAGES = (
-    Package(
-        name="mathjax",
-        version="3.2.2",
-        integrity="sha512-Bt+SSVU8eBG27zChVewOicYs7Xsdt40qm4+UpHyX7k0/O9NliPc+x77k1/FEsPsjKPZGJvtRZM1vO+geW0OhGw==",
-        folder="mathjax",
-        keep=(
-            ("es5/tex-mml-chtml.js", "tex-mml-chtml.js"),
-            ("es5/output/chtml/fonts/", "output/chtml/fonts/"),
-            (
-                "es5/input/tex/extensions/",
-                "input/tex/extensions/",
-            ),  # MathJax loads an extension when a formula needs it
-            ("es5/a11y/", "a11y/"),
-            ("es5/sre/", "sre/"),  # formulae as speech, when a reader asks for it
-        ),
-    ),
-    Package(
-        name="requirejs",
-        version="2.3.7",
-        integrity="sha512-DouTG8T1WanGok6Qjg2SXuCMzszOo0eHeH9hDZ5Y4x8Je+9JB38HdTLT4/VA8OaUhBa0JPVHJ0pyBkM1z+pDsw==",
-        folder="widgets",
-        keep=(("require.js", "require.js"),),
-    ),
-    Package(
-        name="@jupyter-widgets/html-manager",
-        version="1.0.15",
-        integrity="sha512-5thBIV6ymNgmPVOHvzx+gGy8ZSKmSazhtGw4/c4xJDVzRhG9PTeQsRjF3FUTopvFi//SABeNz1yp47bCrJ3CQA==",
-        folder="widgets",
-        keep=(("dist/embed-amd.js", "embed-amd.js"),),
-    ),
-    Package(
-        name="mermaid",
-        version="11.17.2",
-        integrity="sha512-V6K3C8EBdEsPFZXSKMJe6ppQOENxuHARr9GvHX4hh47lAbhMRD9qf4oEK7LoaRQxULMa80/qt5gHO73aCleBBg==",
-        folder="mermaid",
-        keep=(("dist/mermaid.min.js", "mermaid.min.js"),),
-    ),
-)
-# sphinxcontrib-mermaid imports a module; this one hands over what the single-file build puts on the page.
-MERMAID_MODULE = 'import "./mermaid.min.js";\nexport default globalThis.mermaid;\n'
-# The single-file build expects to be a plain script, where `var` makes a global, and parts of it turn to `define` where
-# require.js offers one, which leaves mermaid without them. A function around it settles both.
-MERMAID_GLOBAL = 'globalThis.__esbuild_esm_mermaid_nm["mermaid"].default'
-
-
-def build(*, root: Path | None = None, execute: bool = True) -> Path:
+def build(*, root: Path = PROJECT, execute: bool = True) -> Path:
     """Build the book.
 
     Args:
@@ -124,10 +41,10 @@ def build(*, root: Path | None = None, execute: bool = True) -> Path:
         The front page, ``book/_build/html/index.html``.
 
     Raises:
-        BookError: A JavaScript package is missing, Sphinx warned, or a page would load something from elsewhere.
+        BookError: Sphinx warned, or a page would load something from elsewhere.
+        book_assets.AssetError: A JavaScript package is missing.
         lessons.LessonFailed: A lesson that had to be executed failed.
     """
-    root = root or PROJECT
     start = time.monotonic()
     book = root / "book"
     vendor(book / "assets")
@@ -140,186 +57,11 @@ def build(*, root: Path | None = None, execute: bool = True) -> Path:
     if loads:
         shown = "\n".join(loads[:20])
         raise BookError(
-            f"{len(loads)} loads from other machines in the built book:\n{shown}\nVendor them in book.PACKAGES."
+            f"{len(loads)} loads from other machines in the built book:\n{shown}\n"
+            "Vendor them in PACKAGES of course_lib/book_assets.py."
         )
     _say(f"built in {time.monotonic() - start:.0f} s: {html / 'index.html'}")
     return html / "index.html"
-
-
-def vendor(directory: Path, *, packages: tuple[Package, ...] = PACKAGES) -> Path:
-    """Put the JavaScript packages below ``directory``; a second call finds them and does nothing.
-
-    Args:
-        directory: The folder for the assets; tarballs are kept in its ``.tarballs``.
-        packages: What to put there.
-
-    Raises:
-        BookError: A package can neither be found nor fetched, or its checksum is wrong.
-    """
-    stamp = directory / ".stamp.json"
-    wanted = json.dumps([asdict(package) for package in packages], indent=1)
-    if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
-        return directory
-    tarballs = directory / ".tarballs"
-    tarballs.mkdir(parents=True, exist_ok=True)
-    for package in packages:
-        path = tarballs / package.tarball
-        if not path.is_file():
-            _say(f"fetching {package.name} {package.version}")
-            _fetch(package, path)
-        _require_integrity(package, path)
-        _unpack(package, path, directory / package.folder)
-        if package.name == "mermaid":
-            _adapt_mermaid(directory / package.folder)
-    stamp.write_text(wanted, encoding="utf-8")
-    return directory
-
-
-def external_loads(html: Path) -> list[str]:
-    """List everything that the built pages would load from another machine.
-
-    Links that a reader follows are no loads. Scripts, styles, pictures, frames, fonts and imports are.
-
-    Args:
-        html: The folder of the built book.
-
-    Returns:
-        One line a load: "page: address".
-    """
-    found: list[str] = []
-    for path in sorted(html.rglob("*")):
-        name = path.relative_to(html).as_posix()
-        if path.suffix == ".html":
-            parser = _Loads()
-            parser.feed(path.read_text(encoding="utf-8"))
-            found += [f"{name}: {address}" for address in parser.addresses if ELSEWHERE.match(address)]
-        elif path.suffix == ".css":
-            found += [
-                f"{name}: {address}" for address in _css_loads(path.read_text(encoding="utf-8", errors="replace"))
-            ]
-    return found
-
-
-ELSEWHERE = re.compile(r"^\s*(?:https?:)?//", re.IGNORECASE)
-SCRIPT_IMPORT = re.compile(r"""(?:\bimport\b[^;\n]*?|\bimport\(|\bfetch\(|importScripts\()\s*["'`]([^"'`]+)["'`]""")
-CSS_ADDRESS = re.compile(r"""(?:@import\s+|url\()\s*["']?([^"')\s;]+)""")
-
-
-class _Loads(HTMLParser):
-    """Collect the addresses that a browser fetches while it shows a page."""
-
-    BY_ATTRIBUTE = {"script": "src", "img": "src", "iframe": "src", "embed": "src", "object": "data", "source": "src"}
-    BY_ATTRIBUTE |= {"video": "src", "audio": "src", "track": "src", "input": "src", "image": "href", "use": "href"}
-    FETCHED_LINKS = frozenset(
-        "stylesheet icon shortcut preload modulepreload prefetch dns-prefetch preconnect manifest".split()
-    )
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.addresses: list[str] = []
-        self._inside = ""
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        values = {name: value or "" for name, value in attrs}
-        self._inside = tag if tag in ("script", "style") else ""
-        if tag == "link" and self.FETCHED_LINKS & set(values.get("rel", "").lower().split()):
-            self.addresses.append(values.get("href", ""))
-        if tag in self.BY_ATTRIBUTE:
-            self.addresses.append(values.get(self.BY_ATTRIBUTE[tag], ""))
-        self.addresses += [part.split()[0] for part in values.get("srcset", "").split(",") if part.strip()]
-        self.addresses += _css_loads(values.get("style", ""))
-
-    def handle_endtag(self, tag: str) -> None:
-        self._inside = ""
-
-    def handle_data(self, data: str) -> None:
-        if self._inside == "style":
-            self.addresses += _css_loads(data)
-        elif self._inside == "script":
-            self.addresses += SCRIPT_IMPORT.findall(data)
-
-
-def _css_loads(text: str) -> list[str]:
-    text = re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL)
-    return [address for address in CSS_ADDRESS.findall(text) if ELSEWHERE.match(address)]
-
-
-def _fetch(package: Package, path: Path) -> None:
-    """Fetch a tarball with npm, which knows the machine's registry and proxy, or else from the registry's address."""
-    problems = []
-    npm = shutil.which("npm")
-    if npm:
-        command = [
-            npm,
-            "pack",
-            f"{package.name}@{package.version}",
-            "--silent",
-            "--pack-destination",
-            os.fspath(path.parent),
-        ]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, cwd=path.parent, timeout=300, check=False)
-        except subprocess.TimeoutExpired:
-            problems.append("npm gave no answer for 300 s")
-        else:
-            if path.is_file():
-                return
-            problems.append(f"npm: {(done.stderr or done.stdout).strip().splitlines()[-1:] or done.returncode}")
-    else:
-        problems.append("npm is not installed")
-    partial = path.with_suffix(".partial")
-    try:
-        with urllib.request.urlopen(package.url, timeout=60) as answer, partial.open("wb") as file:
-            shutil.copyfileobj(answer, file)
-        os.replace(partial, path)
-    except (OSError, urllib.error.URLError) as error:
-        partial.unlink(missing_ok=True)
-        problems.append(f"{package.url}: {error}")
-        raise BookError(
-            f"{package.name} {package.version} cannot be fetched ({'; '.join(problems)}). "
-            f"Connect this machine to an npm registry once, or copy {path.name} into {path.parent}, and build again."
-        ) from error
-
-
-def _require_integrity(package: Package, path: Path) -> None:
-    kind, _, wanted = package.integrity.partition("-")
-    got = base64.b64encode(hashlib.new(kind, path.read_bytes()).digest()).decode()
-    if got != wanted:
-        path.unlink()
-        raise BookError(
-            f"{path.name} has the checksum {kind}-{got}, needed {package.integrity}. "
-            "The file was removed: build again. If it comes back, the registry does not serve what was tested."
-        )
-
-
-def _unpack(package: Package, tarball: Path, folder: Path) -> None:
-    kept = dict.fromkeys((pattern for pattern, _ in package.keep), 0)
-    with tarfile.open(tarball) as archive:
-        for member in archive:
-            name = member.name.partition("/")[2]  # the registry packs everything below package/
-            for pattern, target in package.keep:
-                inside = name.removeprefix(pattern) if pattern.endswith("/") and name.startswith(pattern) else None
-                if not member.isfile() or (name != pattern and inside is None) or ".." in name.split("/"):
-                    continue
-                path = folder / (target if inside is None else target + inside)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(archive.extractfile(member).read())  # type: ignore[union-attr]
-                kept[pattern] += 1
-    missing = [pattern for pattern, count in kept.items() if not count]
-    if missing:
-        raise BookError(
-            f"{tarball.name} has no {', '.join(missing)}: correct `keep` of {package.name} in book.PACKAGES."
-        )
-
-
-def _adapt_mermaid(folder: Path) -> None:
-    path = folder / "mermaid.min.js"
-    text = path.read_text(encoding="utf-8")
-    if text.count(MERMAID_GLOBAL) != 1:
-        raise BookError(f"{path} does not end as mermaid 11.17.2 does: adapt MERMAID_GLOBAL in course_lib/book.py.")
-    text = text.replace(MERMAID_GLOBAL, MERMAID_GLOBAL.removeprefix("globalThis."))
-    path.write_text(f"(function (define) {{\n{text}\n}})();\n", encoding="utf-8")
-    (folder / "mermaid.mjs").write_text(MERMAID_MODULE, encoding="utf-8")
 
 
 def _executed(root: Path, *, execute: bool) -> list[Path]:
@@ -329,9 +71,7 @@ def _executed(root: Path, *, execute: bool) -> list[Path]:
     for lesson in lessons.listing(directory=directory):
         path = output / lesson.path.name
         if execute and (not path.is_file() or path.stat().st_mtime < lesson.path.stat().st_mtime):
-            _say(
-                f"executing {lesson.path.stem}, {'which was changed' if path.is_file() else 'which was never executed'}"
-            )
+            _say(f"executing {lesson.path.stem}")
             lessons.execute(lesson.number, directory=directory, output_directory=output)
         if path.is_file():
             paths.append(path)

@@ -26,7 +26,10 @@ _LOST_PEER = re.compile(
 )
 
 _HINTS = (
-    (r"No space left on device|Disk quota|Errno 28", "The disk is full: free space, or point COURSE_RUNS at another disk."),
+    (
+        r"No space left on device|Disk quota|Errno 28",
+        "The disk is full: free space, or point COURSE_RUNS at another disk.",
+    ),
     (
         r"not enough memory|can't allocate memory|Cannot allocate memory|MemoryError|out of memory",
         "Out of memory: use a smaller micro_batch_size or seq_length, a smaller model, or fewer ranks.",
@@ -39,12 +42,18 @@ _HINTS = (
     (r"SIGBUS", "A shared memory segment could not grow: make /dev/shm larger."),
     (r"SIGSEGV|SIGILL|SIGABRT", "Native code crashed: run `course doctor`, and look at the end of the rank's log."),
     (r"/dev/shm|sem_open|SemLock", "Shared memory is too small: make /dev/shm larger (Docker: --shm-size=1g)."),
-    (r"Address already in use|EADDRINUSE", "Another program took the port; launch again: each launch asks for a free one."),
+    (
+        r"Address already in use|EADDRINUSE",
+        "Another program took the port; launch again: each launch asks for a free one.",
+    ),
     (
         r"gated repo|401 Client|offline mode|couldn't connect to 'https://huggingface",
         "The Hub was asked for something; build the model from data/ (course_lib.recipes.offline) instead.",
     ),
-    (r"unexpected keyword argument|extra keys|not a field", "A field name in config.yaml is wrong; see the list above."),
+    (
+        r"unexpected keyword argument|extra keys|not a field",
+        "A field name in config.yaml is wrong; see the list above.",
+    ),
 )
 
 
@@ -139,9 +148,16 @@ def _decide(run: runs.Run, dead: dict[int, int]) -> runs.Outcome:
     if dead:
         rank = min(dead)
         return runs.Outcome(
-            "failed", rank, f"rank {rank} exited with code {dead[rank]}", None, _tail(run, rank), hint_for(_tail(run, rank))
+            "failed",
+            rank,
+            f"rank {rank} exited with code {dead[rank]}",
+            None,
+            _tail(run, rank),
+            hint_for(_tail(run, rank)),
         )
-    return runs.Outcome("failed", None, "the ranks ended without a word", None, _tail_of_launcher(run), "Look at logs/.")
+    return runs.Outcome(
+        "failed", None, "the ranks ended without a word", None, _tail_of_launcher(run), "Look at logs/."
+    )
 
 
 def _raised(entry: dict) -> runs.Outcome:

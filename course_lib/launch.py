@@ -6,21 +6,30 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
+
 from course_lib import failures, runs, stack, warm
+from course_lib.runs import ConfigError
 
 if TYPE_CHECKING:
     import pandas as pd
     from megatron.bridge.training.config import ConfigContainer
 
-__all__ = ["RunFailed", "RunInterrupted", "command", "differences", "run", "warm_up"]
+    from course_lib import live
+    from course_lib.layout import Layout
+
+__all__ = ["ConfigError", "FieldError", "RunFailed", "RunInterrupted", "command", "differences", "run", "warm_up"]
 
 RESERVE_BYTES = 16 * 1024
 """Space kept free in a run directory, so that a full disk cannot keep `outcome.json` from being written."""
@@ -56,7 +65,7 @@ def differences(cfg: ConfigContainer) -> pd.DataFrame:
 
 
 def run(
-    cfg: ConfigContainer,
+    cfg: ConfigContainer | Path | str,
     *,
     ranks: int = 8,
     name: str = "run",
@@ -64,6 +73,7 @@ def run(
     load: runs.Run | Path | None = None,
     show: str | None = "live",
     launcher: str | None = None,
+    target: str = "course_lib.train:rank_main",
 ) -> runs.Run:
     """Train on so many ranks and return what happened.
 
@@ -71,14 +81,15 @@ def run(
     itself stays as it is.
 
     Args:
-        cfg: Bridge's configuration.
+        cfg: Bridge's configuration, or a `config.yaml` that it wrote.
         ranks: Number of ranks; the world size.
         name: Name of the run's directory; a number is added if it exists.
         save: Keep checkpoints in the run's own directory.  Bridge's recipes save to, and silently resume from, one
-            default directory; a run of this course does neither unless asked.
+            default directory; a run of this course does neither unless asked.  A file is taken as it is.
         load: A run, or a checkpoint directory, to start from.
         show: `"live"` for a view of loss, memory and throughput while it trains, `None` for silence.
         launcher: `"warm"` or `"torchrun"`; `None` takes what fits the device.
+        target: What each warm rank executes, as `module:function` of the run directory.
 
     Returns:
         The finished run.
@@ -86,20 +97,30 @@ def run(
     Raises:
         LayoutError: If the model, batch and ranks do not fit together; nothing was started.
         FieldError: If `cfg` carries an attribute that is no field of Bridge's, such as `cfg.train.save_interval`.
+        ConfigError: If a file is no YAML, or a rank finds that it does not fit Bridge.
         RunFailed: If a rank failed; names the first one and its cause.
         RunInterrupted: If the learner interrupted; no rank is left.
     """
     from course_lib import layout
 
-    _refuse_unknown_fields(cfg)
     device = stack.device(ranks)
-    plan = layout.require(_as_the_ranks_see_it(cfg, device), ranks)
+    if isinstance(cfg, (str, Path)):
+        content = _read_file(Path(cfg))
+        plan = layout.require(content, ranks)
+    else:
+        _refuse_unknown_fields(cfg)
+        plan = layout.require(_as_the_ranks_see_it(cfg, device), ranks)
     path = runs.create(name)
-    _write_config(cfg, path, save=save, load=load)
+    if isinstance(cfg, (str, Path)):
+        shutil.copyfile(cfg, path / "config.yaml")
+    else:
+        _write_config(cfg, path, save=save, load=load)
+        content = runs.Run(path).config
     launcher = launcher or ("torchrun" if device == "cuda" else "warm")
-    runs.write_json(path / "launch.json", _about(cfg, path, ranks, device, launcher, plan))
+    runs.write_json(path / "launch.json", _about(content, path, ranks, device, launcher, plan))
     (path / ".reserve").write_bytes(b"\0" * RESERVE_BYTES)
-    return _start_and_wait(runs.Run(path), ranks, launcher, _view(show, cfg, path))
+    start = functools.partial(_start_warm, target=target) if launcher == "warm" else _start_torchrun
+    return _start_and_wait(runs.Run(path), ranks, start, _view(show, content["train"]["train_iters"], path))
 
 
 def command(run: runs.Run | Path, *, ranks: int = 8) -> list[str]:
@@ -130,8 +151,9 @@ def _refuse_unknown_fields(cfg: object) -> None:
             meant = [f"cfg.{other}.{extra}" for other in sections if extra in fields[other]]
             meant += [f"cfg.{name}.{close}" for close in difflib.get_close_matches(extra, fields[name], 1, 0.85)]
             if meant:
-                raise FieldError(f"cfg.{name}.{extra} is not a field of {type(section).__name__}. "
-                                 f"Did you mean {' or '.join(meant)}?")
+                raise FieldError(
+                    f"cfg.{name}.{extra} is not a field of {type(section).__name__}. Did you mean {' or '.join(meant)}?"
+                )
 
 
 def _as_the_ranks_see_it(cfg: ConfigContainer, device: str) -> ConfigContainer:
@@ -147,6 +169,19 @@ def _as_the_ranks_see_it(cfg: ConfigContainer, device: str) -> ConfigContainer:
     return mine
 
 
+def _read_file(path: Path) -> dict:
+    try:
+        content = yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    missing = [name for name in ("train", "model", "dataset") if not isinstance((content or {}).get(name), dict)]
+    if missing:
+        raise ConfigError(f"{path} has no section {' and no '.join(missing)}; let ConfigContainer.to_yaml write it")
+    return content
+
+
 def _write_config(cfg: ConfigContainer, path: Path, *, save: bool, load: runs.Run | Path | None) -> None:
     mine = copy.copy(cfg)
     mine.checkpoint, mine.logger = copy.copy(cfg.checkpoint), copy.copy(cfg.logger)
@@ -158,8 +193,7 @@ def _write_config(cfg: ConfigContainer, path: Path, *, save: bool, load: runs.Ru
     os.replace(temporary, path / "config.yaml")
 
 
-def _about(cfg: object, path: Path, ranks: int, device: str, launcher: str, plan: object) -> dict:
-    sizes = ("tensor", "pipeline", "context", "expert")
+def _about(content: dict, path: Path, ranks: int, device: str, launcher: str, plan: Layout) -> dict:
     return {
         "name": path.name,
         "ranks": ranks,
@@ -167,34 +201,36 @@ def _about(cfg: object, path: Path, ranks: int, device: str, launcher: str, plan
         "launcher": launcher,
         "command": " ".join(command(path, ranks=ranks)),
         "layout": {
-            **{f"{s}_model_parallel_size": getattr(cfg.model, f"{s}_model_parallel_size", 1) or 1 for s in sizes[:2]},
-            "context_parallel_size": getattr(cfg.model, "context_parallel_size", 1) or 1,
-            "expert_model_parallel_size": getattr(cfg.model, "expert_model_parallel_size", 1) or 1,
+            "tensor_model_parallel_size": plan.tensor_model_parallel_size,
+            "pipeline_model_parallel_size": plan.pipeline_model_parallel_size,
+            "context_parallel_size": plan.context_parallel_size,
+            "expert_model_parallel_size": plan.expert_model_parallel_size,
             "data_parallel_size": plan.data_parallel_size,
         },
         "versions": stack.versions(),
-        "seed": cfg.rng.seed,
+        "seed": (content.get("rng") or {}).get("seed"),
         "started": time.time(),
-        "train_iters": cfg.train.train_iters,
-        "global_batch_size": cfg.train.global_batch_size,
-        "seq_length": cfg.model.seq_length,
-        "memory_kind": "allocated by torch on the GPU" if device == "cuda" else "anonymous memory of the process since it started",
+        "train_iters": content["train"]["train_iters"],
+        "global_batch_size": content["train"]["global_batch_size"],
+        "seq_length": content["model"]["seq_length"],
+        "memory_kind": "allocated by torch on the GPU"
+        if device == "cuda"
+        else "anonymous memory of the process since it started",
     }
 
 
-def _view(show: str | None, cfg: object, path: Path) -> object | None:
+def _view(show: str | None, train_iters: int, path: Path) -> live.View | None:
     if show is None:
         return None
     if show != "live":
         raise ValueError(f"show={show!r}: use 'live' or None")
     from course_lib import live
 
-    return live.view(cfg.train.train_iters, name=path.name)
+    return live.view(train_iters, name=path.name)
 
 
-def _start_and_wait(run: runs.Run, ranks: int, launcher: str, view: object | None) -> runs.Run:
+def _start_and_wait(run: runs.Run, ranks: int, start: Callable, view: live.View | None) -> runs.Run:
     """Start the ranks, show what they do, and turn their end into a value or an exception."""
-    start = {"warm": _start_warm, "torchrun": _start_torchrun}[launcher]
     report: dict | None = None
     try:
         launched = start(run, ranks)
@@ -244,7 +280,9 @@ def _wait_for_the_end(launched: object, run: runs.Run, *, limit_seconds: float =
 def _is_rank(pid: int) -> bool:
     """True if the pid still belongs to a Python process of this user, and not to somebody who got the number later."""
     try:
-        return Path(f"/proc/{pid}").stat().st_uid == os.getuid() and b"python" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return (
+            Path(f"/proc/{pid}").stat().st_uid == os.getuid() and b"python" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        )
     except OSError:
         return False
 
@@ -252,11 +290,11 @@ def _is_rank(pid: int) -> bool:
 # ------------------------------------------------------------------------------------------------------- two launchers
 
 
-def _start_warm(run: runs.Run, ranks: int) -> warm.Launched:
+def _start_warm(run: runs.Run, ranks: int, *, target: str) -> warm.Launched:
     threads = os.environ.get("COURSE_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // ranks))
     environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     return warm.lease().launch(
-        "course_lib.train:rank_main",
+        target,
         str(run.path),
         ranks=ranks,
         log=run.path / "logs" / "launcher.log",

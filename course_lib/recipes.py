@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from course_lib.layout_rules import Fields
+from course_lib.layout_sizes import Fields
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -17,11 +17,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["NoSuchRun", "Outcome", "Run", "create", "directory", "listing", "read", "write_json"]
+__all__ = ["ConfigError", "NoSuchRun", "Outcome", "Run", "create", "directory", "listing", "read", "write_json"]
 
 METRICS = ("step", "time", "loss", "grad_norm", "learning_rate", "elapsed_ms", "tokens", "tokens_per_second", "skipped")
 VALIDATION = ("step", "time", "loss")
 MEMORY = ("rank", "step", "time", "memory_bytes", "peak_memory_bytes")
+
+
+class ConfigError(ValueError):
+    """A `config.yaml` cannot be used."""
 
 
 class NoSuchRun(FileNotFoundError):
@@ -74,7 +78,7 @@ class Run:
         """`config.yaml` as nested dicts."""
         import yaml
 
-        return yaml.safe_load((self.path / "config.yaml").read_text())
+        return yaml.load((self.path / "config.yaml").read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
     @cached_property
     def launch(self) -> dict:
@@ -125,7 +129,15 @@ class Run:
         return Run(self.path)
 
 
-STAGES = ("starting ranks", "reading the configuration", "building the model", "loading data", "training", "done", "failed")
+STAGES = (
+    "starting ranks",
+    "reading the configuration",
+    "building the model",
+    "loading data",
+    "training",
+    "done",
+    "failed",
+)
 """The stages that a rank goes through, in order."""
 
 
@@ -172,7 +184,9 @@ def read(name: str | Path) -> Run:
     """
     path = Path(name) if Path(name).is_absolute() else directory() / name
     if not (path / "config.yaml").exists():
-        raise NoSuchRun(f"no run {str(name)!r} in {directory()}; there are: {', '.join(r.name for r in listing()) or 'none'}")
+        raise NoSuchRun(
+            f"no run {str(name)!r} in {directory()}; there are: {', '.join(r.name for r in listing()) or 'none'}"
+        )
     return Run(path)
 
 

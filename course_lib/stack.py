@@ -42,7 +42,10 @@ class StandIn:
 
 _MODULES = {
     "transformer_engine": ("fused CUDA layers: no wheel for a CPU, yet LoRA's module imports it", ("pytorch",)),
-    "nvidia_resiliency_ext": ("restarts in place on GPU clusters: needs glibc 2.39, yet pretrain imports it", ("inprocess",)),
+    "nvidia_resiliency_ext": (
+        "restarts in place on GPU clusters: needs glibc 2.39, yet pretrain imports it",
+        ("inprocess",),
+    ),
 }
 
 
@@ -94,7 +97,9 @@ def device(ranks: int) -> str:
     asked = os.environ.get("COURSE_DEVICE")
     if asked is not None:
         if asked not in ("cpu", "cuda"):
-            raise ValueError(f"COURSE_DEVICE is {asked!r}; it must be 'cpu' or 'cuda'. Unset it to let the course decide.")
+            raise ValueError(
+                f"COURSE_DEVICE is {asked!r}; it must be 'cpu' or 'cuda'. Unset it to let the course decide."
+            )
         return asked
     return "cuda" if gpu_count() >= ranks else "cpu"
 
@@ -117,8 +122,14 @@ def stand_ins() -> list[StandIn]:
     if not missing:
         return []
     rows = [StandIn(name, _MODULES[name][0], "an empty module whose names raise when used") for name in missing]
-    rows.append(StandIn("torch.compile", "compiles for a GPU, and costs seconds to import", "returns the function as it is"))
-    rows.append(StandIn("optional packages", "importing all of Bridge costs eight times `import torch`", "loaded when first used"))
+    rows.append(
+        StandIn("torch.compile", "compiles for a GPU, and costs seconds to import", "returns the function as it is")
+    )
+    rows.append(
+        StandIn(
+            "optional packages", "importing all of Bridge costs eight times `import torch`", "loaded when first used"
+        )
+    )
     return rows
 
 
@@ -161,9 +172,14 @@ def _quiet_first_import() -> None:
     """Upstream reports each absent GPU package many times, some with a traceback; the doctor says it in one line."""
     for name in ("megatron.bridge.utils.import_utils", "megatron.bridge.models.gemma.gemma2_provider"):
         logging.getLogger(name).addFilter(lambda record: record.levelno > logging.INFO)
+    logging.getLogger("transformers.configuration_utils").addFilter(lambda r: "torch_dtype" not in str(r.msg))
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    for message in (".*Apex (is|are) not installed.*", ".*Transformer Engine and Apex are not installed.*",
-                    ".*Only transformer-engine>=.*", ".*is experimental and still under active development.*"):
+    for message in (
+        ".*Apex (is|are) not installed.*",
+        ".*Transformer Engine and Apex are not installed.*",
+        ".*Only transformer-engine>=.*",
+        ".*is experimental and still under active development.*",
+    ):
         warnings.filterwarnings("ignore", message=message)
 
 
@@ -208,5 +224,7 @@ class _Absent(type):
 
     def __call__(cls, *args: object, **kwargs: object) -> object:
         if cls.__mro__[1] is object:
-            raise RuntimeError(f"{cls.__module__}.{cls.__name__} needs a package that is not installed here (CPU machine).")
+            raise RuntimeError(
+                f"{cls.__module__}.{cls.__name__} needs a package that is not installed here (CPU machine)."
+            )
         return super().__call__(*args, **kwargs)

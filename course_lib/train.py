@@ -19,19 +19,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from course_lib import failures, memory_meter, runs, stack
+from course_lib.runs import ConfigError
 
 if TYPE_CHECKING:
     from megatron.bridge.training.callbacks import Callback
     from megatron.bridge.training.config import ConfigContainer
 
-__all__ = ["ConfigError", "main", "rank_main", "read_config", "recorder", "stage"]
+__all__ = ["main", "rank_main", "read_config", "recorder", "stage"]
 
 GRACE_SECONDS = 0.4
 """How long a failing rank waits before it exits, so that a rank which died without a word is noticed first."""
-
-
-class ConfigError(ValueError):
-    """`config.yaml` cannot be used."""
 
 
 def read_config(path: Path) -> ConfigContainer:

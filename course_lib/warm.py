@@ -42,7 +42,10 @@ class WarmError(RuntimeError):
 
 RANK_CODE = (
     "cpu/*.py",
-    *(f"{name}.py" for name in "devices failures imports layout* memory_meter preload runs stack train units warm".split()),
+    *(
+        f"{name}.py"
+        for name in "devices failures imports layout* memory_meter preload runs stack train units warm".split()
+    ),
 )
 """Files whose change makes a running server out of date: a new one is started then."""
 
@@ -66,7 +69,15 @@ class Lease:
             log: File for what the agent writes.
             env: Environment variables to set in the ranks.
         """
-        request = {"target": target, "argument": argument, "ranks": ranks, "log": str(log), "env": env, "cwd": os.getcwd()}
+        request = {
+            "target": target,
+            "argument": argument,
+            "ranks": ranks,
+            "log": str(log),
+            "env": env,
+            "cwd": os.getcwd(),
+            "path": [os.path.abspath(entry) for entry in sys.path],
+        }
         job = _try(self.path)
         if job is None:
             raise WarmError(f"the warm launcher is gone; see {self.path.with_suffix('.log')}, then run the cell again")
@@ -101,6 +112,18 @@ class Launched:
             return json.loads(self._text)
         except ValueError:
             return {"error": "the warm launcher went away"}
+
+    def wait_for(self, seconds: float) -> dict:
+        """Wait for the end, at most so many seconds.
+
+        Raises:
+            TimeoutError: If the launch still runs; it goes on until `stop()` or `close()`.
+        """
+        end = time.monotonic() + seconds
+        while (report := self.wait(end - time.monotonic())) is None:
+            if time.monotonic() > end:
+                raise TimeoutError(f"the launch still ran after {seconds:.0f} s")
+        return report
 
     def stop(self) -> None:
         """Ask for the end of all ranks; `wait()` says when they are gone."""
@@ -304,7 +327,7 @@ def _agent(request: dict, writer: object) -> None:
     )
     report: dict = {"dead": {}}
     try:
-        elastic_launch(config, rank_process)(request["target"], request["argument"], request["cwd"], request["env"])
+        elastic_launch(config, rank_process)(request)
     except ChildFailedError as failed:
         report["dead"] = {rank: failure.exitcode for rank, failure in failed.failures.items()}
     except SignalException:
@@ -331,18 +354,19 @@ def _use_the_fork_server_of_my_parent() -> None:
     forkserver._forkserver.ensure_running = lambda: None
 
 
-def rank_process(target: str, argument: str, cwd: str, env: dict[str, str]) -> None:
-    """What a rank does first: a session of its own, its environment, then the target."""
+def rank_process(request: dict) -> None:
+    """What a rank does first: a session of its own, the client's environment, then the target."""
     import gc
     import importlib
 
     os.setsid()
     _end_with_parent()
-    os.environ.update(env)
-    os.chdir(cwd)
+    os.environ.update(request["env"])
+    os.chdir(request["cwd"])
+    sys.path.extend(entry for entry in request["path"] if entry not in sys.path)
     gc.freeze()
-    module, _, name = target.partition(":")
-    getattr(importlib.import_module(module), name)(argument)
+    module, _, name = request["target"].partition(":")
+    getattr(importlib.import_module(module), name)(request["argument"])
 
 
 def _end_with_parent() -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from notebooks_made_here import clean, code, markdown, write
 
-from course_lib import book, lessons
+from course_lib import book, book_assets, lessons
+from course_lib.book_loads import external_loads
 
 PROJECT = Path(__file__).resolve().parent.parent
 # One transparent pixel.
@@ -28,7 +29,7 @@ def copy_book(tmp_path: Path) -> Path:
     generated = shutil.ignore_patterns("_build", "lessons", "assets")
     shutil.copytree(PROJECT / "book", root / "book", ignore=generated)
     (root / "notebooks").mkdir()
-    assets = book.vendor(PROJECT / "book" / "assets")
+    assets = book_assets.vendor(PROJECT / "book" / "assets")
     (root / "book" / "assets").symlink_to(assets, target_is_directory=True)
     return root
 
@@ -77,7 +78,7 @@ def test_the_book_has_its_pages_and_loads_nothing_from_elsewhere(built: Path) ->
         (built / name).is_file()
         for name in ("index.html", "glossary.html", "what_runs_where.html", "lessons/07_small.html")
     )
-    assert book.external_loads(built) == []
+    assert external_loads(built) == []
 
 
 def test_what_pages_need_travels_with_the_book(built: Path) -> None:
@@ -153,7 +154,7 @@ def test_lessons_are_executed_when_missing_or_older(tmp_path: Path, monkeypatch:
 def test_every_kind_of_load_is_found(tmp_path: Path, load: str) -> None:
     """The check finds scripts, styles, fonts, pictures, frames and imports."""
     (tmp_path / "page.html").write_text(f"<html><body>{load}</body></html>")
-    assert len(book.external_loads(tmp_path)) == 1
+    assert len(external_loads(tmp_path)) == 1
 
 
 def test_links_are_no_loads(tmp_path: Path) -> None:
@@ -161,12 +162,12 @@ def test_links_are_no_loads(tmp_path: Path) -> None:
     page = '<a href="https://example.org">x</a><link rel="canonical" href="https://example.org"><script src="x.js">'
     (tmp_path / "page.html").write_text(page)
     (tmp_path / "x.css").write_text("/* @import url(https://example.org/x.css); */ a { background: url(x.png) }")
-    assert book.external_loads(tmp_path) == []
+    assert external_loads(tmp_path) == []
     (tmp_path / "x.css").write_text("@font-face { src: url('https://example.org/x.woff2') }")
-    assert book.external_loads(tmp_path) == ["x.css: https://example.org/x.woff2"]
+    assert external_loads(tmp_path) == ["x.css: https://example.org/x.woff2"]
 
 
-def package_of(files: dict[str, bytes], *, keep: tuple[tuple[str, str], ...]) -> tuple[book.Package, bytes]:
+def package_of(files: dict[str, bytes], *, keep: tuple[tuple[str, str], ...]) -> tuple[book_assets.Package, bytes]:
     """A package as the registry would serve it."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
@@ -176,10 +177,10 @@ def package_of(files: dict[str, bytes], *, keep: tuple[tuple[str, str], ...]) ->
             archive.addfile(member, io.BytesIO(content))
     data = buffer.getvalue()
     integrity = "sha512-" + base64.b64encode(hashlib.sha512(data).digest()).decode()
-    return book.Package(name="@scope/tool", version="1.0.0", integrity=integrity, folder="tool", keep=keep), data
+    return book_assets.Package(name="@scope/tool", version="1.0.0", integrity=integrity, folder="tool", keep=keep), data
 
 
-def put(assets: Path, package: book.Package, data: bytes) -> None:
+def put(assets: Path, package: book_assets.Package, data: bytes) -> None:
     """Put a tarball where the cache has it."""
     (assets / ".tarballs").mkdir(parents=True, exist_ok=True)
     (assets / ".tarballs" / package.tarball).write_bytes(data)
@@ -190,20 +191,20 @@ def test_vendoring_keeps_what_is_needed_once(tmp_path: Path, monkeypatch: pytest
     files = {"dist/a.js": b"a", "dist/a.js.map": b"map", "fonts/b.woff": b"b", "fonts/../../../evil": b"e"}
     package, data = package_of(files, keep=(("dist/a.js", "a.js"), ("fonts/", "f/")))
     put(tmp_path, package, data)
-    monkeypatch.setattr(book, "_fetch", lambda package, path: pytest.fail("nothing has to be fetched"))
-    book.vendor(tmp_path, packages=(package,))
+    monkeypatch.setattr(book_assets, "_fetch", lambda package, path: pytest.fail("nothing has to be fetched"))
+    book_assets.vendor(tmp_path, packages=(package,))
     kept = sorted(path.relative_to(tmp_path).as_posix() for path in (tmp_path / "tool").rglob("*") if path.is_file())
     assert kept == ["tool/a.js", "tool/f/b.woff"] and not list(tmp_path.rglob("evil"))
     (tmp_path / ".tarballs" / package.tarball).unlink()
-    book.vendor(tmp_path, packages=(package,))
+    book_assets.vendor(tmp_path, packages=(package,))
 
 
 def test_a_wrong_checksum_is_refused(tmp_path: Path) -> None:
     """A tarball that is not the tested one is removed, and nothing of it is unpacked."""
     package, data = package_of({"dist/a.js": b"a"}, keep=(("dist/a.js", "a.js"),))
     put(tmp_path, package, data + b" ")
-    with pytest.raises(book.BookError, match="checksum"):
-        book.vendor(tmp_path, packages=(package,))
+    with pytest.raises(book_assets.AssetError, match="checksum"):
+        book_assets.vendor(tmp_path, packages=(package,))
     assert not (tmp_path / "tool").exists() and not (tmp_path / ".tarballs" / package.tarball).exists()
 
 
@@ -211,8 +212,8 @@ def test_a_missing_file_in_a_package_is_named(tmp_path: Path) -> None:
     """If upstream moves a file, the error says which."""
     package, data = package_of({"dist/a.js": b"a"}, keep=(("dist/b.js", "b.js"),))
     put(tmp_path, package, data)
-    with pytest.raises(book.BookError, match="dist/b.js"):
-        book.vendor(tmp_path, packages=(package,))
+    with pytest.raises(book_assets.AssetError, match="dist/b.js"):
+        book_assets.vendor(tmp_path, packages=(package,))
 
 
 @pytest.fixture
@@ -239,17 +240,17 @@ def test_without_npm_the_registry_is_asked_directly(tmp_path: Path, registry, mo
     """Where npm is not installed, the tarball comes from the registry's address; else the error says all."""
     folder, address = registry
     package, data = package_of({"dist/a.js": b"a"}, keep=(("dist/a.js", "a.js"),))
-    served = folder / package.url.removeprefix(f"{book.REGISTRY}/")
+    served = folder / package.url.removeprefix(f"{book_assets.REGISTRY}/")
     served.parent.mkdir(parents=True)
     served.write_bytes(data)
-    monkeypatch.setattr(book.shutil, "which", lambda name: None)
-    monkeypatch.setattr(book, "REGISTRY", address)
-    book.vendor(tmp_path / "one", packages=(package,))
+    monkeypatch.setattr(book_assets.shutil, "which", lambda name: None)
+    monkeypatch.setattr(book_assets, "REGISTRY", address)
+    book_assets.vendor(tmp_path / "one", packages=(package,))
     assert (tmp_path / "one" / "tool" / "a.js").read_bytes() == b"a"
     served.unlink()
-    with pytest.raises(book.BookError, match=r"npm is not installed.*404.*copy scope-tool-1.0.0.tgz"):
-        book.vendor(tmp_path / "two", packages=(package,))
-    assert not list((tmp_path / "two").rglob("*.partial"))
+    with pytest.raises(book_assets.AssetError, match=r"npm is not installed.*404.*copy scope-tool-1.0.0.tgz"):
+        book_assets.vendor(tmp_path / "two", packages=(package,))
+    assert not list((tmp_path / "two").rglob("*.tgz"))
 
 
 def test_glossary_entries_are_unique_and_linked_words_exist() -> None:

@@ -4,21 +4,23 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from course_lib import bootstrap
+from course_lib import bootstrap, bytecode
 
 GIB = 2**30
 PROJECT = Path(__file__).resolve().parent.parent
-FITS = {
-    "system": "Linux",
-    "machine": "x86_64",
-    "glibc": (2, 36),
-    "total_memory_bytes": 8 * GIB,
-    "free_disk_bytes": 20 * GIB,
-}
+FITS = bootstrap.Machine(
+    system="Linux",
+    processor="x86_64",
+    glibc=(2, 36),
+    memory_bytes=8 * GIB,
+    free_disk_bytes=20 * GIB,
+    compiler=None,
+)
 
 
 def executable(path: Path, text: str) -> Path:
@@ -33,7 +35,7 @@ def project(tmp_path: Path) -> Path:
     """A copy of what decides the environment, with no environment."""
     folder = tmp_path / "course"
     (folder / "course_lib").mkdir(parents=True)
-    for name in ("pyproject.toml", "uv.lock", ".python-version", "course_lib/bootstrap.py"):
+    for name in ("pyproject.toml", "uv.lock", ".python-version", "course_lib/bootstrap.py", "course_lib/bytecode.py"):
         shutil.copy(PROJECT / name, folder / name)
     return folder
 
@@ -68,16 +70,17 @@ def test_no_python_is_one_sentence_with_its_fix(project: Path, tmp_path: Path) -
     [
         ({"system": "Darwin"}, "runs on Linux and this is Darwin", "WSL 2"),
         ({"glibc": (2, 17)}, "needs glibc 2.28 and this system has glibc 2.17", "newer distribution"),
-        ({"total_memory_bytes": 5 * GIB}, "need 6 GiB of memory", "Raise the container's limit"),
+        ({"glibc": ()}, "this system has another C library", "newer distribution"),
+        ({"memory_bytes": 5 * GIB}, "need 6 GiB of memory", "Raise the container's limit"),
         ({"free_disk_bytes": 11 * GIB}, "needs 12 GiB of free disk", "Free some space"),
-        ({"machine": "riscv64", "compiler": lambda: None}, "no C++ compiler was found", "apt-get install g++"),
+        ({"processor": "riscv64"}, "no C++ compiler was found", "apt-get install g++"),
     ],
 )
 def test_each_prerequisite_stops_early(project: Path, reading: dict, sentence: str, fix: str) -> None:
     """Each missing prerequisite is one line that says what was found, what is needed and how to mend it."""
-    bootstrap.check_machine(project, **FITS)
+    bootstrap.check_machine(project, FITS)
     with pytest.raises(bootstrap.PrerequisiteMissing) as caught:
-        bootstrap.check_machine(project, **(FITS | reading))
+        bootstrap.check_machine(project, replace(FITS, **reading))
     message = str(caught.value)
     assert sentence in message
     assert fix in message
@@ -89,41 +92,41 @@ def test_a_finished_environment_needs_no_free_disk(project: Path) -> None:
     """The disk is only counted while the environment must still be installed."""
     (project / ".venv").mkdir()
     (project / ".venv/pyvenv.cfg").touch()
-    bootstrap.check_machine(project, **(FITS | {"free_disk_bytes": 0}))
+    bootstrap.check_machine(project, replace(FITS, free_disk_bytes=0))
 
 
 def test_a_compiler_is_asked_for_only_where_it_is_needed(project: Path) -> None:
     """The lock names ready-built wheels of Megatron Core for x86_64 and aarch64, so no compiler is needed there."""
     lock = (PROJECT / "uv.lock").read_text(encoding="utf-8")
-    assert not bootstrap.needs_compiler(lock, machine="x86_64")
-    assert not bootstrap.needs_compiler(lock, machine="aarch64")
-    assert bootstrap.needs_compiler(lock, machine="riscv64")
-    bootstrap.check_machine(project, **(FITS | {"compiler": lambda: None}))
-    bootstrap.check_machine(project, **(FITS | {"machine": "riscv64", "compiler": lambda: "/usr/bin/g++"}))
+    assert not bootstrap.needs_compiler(lock, processor="x86_64")
+    assert not bootstrap.needs_compiler(lock, processor="aarch64")
+    assert bootstrap.needs_compiler(lock, processor="riscv64")
+    bootstrap.check_machine(project, replace(FITS, processor="riscv64", compiler="/usr/bin/g++"))
 
 
-@pytest.mark.parametrize(("limit", "expected"), [("max", 8 * GIB), (str(2 * GIB), 2 * GIB)])
-def test_memory_is_the_containers(tmp_path: Path, limit: str, expected: int) -> None:
+def test_memory_is_the_containers(tmp_path: Path) -> None:
     """A container's limit counts, not the memory of the host that it runs on."""
-    (tmp_path / "meminfo").write_text(f"MemTotal:       {8 * 2**20} kB\nMemFree: 1 kB\n", encoding="ascii")
-    (tmp_path / "memory.max").write_text(limit + "\n", encoding="ascii")
-    assert bootstrap.memory_bytes(meminfo=str(tmp_path / "meminfo"), cgroup=str(tmp_path)) == expected
+    (tmp_path / "memory.max").write_text(f"{64 * 2**20}\n", encoding="ascii")
+    assert bootstrap.memory_bytes(cgroup=str(tmp_path)) == 64 * 2**20
+    (tmp_path / "memory.max").write_text("max\n", encoding="ascii")
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert bootstrap.memory_bytes(cgroup=str(tmp_path)) == total > GIB
 
 
-def test_pyenvs_python_is_found_and_proved(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The newest pyenv 3.12 that really starts is taken; a broken one and another version are passed over."""
+def test_pyenvs_python_is_found_and_proved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pyenv 3.12 that really starts is taken; a broken one and another version are passed over."""
     monkeypatch.setattr(bootstrap.sys, "version_info", (3, 11, 0))
-    for version, text in (("3.12.10", "exit 1\n"), ("3.12.9", 'echo "3.11 /x"\n'), ("3.12.2", 'echo "3.12 $0"\n')):
+    for version, text in (("3.12.10", "exit 1\n"), ("3.12.9", 'echo "3 11"\n'), ("3.12.2", 'echo "3 12"\n')):
         executable(tmp_path / f"pyenv/versions/{version}/bin/python3.12", text)
     environment = {"PYENV_ROOT": str(tmp_path / "pyenv"), "HOME": str(tmp_path), "PATH": ""}
-    assert bootstrap.find_python(project, environment=environment) == tmp_path / "pyenv/versions/3.12.2/bin/python3.12"
+    assert bootstrap.find_python(environment) == tmp_path / "pyenv/versions/3.12.2/bin/python3.12"
 
 
-def test_condas_python_is_found(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_condas_python_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A conda environment's Python 3.12 serves too."""
     monkeypatch.setattr(bootstrap.sys, "version_info", (3, 11, 0))
-    wanted = executable(tmp_path / "miniforge3/envs/py312/bin/python3.12", 'echo "3.12 $0"\n')
-    assert bootstrap.find_python(project, environment={"HOME": str(tmp_path), "PATH": ""}) == wanted
+    wanted = executable(tmp_path / "miniforge3/envs/py312/bin/python3.12", 'echo "3 12"\n')
+    assert bootstrap.find_python({"HOME": str(tmp_path), "PATH": ""}) == wanted
 
 
 def test_an_old_uv_is_passed_over(project: Path, tmp_path: Path) -> None:
@@ -139,21 +142,20 @@ def test_no_uv_is_found_where_there_is_none(project: Path, tmp_path: Path) -> No
     assert bootstrap.find_uv(project, search_path=str(tmp_path)) is None
 
 
-FAKE_PYTHON = """
+PYTHON_WITHOUT_VENV = """
 case "$*" in
-  "-m venv"*) {venv} ;;
-  *"install --upgrade --target"*) mkdir -p "$6/bin"; printf '#!/bin/sh\\necho uv {version}\\n' > "$6/bin/uv"; chmod +x "$6/bin/uv" ;;
-  *) exit 1 ;;
+  *"install --upgrade --target"*)
+    mkdir -p "$6/bin"
+    printf '#!/bin/sh\\necho uv 0.13.9\\n' > "$6/bin/uv"
+    chmod +x "$6/bin/uv" ;;
+  *) echo 'ensurepip is not available' >&2; exit 1 ;;
 esac
 """
 
 
 def test_uv_is_installed_without_venv(project: Path, tmp_path: Path) -> None:
     """Where Python has no ensurepip (Debian), uv comes by `pip install --target` into .tools."""
-    python = executable(
-        tmp_path / "python", FAKE_PYTHON.format(venv="echo 'ensurepip is not available' >&2; exit 1", version="0.13.9")
-    )
-    binary = bootstrap.install_uv(project, [python])
+    binary = bootstrap.install_uv(project, [executable(tmp_path / "python", PYTHON_WITHOUT_VENV)])
     assert binary == project / ".tools/bin/uv"
     assert bootstrap.uv_version(binary) == (0, 13, 9)
 
@@ -169,7 +171,10 @@ FAKE_UV = """
 if [ "$1" = --version ]; then echo "uv 0.13.9"; exit 0; fi
 echo "$@" >> {log}
 [ -z "$PYTHONDONTWRITEBYTECODE" ] || echo "bytecode is off" >> {log}
-mkdir -p .venv/bin && touch .venv/pyvenv.cfg && printf '#!/bin/sh\\necho compiled >> {log}\\n' > .venv/bin/python && chmod +x .venv/bin/python
+mkdir -p .venv/bin
+touch .venv/pyvenv.cfg
+printf '#!/bin/sh\\necho compiled >> {log}\\n' > .venv/bin/python
+chmod +x .venv/bin/python
 exit {code}
 """
 
@@ -212,16 +217,16 @@ def test_a_failed_installation_leaves_no_stamp(project: Path, fake_uv: Path, mon
 
 def test_only_what_a_first_run_imports_is_compiled(tmp_path: Path) -> None:
     """Bytecode is written for the listed packages, less their tests and the parts that nothing imports."""
+    packages = tmp_path / "tests" / "site-packages"  # a project may lie in a folder of that name
     for name in ("torch/a.py", "torch/testing/b.py", "torch/nn/tests/c.py", "unlisted/d.py", "megatron/core/e.py"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("x = 1\n", encoding="utf-8")
+        (packages / name).parent.mkdir(parents=True, exist_ok=True)
+        (packages / name).write_text("x = 1\n", encoding="utf-8")
     # In its own process, as in the set-up: pytest's threads and a forked pool do not go together.
     code = (
-        "from pathlib import Path; from course_lib import bootstrap; "
-        f"print(bootstrap.compile_first_run(Path({str(tmp_path)!r})))"
+        "from pathlib import Path; from course_lib import bytecode; "
+        f"bytecode.compile_first_run(Path({str(packages)!r}))"
     )
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60)
-    assert done.stdout.strip() == "2"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
     assert sorted(path.name.split(".")[0] for path in tmp_path.rglob("*.pyc")) == ["a", "e"]
 
 
@@ -230,7 +235,7 @@ def test_the_compiled_packages_exist() -> None:
     import sysconfig
 
     packages = Path(sysconfig.get_path("purelib"))
-    gone = [name for name in [*bootstrap.COMPILED, *bootstrap.NOT_COMPILED] if not (packages / name).is_dir()]
+    gone = [name for name in [*bytecode.IMPORTED, *bytecode.LARGE_AND_UNUSED] if not (packages / name).is_dir()]
     assert gone == []
 
 

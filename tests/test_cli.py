@@ -49,7 +49,7 @@ def test_make_run_ends_with_the_next_step() -> None:
 
 
 def test_bytecode_is_written_below_make() -> None:
-    """PYTHONDONTWRITEBYTECODE of the machine does not reach the commands, else every process compiles everything again."""
+    """PYTHONDONTWRITEBYTECODE of the machine does not reach the commands, else every process compiles all again."""
     probe = 'print-it: ; @echo "[$$PYTHONDONTWRITEBYTECODE]"\n'
     command = ["make", "--no-print-directory", "-C", str(PROJECT), "-f", "Makefile", "-f", "-", "print-it"]
     environment = dict(os.environ) | {"PYTHONDONTWRITEBYTECODE": "1"}

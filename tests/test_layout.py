@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from course_lib import layout, layout_rules
+from course_lib import layout, layout_rules, layout_sizes, layout_stages
 from course_lib.layout import Layout, LayoutError
 
 LLAMA = {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 8, "num_query_groups": 4, "ffn_hidden_size": 128}
@@ -37,7 +37,7 @@ def sizes(tensor: int = 1, pipeline: int = 1, context: int = 1, expert: int = 1)
 # What a learner sees.
 
 
-@pytest.mark.parametrize("module", [layout, layout_rules])
+@pytest.mark.parametrize("module", [layout, layout_rules, layout_sizes, layout_stages])
 def test_documented_examples_hold(module: Any) -> None:
     """Every example in the docstrings is true."""
     result = doctest.testmod(module)

@@ -17,9 +17,10 @@ class Refused(RuntimeError):
 
 def active() -> bool:
     """True once `activate()` has run in this process."""
-    import torch
+    import sys
 
-    return getattr(torch.cuda.is_available, "__course_cpu__", False)
+    torch = sys.modules.get("torch")
+    return torch is not None and getattr(torch.cuda.is_available, "__course_cpu__", False)
 
 
 def redirections() -> list[Redirection]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+from course_lib.cpu import rng
 from course_lib.cpu.redirection import Redirection
 
 __all__ = ["redirections"]
@@ -18,36 +19,6 @@ def _no_compile(_: object) -> Callable:
         return None
 
     return compile_helpers
-
-
-def _rng_state(_: object) -> Callable:
-    def _get_cuda_rng_state(device: object = "cuda", clone: bool = False, graph_safe: bool = False) -> object:
-        import torch
-
-        return torch.default_generator if graph_safe else torch.get_rng_state()
-
-    return _get_cuda_rng_state
-
-
-def _set_rng_state(_: object) -> Callable:
-    def _set_cuda_rng_state(new_state: object, device: object = -1, graph_safe: bool = False) -> None:
-        import torch
-
-        torch.set_rng_state(new_state.get_state() if graph_safe else new_state)
-
-    return _set_cuda_rng_state
-
-
-def _keep_cpu_stream(original: Callable) -> Callable:
-    @functools.wraps(original)
-    def model_parallel_cuda_manual_seed(*args: object, **kwargs: object) -> None:
-        import torch
-
-        state = torch.get_rng_state()
-        original(*args, **kwargs)
-        torch.set_rng_state(state)
-
-    return model_parallel_cuda_manual_seed
 
 
 def _initialise_on_cpu(original: Callable) -> Callable:
@@ -126,10 +97,89 @@ def _int_splits(original: Callable) -> Callable:
             return None if sizes is None else [int(size) for size in sizes]
 
         return original(
-            output, input.contiguous(), ints(output_split_sizes), ints(input_split_sizes), group=group, async_op=async_op
+            output,
+            input.contiguous(),
+            ints(output_split_sizes),
+            ints(input_split_sizes),
+            group=group,
+            async_op=async_op,
         )
 
     return all_to_all_single
+
+
+def _average_before(original: Callable) -> Callable:
+    """Wrap `all_reduce`: divide by the group's size, then sum, which an asynchronous call allows too."""
+
+    @functools.wraps(original)
+    def all_reduce(tensor: object, op: object = None, group: object = None, async_op: bool = False) -> object:
+        import torch.distributed as dist
+
+        if op == dist.ReduceOp.AVG:
+            _divide(tensor, dist.get_world_size(group))
+            op = dist.ReduceOp.SUM
+        return original(tensor, dist.ReduceOp.SUM if op is None else op, group, async_op)
+
+    return all_reduce
+
+
+def _average_before_scatter(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def reduce_scatter_tensor(
+        output: object, input: object, op: object = None, group: object = None, async_op: bool = False
+    ) -> object:
+        import torch.distributed as dist
+
+        if op == dist.ReduceOp.AVG:
+            if output.untyped_storage().data_ptr() != input.untyped_storage().data_ptr():
+                input = input.clone()  # in place only where the caller gave up the input anyway
+            _divide(input, dist.get_world_size(group))
+            op = dist.ReduceOp.SUM
+        return original(output, input, dist.ReduceOp.SUM if op is None else op, group, async_op)
+
+    return reduce_scatter_tensor
+
+
+def _gather_flat(original: Callable) -> Callable:
+    """Wrap `all_gather_into_tensor`: NCCL looks at memory only, gloo at shapes too."""
+
+    @functools.wraps(original)
+    def all_gather_into_tensor(
+        output_tensor: object, input_tensor: object, group: object = None, async_op: bool = False
+    ) -> object:
+        if output_tensor.shape[1:] != input_tensor.shape[1:]:
+            output_tensor, input_tensor = output_tensor.view(-1), input_tensor.contiguous().view(-1)
+        return original(output_tensor, input_tensor, group, async_op)
+
+    return all_gather_into_tensor
+
+
+def _divide(tensor: object, count: int) -> None:
+    import torch
+
+    if count > 1:
+        with torch.no_grad():
+            tensor.div_(count, rounding_mode=None if tensor.is_floating_point() else "trunc")
+
+
+def _fp8_if_asked(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def init(self: object, fp8: object = None) -> None:
+        original(self, fp8 or None)
+
+    return init
+
+
+def _share_by_copy(_: object) -> Callable:
+    def _get_share_storage() -> Callable:
+        def share_storage(to: object, source: object) -> None:
+            memory = source.untyped_storage()
+            to.untyped_storage().resize_(memory.nbytes())
+            to.untyped_storage().copy_(memory)
+
+        return share_storage
+
+    return _get_share_storage
 
 
 def _norm_with_sequence_parallel(_: object) -> Callable:
@@ -159,38 +209,11 @@ def redirections() -> list[Redirection]:
     optimizer = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
     without_te = "torch's AdamW keeps `step` per parameter, which upstream loses on resume without Transformer Engine"
     prebuilt = "the wheel ships helpers_cpp built but no Makefile: `make` fails and rank 0 exits, on GPUs too"
-    one_stream = "seeds of tensor-parallel ranks live in the CPU generator"
+    no_average = "gloo has no averaging reduction; MoE's and MTP's logging ask for one"
     return [
         Redirection("megatron.core.datasets.utils.compile_helpers", _no_compile, "no effect", prebuilt),
         Redirection("megatron.bridge.training.initialize.compile_helpers", _no_compile, "no effect", prebuilt),
-        Redirection(
-            "megatron.core.tensor_parallel.random._get_cuda_rng_state",
-            _rng_state,
-            "the CPU generator, or its state",
-            one_stream,
-            ("device", "clone", "graph_safe"),
-        ),
-        Redirection(
-            "megatron.core.tensor_parallel.random._set_cuda_rng_state",
-            _set_rng_state,
-            "sets the CPU generator",
-            one_stream,
-            ("new_state", "device", "graph_safe"),
-        ),
-        *(
-            Redirection(
-                f"{module}.model_parallel_cuda_manual_seed",
-                _keep_cpu_stream,
-                "leaves the CPU generator as it was",
-                "a GPU has a second random stream; here reseeding it would break layout-independent initialisation",
-                ("seed",),
-            )
-            for module in (
-                "megatron.core.tensor_parallel.random",
-                "megatron.core.tensor_parallel",
-                "megatron.bridge.models.model_provider",
-            )
-        ),
+        *rng.megatron_redirections(),
         Redirection(
             "megatron.bridge.models.model_provider.get_model",
             _initialise_on_cpu,
@@ -205,7 +228,9 @@ def redirections() -> list[Redirection]:
             "upstream spawns a manager process that re-imports the main module (65 s, then EOFError)",
             ("mp_mode",),
         ),
-        Redirection(f"{optimizer}.state_dict", _state_with_empty_adam, "creates Adam's state first", without_te, ("self",)),
+        Redirection(
+            f"{optimizer}.state_dict", _state_with_empty_adam, "creates Adam's state first", without_te, ("self",)
+        ),
         Redirection(
             f"{optimizer}._set_main_param_and_optimizer_states",
             _state_keeps_step,
@@ -222,6 +247,53 @@ def redirections() -> list[Redirection]:
         ),
         Redirection("torch.distributed.all_to_all_single", _int_splits, "split sizes as ints", "gloo refuses tensors"),
         Redirection(
+            "torch.distributed.all_reduce",
+            _average_before,
+            "an average is a sum of shares",
+            no_average,
+            ("tensor", "op", "group", "async_op"),
+        ),
+        *(
+            Redirection(
+                name,
+                _average_before_scatter,
+                "an average is a sum of shares",
+                no_average,
+                ("output", "input", "op", "group", "async_op"),
+            )
+            for name in (
+                "torch.distributed.reduce_scatter_tensor",
+                "megatron.core.distributed.param_and_grad_buffer.dist_reduce_scatter_func",
+            )
+        ),
+        *(
+            Redirection(
+                name,
+                _gather_flat,
+                "gathers into any shape",
+                "gloo compares shapes where NCCL compares sizes",
+                ("output_tensor", "input_tensor", "group", "async_op"),
+            )
+            for name in (
+                "torch.distributed.all_gather_into_tensor",
+                "megatron.core.tensor_parallel.utils.dist_all_gather_func",
+            )
+        ),
+        Redirection(
+            "megatron.core.tensor_parallel.random.CheckpointWithoutOutput.__init__",
+            _fp8_if_asked,
+            "FP8 only if asked for",
+            "upstream takes the default for FP8 (`is not None`) and then misses Transformer Engine",
+            ("self", "fp8"),
+        ),
+        Redirection(
+            "megatron.core.tensor_parallel.random._get_share_storage",
+            _share_by_copy,
+            "copies the storage",
+            "upstream compiles a C++ extension on first use, in every rank",
+            (),
+        ),
+        Redirection(
             "megatron.core.transformer.torch_norm.WrappedTorchNorm.__new__",
             _norm_with_sequence_parallel,
             "marks its parameters as sequence parallel",
@@ -235,6 +307,13 @@ def redirections() -> list[Redirection]:
             "Transformer Engine is absent",
         ),
         Redirection("megatron.bridge.peft.utils.HAVE_TE", lambda _: False, "False", "LoRA compares with TE's classes"),
+        *(
+            Redirection(f"{module}.HAVE_TE", lambda _: False, "False", "upstream takes the stand-in for the package")
+            for module in (
+                "megatron.bridge.training.comm_overlap",
+                "megatron.core.models.gpt.experimental_attention_variant_module_specs",
+            )
+        ),
     ]
 
 

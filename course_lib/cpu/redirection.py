@@ -85,8 +85,9 @@ def apply(redirections: Iterable[Redirection]) -> None:
             misfits.append(str(misfit))
     if misfits:
         raise Misfit("these redirections no longer fit the installed packages:\n  " + "\n  ".join(misfits))
-    for owner, name, redirection, original in ready:
-        setattr(owner, name, redirection.replace(original))
+    replacements = [(owner, name, redirection.replace(original)) for owner, name, redirection, original in ready]
+    for owner, name, replacement in replacements:
+        setattr(owner, name, replacement)
 
 
 def _check_parameters(redirection: Redirection, original: object) -> None:

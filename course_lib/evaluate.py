@@ -1,0 +1,146 @@
+"""How good a trained model is: baselines to beat, and text to look at."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from course_lib import failures, runs, stack, warm
+
+__all__ = ["generate", "unigram_loss"]
+
+
+def unigram_loss(train: Sequence[int], validation: Sequence[int], *, vocab_size: int) -> float:
+    """The loss of a model that knows how often each token occurs and nothing else.
+
+    Counts come from the training ids, one is added to each (Laplace), the loss is that of the validation ids.
+
+    Args:
+        train: Token ids to count.
+        validation: Token ids to judge on.
+        vocab_size: Number of ids.
+
+    Returns:
+        Mean negative log likelihood, nats per token.
+
+    Example:
+        >>> round(unigram_loss([0, 1] * 5000, [0, 1], vocab_size=2), 4) == round(math.log(2), 4)
+        True
+    """
+    counts, total = Counter(train), len(train) + vocab_size
+    return -sum(math.log((counts[token] + 1) / total) for token in validation) / len(validation)
+
+
+def generate(
+    run: runs.Run,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 60,
+    temperature: float = 0.7,
+    seed: int = 1234,
+    wait_seconds: float = 300.0,
+) -> list[str]:
+    """Continue prompts with the run's last checkpoint, on one rank.
+
+    The checkpoint may come from any layout: Megatron reshards it to TP=1 while loading.
+
+    Args:
+        run: A run that was launched with `save=True` and a Hugging Face tokenizer.
+        prompts: Texts to continue.
+        max_new_tokens: Tokens to add to each.
+        temperature: Below 1 is more cautious; 0 always takes the likeliest token.
+        seed: Seed of the sampling.
+        wait_seconds: Give up after so long.
+
+    Returns:
+        Prompt and continuation, one text for each prompt.
+
+    Raises:
+        FileNotFoundError: If the run has no checkpoint.
+        RuntimeError: If the rank fails; the end of its log says why.
+    """
+    checkpoint = _last_checkpoint(run)
+    work = run.path / "generate"
+    work.mkdir(exist_ok=True)
+    request = {
+        "run": str(run.path),
+        "checkpoint": str(checkpoint),
+        "prompts": list(prompts),
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "seed": seed,
+    }
+    answer = work / "answer.json"
+    answer.unlink(missing_ok=True)
+    runs.write_json(work / "request.json", request)
+    launched = warm.lease().launch(
+        "course_lib.evaluate:generate_rank", str(work), ranks=1, log=work / "log.txt", env={"OMP_NUM_THREADS": "2"}
+    )
+    try:
+        launched.wait_for(wait_seconds)
+    finally:
+        launched.close()
+    if not answer.exists():
+        tail = (work / "log.txt").read_text(errors="replace")[-1500:]
+        raise RuntimeError(f"generating from run {run.name!r} failed. {failures.hint_for(tail)}\n{tail}")
+    return json.loads(answer.read_text())
+
+
+def _last_checkpoint(run: runs.Run) -> Path:
+    """The newest whole checkpoint, as Bridge's tracker file names it."""
+    home = run.path / "checkpoints"
+    try:
+        iteration = int((home / "latest_checkpointed_iteration.txt").read_text())
+    except (FileNotFoundError, ValueError):
+        raise FileNotFoundError(f"run {run.name!r} has no checkpoint: launch it with save=True") from None
+    return home / f"iter_{iteration:07d}"
+
+
+def generate_rank(work: str) -> None:
+    """What the one rank does: load the checkpoint at TP=1, sample, write `answer.json`."""
+    if stack.device(1) == "cpu":
+        from course_lib import cpu
+
+        cpu.activate()
+    import torch
+    from megatron.bridge.training.model_load_save import load_megatron_model, temporary_distributed_context
+
+    from course_lib import tokenizers
+
+    request = json.loads((Path(work) / "request.json").read_text())
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    run = runs.Run(Path(request["run"]))
+    tokenizer = tokenizers.load(Path(run.config["tokenizer"]["tokenizer_model"]))
+    length = run.config["dataset"]["seq_length"]
+    end = tokenizer.token_to_id(tokenizers.END_OF_DOCUMENT)
+    generator = torch.Generator().manual_seed(request["seed"])
+    with temporary_distributed_context(backend="gloo"):
+        model = load_megatron_model(request["checkpoint"], use_cpu_init=True, skip_temp_dist_context=True)
+        model = (model[0] if isinstance(model, list) else model).eval()
+        texts = []
+        for prompt in request["prompts"]:
+            ids = tokenizer.encode(prompt).ids
+            for _ in range(request["max_new_tokens"]):
+                window = torch.tensor([ids[-length:]])
+                with torch.no_grad():
+                    logits = model(window, torch.arange(window.shape[1])[None], None)[
+                        0, -1, : tokenizer.get_vocab_size()
+                    ]
+                ids.append(_sample(logits, request["temperature"], generator))
+                if ids[-1] == end:
+                    break
+            texts.append(tokenizer.decode(ids))
+    runs.write_json(Path(work) / "answer.json", texts)
+
+
+def _sample(logits: object, temperature: float, generator: object) -> int:
+    import torch
+
+    if temperature == 0:
+        return int(logits.argmax())
+    chances = torch.softmax(logits.float() / temperature, dim=-1)
+    return int(torch.multinomial(chances, 1, generator=generator))

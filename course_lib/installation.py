@@ -1,0 +1,239 @@
+"""Which of NVIDIA's packages are installed here, where each is imported from, and the traps of mixing them.
+
+Nothing here imports torch or megatron: versions come from the installed metadata and places from the import system.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+from course_lib import stack
+from course_lib.findings import Finding, fail_unless, warn_unless
+
+__all__ = [
+    "PACKAGES",
+    "Package",
+    "findings",
+    "foreign_megatron",
+    "helpers",
+    "leptonai",
+    "one_installation",
+    "packages",
+    "places",
+    "torch_has_gloo",
+    "version",
+    "versions",
+]
+
+# Distributions of NVIDIA's stack and what Python imports them as. Those that are not installed are listed too.
+PACKAGES = {
+    "torch": "torch",
+    "megatron-core": "megatron.core",
+    "megatron-bridge": "megatron.bridge",
+    "megatron-energon": "megatron.energon",
+    "nvidia-modelopt": "modelopt",
+    "nemo-run": "nemo_run",
+    "transformer-engine": "transformer_engine",
+    "nvidia-resiliency-ext": "nvidia_resiliency_ext",
+    "mamba-ssm": "mamba_ssm",
+    "causal-conv1d": "causal_conv1d",
+    "flash-linear-attention": "fla",
+    "emerging-optimizers": "emerging_optimizers",
+    "nvidia-nccl-cu13": "nvidia.nccl",
+}
+CONTAINER_VARIABLES = ("NVIDIA_PRODUCT_NAME", "NEMO_VERSION", "NVIDIA_PYTORCH_VERSION")
+SET_UP = "Run `make setup`, then use `.venv/bin/python`."
+
+
+@dataclass(frozen=True)
+class Package:
+    """A distribution: `version` and `file` are None where it is not installed."""
+
+    name: str
+    module: str
+    version: str | None
+    file: str | None
+
+
+def findings(*, has_gpus: bool) -> list[Finding]:
+    """Every check of the installed packages."""
+    found = [
+        foreign_megatron(),
+        *versions(stack.versions(), environment=os.environ, has_gpus=has_gpus),
+        one_installation(places("megatron.core"), places("megatron.bridge")),
+        helpers(),
+        torch_has_gloo(),
+    ]
+    if version("nemo-run"):
+        found.append(leptonai(version("leptonai")))
+    return found
+
+
+def packages() -> tuple[Package, ...]:
+    """NVIDIA's packages with version and the file each is imported from."""
+    rows = []
+    for name, module in PACKAGES.items():
+        installed = version(name)
+        files = places(module) if installed else []
+        rows.append(Package(name, module, installed, str(files[0]) if files else None))
+    return tuple(rows)
+
+
+def version(name: str) -> str | None:
+    """The installed version of a distribution, or None."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def places(module: str) -> list[Path]:
+    """Files that importing `module` could mean, first one wins; no parent package is imported."""
+    top, *rest = module.split(".")
+    spec = importlib.util.find_spec(top)
+    if spec is None:
+        return []
+    if not rest:
+        return [Path(spec.origin)] if spec.origin else []
+    folders = [Path(root, *rest) for root in spec.submodule_search_locations or ()]
+    inits = [(folder, folder / "__init__.py") for folder in folders if folder.is_dir()]
+    return [init if init.exists() else folder for folder, init in inits]
+
+
+def foreign_megatron() -> Finding:
+    """PyPI's `megatron` is another project; its `megatron/__init__.py` hides NVIDIA's namespace package."""
+    spec = importlib.util.find_spec("megatron")
+    if spec is None:
+        return Finding("megatron namespace", "fail", "nothing to import", SET_UP)
+    if spec.origin is None:
+        return Finding("megatron namespace", "ok", "NVIDIA's namespace package")
+    fix = (
+        "Run `pip uninstall -y megatron`, then `make setup`: that name on PyPI is another project, NVIDIA's is "
+        "`megatron-core`."
+    )
+    return Finding("megatron namespace", "fail", f"hidden by {spec.origin}", fix)
+
+
+def versions(found: Mapping[str, str | None], *, environment: Mapping[str, str], has_gpus: bool) -> list[Finding]:
+    """Whether torch, core and Bridge are those that the course is tested against.
+
+    On a CPU the redirection refuses other versions, so a difference stops the lessons.
+    On GPUs it may only change numbers.
+    NVIDIA's container nemo:26.06 carries Bridge 0.5.0 and core 0.18.0.
+
+    Args:
+        found: Version by distribution name, as `stack.versions()` gives it.
+        environment: Where a container of NVIDIA's says so.
+        has_gpus: Whether the ranks could run on GPUs.
+    """
+    container = next((environment[name] for name in CONTAINER_VARIABLES if environment.get(name)), None)
+    where = f" (in NVIDIA's container: {container})" if container else ""
+    rows = []
+    for name, wanted in stack.TESTED.items():
+        if found[name] == wanted:
+            rows.append(Finding(f"version of {name}", "ok", wanted))
+            continue
+        fix = SET_UP
+        if container and name != "torch":  # the container's own torch, CUDA and Transformer Engine fit each other
+            fix = (
+                f"Run `pip install --no-deps {name}=={wanted}` in the container, which leaves its torch and "
+                "Transformer Engine alone."
+            )
+        status = "warn" if found[name] and has_gpus else "fail"
+        value = f"{found[name] or 'not installed'}, tested with {wanted}{where}"
+        rows.append(Finding(f"version of {name}", status, value, fix))
+    return rows
+
+
+def one_installation(core: Sequence[Path], bridge: Sequence[Path]) -> Finding:
+    """A source checkout beside a wheel, or Bridge from elsewhere than core: Python then mixes two versions silently.
+
+    Args:
+        core: Where `megatron.core` could come from, as `places` gives it.
+        bridge: The same for `megatron.bridge`.
+    """
+    if not (core and bridge):
+        value = "megatron.core or megatron.bridge cannot be imported"
+        return Finding("one installation", "fail", value, SET_UP)
+    problems = [*_copies("megatron-core", core), *_copies("megatron-bridge", bridge)]
+    core_root, bridge_root = core[0].parents[2], bridge[0].parents[2]
+    if core_root != bridge_root:
+        problems.append(f"core comes from {core_root}, Bridge from {bridge_root}")
+    fix = "Take source checkouts off PYTHONPATH and run `make setup`: core and Bridge must come from one installation."
+    return fail_unless(not problems, "one installation", "; ".join(problems) or str(core_root), fix)
+
+
+def _copies(name: str, files: Sequence[Path]) -> Iterator[str]:
+    """What speaks against one and only one installation of a distribution."""
+    if len(files) > 1:
+        yield f"{len(files)} copies of {PACKAGES[name]}: {', '.join(str(file.parent) for file in files)}"
+    # One folder may stand on the path twice, and then gives each of its records twice.
+    records = {str(record.locate_file("")): record for record in importlib.metadata.distributions(name=name)}
+    if len(records) > 1:
+        yield f"{name} is installed {len(records)} times: {', '.join(record.version for record in records.values())}"
+    for folder, record in records.items():
+        if not files[0].resolve().is_relative_to(Path(folder).resolve()) and not _is_editable(record):
+            yield f"{name} {record.version} is installed in {folder} and imported from {files[0].parent}"
+
+
+def _is_editable(record: importlib.metadata.Distribution) -> bool:
+    text = record.read_text("direct_url.json") or "{}"
+    return json.loads(text).get("dir_info", {}).get("editable", False)
+
+
+def helpers(folder: Path | None = None) -> Finding:
+    """Megatron's index builder must come ready built: its wheel has no Makefile, so a run cannot build it.
+
+    Args:
+        folder: The one that holds it; that of `megatron.core.datasets` if None.
+    """
+    folder = folder or _folder_of("megatron.core") / "datasets"
+    fix = f"Run `uv pip install --reinstall --no-deps megatron-core=={stack.TESTED['megatron-core']}` for its wheel."
+    spec = PathFinder.find_spec("helpers_cpp", [str(folder)])
+    if spec is None:
+        return Finding("helpers_cpp", "fail", f"missing in {folder}", fix)
+    name = Path(spec.origin).name
+    try:
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.build_sample_idx_int32  # noqa: B018  the function that every GPTDataset calls
+    except Exception as error:  # a broken library may raise anything
+        return Finding("helpers_cpp", "fail", f"{name} does not load: {error}", fix)
+    return Finding("helpers_cpp", "ok", name)
+
+
+def torch_has_gloo(library: Path | None = None) -> Finding:
+    """Ranks on a CPU talk over gloo, which a torch built without it lacks.
+
+    Args:
+        library: The file to look into, since importing torch takes seconds; the installed torch's if None.
+    """
+    library = library or _folder_of("torch") / "lib/libtorch_python.so"
+    fix = f"Run `uv pip install --reinstall torch=={stack.TESTED['torch']}`: PyPI's build has gloo."
+    if not library.exists():
+        return Finding("gloo in torch", "fail", f"{library} is missing", fix)
+    # The type name of c10d::ProcessGroupGloo as C++ compilers write it.
+    built_in = b"N4c10d16ProcessGroupGlooE" in library.read_bytes()
+    return fail_unless(built_in, "gloo in torch", "built in" if built_in else f"not in {library.name}", fix)
+
+
+def _folder_of(module: str) -> Path:
+    return next((file.parent for file in places(module)), Path(f"{module} is not installed"))
+
+
+def leptonai(found: str | None) -> Finding:
+    """nemo-run imports every executor; leptonai 0.47 dropped what its Lepton executor imports.
+
+    Args:
+        found: The installed version, or None.
+    """
+    fits = found is None or [int(number) for number in found.split(".")[:2]] < [0, 47]
+    value = (found or "not installed") if fits else f"{found} breaks `import nemo_run`"
+    return warn_unless(fits, "leptonai", value, "Run `uv pip install 'leptonai<0.47'`.")

@@ -1,0 +1,206 @@
+"""What the layout rules speak about: a configuration's fields, the sizes of a layout, and a reason against it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from math import prod
+from typing import Any
+
+__all__ = ["Fields", "Layout", "LayoutError", "Refusal", "divisors", "either"]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One reason why a layout cannot run.
+
+    Attributes:
+        field: The configuration field to change, e.g. ``model.tensor_model_parallel_size``.
+        message: What was given and what it collides with.
+        fix: What to do.
+    """
+
+    field: str
+    message: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.message}: {self.fix}"
+
+
+class LayoutError(ValueError):
+    """A layout cannot run; ``refusals`` holds every reason, not only the first."""
+
+    def __init__(self, *refusals: Refusal) -> None:
+        self.refusals = refusals
+        super().__init__("\n".join(["this layout cannot run:", *(f"  - {refusal}" for refusal in refusals)]))
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Reads the same fields from a ``ConfigContainer``, a provider, or mappings of either (``config.yaml``).
+
+    Attributes:
+        cfg: The configuration.
+        changed: Model fields that replace those of ``cfg``.
+    """
+
+    cfg: Any
+    changed: Mapping[str, Any] | None = None
+
+    @classmethod
+    def of(cls, cfg: Any) -> Fields:
+        """Wrap a configuration, unless it is wrapped already."""
+        return cfg if isinstance(cfg, Fields) else cls(cfg)
+
+    @property
+    def is_container(self) -> bool:
+        """Whether this is a whole configuration, not a model alone."""
+        return _read(self.cfg, "model") is not None
+
+    def get(self, section: str, name: str, default: Any = None) -> Any:
+        """A field of a section; ``default`` if either is missing or None."""
+        value = _read(_read(self.cfg, section), name)
+        return default if value is None else value
+
+    def model(self, name: str, default: Any = None) -> Any:
+        """A field of the model; Bridge's newer model configs keep some of them under ``transformer``."""
+        model = _read(self.cfg, "model") if self.is_container else self.cfg
+        for holder in (self.changed, model, _read(model, "transformer")):
+            value = _read(holder, name)
+            if value is not None:
+                return value
+        return default
+
+
+def _read(holder: Any, name: str) -> Any:
+    return holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How the ranks of one run are divided.
+
+    Attributes:
+        world_size: Number of ranks.
+        tensor_model_parallel_size: TP, ranks that share each matrix.
+        pipeline_model_parallel_size: PP, stages that share the layers.
+        context_parallel_size: CP, ranks that share each sequence.
+        expert_model_parallel_size: EP, ranks that share the experts of a layer.
+        expert_tensor_parallel_size: ETP, ranks that share each expert's matrices; ``None`` as in Megatron.
+        virtual_pipeline_model_parallel_size: Model chunks per stage, or ``None`` without interleaving.
+        sequence_parallel: Whether activations between the tensor parallel regions are split along the sequence.
+
+    >>> str(Layout(world_size=8, tensor_model_parallel_size=2))
+    'TP=2 PP=1 DP=4'
+    """
+
+    world_size: int = 1
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int | None = None
+    virtual_pipeline_model_parallel_size: int | None = None
+    sequence_parallel: bool = False
+
+    @classmethod
+    def from_config(cls, cfg: Any, *, ranks: int) -> Layout:
+        """Read the layout that Bridge would use for a configuration.
+
+        Args:
+            cfg: A Bridge ``ConfigContainer``, a model provider, or the same as nested mappings (``config.yaml``).
+            ranks: World size.
+
+        Returns:
+            The layout.  Sequence parallelism without TP is dropped, as Bridge drops it.
+
+        >>> Layout.from_config({"model": {"tensor_model_parallel_size": 4}}, ranks=8).data_parallel_size
+        2
+        """
+        given = Fields.of(cfg)
+        sizes = {field.name: given.model(field.name, field.default) for field in fields(cls)}
+        layout = cls(**(sizes | {"world_size": ranks}))
+        return replace(layout, sequence_parallel=layout.sequence_parallel and layout.tensor_model_parallel_size != 1)
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the dense part of the model: TP x PP x CP."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @property
+    def data_parallel_size(self) -> int:
+        """DP, the copies of the model that read different samples.
+
+        Raises:
+            LayoutError: If TP x PP x CP does not divide the world size.
+        """
+        return self._copies(
+            "model.tensor_model_parallel_size",
+            TP=self.tensor_model_parallel_size,
+            PP=self.pipeline_model_parallel_size,
+            CP=self.context_parallel_size,
+        )
+
+    @property
+    def resolved_expert_tensor_parallel_size(self) -> int:
+        """ETP as Bridge resolves ``None``: 1 as soon as EP > 1, otherwise TP."""
+        if self.expert_tensor_parallel_size is not None:
+            return self.expert_tensor_parallel_size
+        return 1 if self.expert_model_parallel_size > 1 else self.tensor_model_parallel_size
+
+    @property
+    def expert_model_size(self) -> int:
+        """Ranks that hold one copy of the experts: ETP x EP x PP."""
+        stages = self.expert_model_parallel_size * self.pipeline_model_parallel_size
+        return self.resolved_expert_tensor_parallel_size * stages
+
+    @property
+    def expert_data_parallel_size(self) -> int:
+        """Copies of each expert; differs from DP when EP > 1.
+
+        Raises:
+            LayoutError: If ETP x EP x PP does not divide the world size.
+        """
+        return self._copies(
+            "model.expert_model_parallel_size",
+            ETP=self.resolved_expert_tensor_parallel_size,
+            EP=self.expert_model_parallel_size,
+            PP=self.pipeline_model_parallel_size,
+        )
+
+    def _copies(self, field: str, **sizes: int) -> int:
+        size = prod(sizes.values())
+        if self.world_size % size:
+            spelled = " x ".join(f"{name}={value}" for name, value in sizes.items())
+            message = f"{self.world_size} ranks cannot be divided into groups of {spelled} = {size}"
+            fix = f"let the product be {either(divisors(self.world_size))}, or use a multiple of {size} ranks"
+            raise LayoutError(Refusal(field, message, fix))
+        return self.world_size // size
+
+    def __str__(self) -> str:
+        copies = "?" if self.world_size % self.model_parallel_size else self.data_parallel_size
+        text = f"TP={self.tensor_model_parallel_size} PP={self.pipeline_model_parallel_size} DP={copies}"
+        text += f" CP={self.context_parallel_size}" if self.context_parallel_size > 1 else ""
+        text += f" EP={self.expert_model_parallel_size}" if self.expert_model_parallel_size > 1 else ""
+        chunks = self.virtual_pipeline_model_parallel_size
+        return text + (f" VPP={chunks}" if chunks else "") + (" SP" if self.sequence_parallel else "")
+
+
+def divisors(number: int) -> list[int]:
+    """Whole numbers that divide it.
+
+    >>> divisors(12)
+    [1, 2, 3, 4, 6, 12]
+    """
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def either(choices: Iterable[int]) -> str:
+    """Choices as a sentence has them.
+
+    >>> either([1, 2, 4]), either([1])
+    ('1, 2 or 4', '1')
+    """
+    *others, last = map(str, choices)
+    return f"{', '.join(others)} or {last}" if others else last

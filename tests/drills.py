@@ -1,0 +1,72 @@
+"""What ranks do in the failure drills; each function is a launch target."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from course_lib import train
+
+FAILING_RANK = 3
+
+
+def _at_step(step: int, action: object) -> None:
+    """Let rank 3 do something at the end of a step of the run that this process is about to train."""
+    if int(os.environ["RANK"]) != FAILING_RANK:
+        return
+    original = train.recorder
+
+    def recorder(*args: object, **kwargs: object) -> object:
+        callback = original(*args, **kwargs)
+        kind = type(callback)
+        before = kind.on_train_step_end
+
+        def on_train_step_end(self: object, context: object) -> None:
+            before(self, context)
+            if context.state.train_state.step + 1 == step:
+                action()
+
+        kind.on_train_step_end = on_train_step_end
+        return callback
+
+    train.recorder = recorder
+
+
+def raises(run_directory: str) -> None:
+    """Rank 3 raises in its second step."""
+
+    def fail() -> None:
+        raise ValueError("a loss of minus seven is impossible")
+
+    _at_step(2, fail)
+    train.rank_main(run_directory)
+
+
+def is_killed(run_directory: str) -> None:
+    """Rank 3 is killed in its second step, as the kernel's out-of-memory killer would do it."""
+    _at_step(2, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    train.rank_main(run_directory)
+
+
+def runs_out_of_memory(run_directory: str) -> None:
+    """Rank 3 may not have more memory than it has now, and asks for four GiB."""
+
+    def fill() -> None:
+        import resource
+
+        import torch
+
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))
+        torch.ones(2**30)
+
+    _at_step(2, fill)
+    train.rank_main(run_directory)
+
+
+def never_ends(run_directory: str) -> None:
+    """Rank 3 sleeps in its second step, and its peers wait for it."""
+    _at_step(2, lambda: time.sleep(600))
+    train.rank_main(run_directory)

@@ -1,0 +1,204 @@
+"""Launching: the run directory, equal losses whatever the layout and the launcher, and refusals at the door."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+
+import pytest
+import small
+
+from course_lib import devices, launch, layout, runs, warm
+
+
+@pytest.fixture(scope="module")
+def first_run(bridge, tmp_path_factory):
+    """Eight ranks, three steps, TP=2 DP=4."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COURSE_RUNS", str(tmp_path_factory.mktemp("runs")))
+        yield launch.run(small.config(), ranks=8, name="first", show=None)
+
+
+def test_a_run_leaves_the_promised_files(first_run):
+    """Everything that a figure needs is in the run directory, and says what was asked for."""
+    names = {path.name for path in first_run.path.iterdir()}
+    assert {"config.yaml", "launch.json", "metrics.jsonl", "memory.jsonl", "outcome.json", "logs", "ranks"} <= names
+    assert not {name for name in names if name.startswith(".")}, "nothing temporary is left"
+    assert first_run.outcome.status == "succeeded" and first_run.outcome.rank is None
+    assert first_run.launch["layout"]["data_parallel_size"] == 4 and first_run.launch["device"] == "cpu"
+    assert first_run.launch["versions"]["megatron-bridge"] == "0.6.2"
+    assert {f"rank_{rank}.log" for rank in range(8)} <= {path.name for path in (first_run.path / "logs").iterdir()}
+
+
+def test_metrics_agree_with_what_bridge_prints(first_run):
+    """The callback's loss and Bridge's own log line, which the last rank prints, are the same numbers."""
+    import re
+
+    printed = [float(x) for x in re.findall(r"lm loss: (\S+)", first_run.log(7))]
+    assert len(printed) == 3
+    assert first_run.metrics.loss.tolist() == pytest.approx(printed, rel=1e-6)
+    rates = [float(x) for x in re.findall(r"learning rate: (\S+)", first_run.log(7))]
+    assert first_run.metrics.learning_rate.tolist() == pytest.approx(rates, rel=1e-5)
+
+
+def test_memory_is_recorded_by_every_rank(first_run):
+    """All ranks report, and a rank holds at least its weights, gradients and Adam's two moments in fp32."""
+    import re
+
+    held = first_run.memory.groupby("rank").memory_bytes.max()
+    assert sorted(held.index) == list(range(8))
+    parameters = int(re.search(r"parallel rank \(0, [\d, ]+\): (\d+)", first_run.log(0)).group(1))
+    assert held.min() > 4 * 4 * parameters
+    peaks = first_run.memory.groupby("rank").peak_memory_bytes.max()
+    assert (peaks >= held).all() and peaks.max() < 2**30
+
+
+def test_processes_end_with_the_run(first_run):
+    """No rank is left, checked by pid."""
+    assert [entry["pid"] for entry in first_run.ranks().values() if alive(entry["pid"])] == []
+
+
+def test_the_table_of_device_fields_is_complete(bridge, first_run):
+    """What a rank used differs from config.yaml in exactly the fields that the table names."""
+    from course_lib import recipes, train
+
+    asked = train.read_config(first_run.path / "config.yaml")
+    used = copy.deepcopy(asked)
+    named = {difference.field for difference in devices.apply(used)}
+    changed = set(recipes.diff(asked, used).field) if len(recipes.diff(asked, used)) else set()
+    assert changed <= named and named, "apply() changes nothing but what it reports"
+    printed = first_run.log(0)  # Bridge prints the configuration that it trains with
+    for field, value in (("transformer_impl", "'local'"), ("params_dtype", "torch.float32"), ("distributed_backend", "gloo")):
+        assert f"{field}: {value}" in printed.replace("'gloo'", "gloo")
+    assert not devices.differences(used), "applied twice, nothing is left to change"
+    assert all(field.why for field in devices.FIELDS) and len({f.path for f in devices.FIELDS}) == len(devices.FIELDS)
+
+
+def test_a_run_never_changes_the_configuration_that_it_was_given(bridge, runs_directory):
+    """The notebook's cfg stays as the learner wrote it, so that a cell can be run twice."""
+    from course_lib import recipes
+
+    cfg = small.config(train_iters=1)
+    before = copy.deepcopy(cfg)
+    one = launch.run(cfg, ranks=2, name="twice", show=None)
+    two = launch.run(cfg, ranks=2, name="twice", show=None)
+    assert len(recipes.diff(before, cfg)) == 0
+    assert (one.name, two.name) == ("twice", "twice-2") and one.metrics.loss.equals(two.metrics.loss)
+    assert "checkpoints" not in os.listdir(one.path), "nothing is saved unless asked"
+
+
+def test_losses_do_not_depend_on_tensor_or_data_parallelism(bridge, first_run, runs_directory):
+    """The same seed gives the same weights without a checkpoint, so the losses agree to fp32's rounding (1e-5)."""
+    for tp, ranks in ((1, 1), (1, 8), (4, 8), (8, 8)):
+        run = launch.run(small.config(tp=tp), ranks=ranks, name=f"tp{tp}-of-{ranks}", show=None)
+        assert run.metrics.loss.tolist() == pytest.approx(first_run.metrics.loss.tolist(), abs=1e-5), run.name
+        assert run.metrics.grad_norm.tolist() == pytest.approx(first_run.metrics.grad_norm.tolist(), rel=1e-4), run.name
+
+
+def test_losses_do_not_depend_on_the_layout_after_a_checkpoint(bridge, runs_directory):
+    """One rank's checkpoint, weights and Adam's moments, goes on in five layouts of eight ranks with equal losses."""
+    schedule = {"scheduler__lr_decay_iters": 10}
+    start = launch.run(small.config(tp=1, train_iters=1, **schedule), ranks=1, name="start", save=True, show=None)
+    losses = {}
+    for tp, pp, ranks in ((1, 1, 1), (2, 1, 8), (4, 1, 8), (2, 2, 8), (1, 4, 8), (1, 1, 8)):
+        cfg = small.config(tp=tp, pp=pp, train_iters=3, **schedule)
+        run = launch.run(cfg, ranks=ranks, name=f"tp{tp}-pp{pp}", load=start, show=None)
+        assert run.metrics.step.tolist() == [2, 3], "it goes on where the checkpoint ends"
+        losses[tp, pp, ranks] = run.metrics.loss.tolist()
+    for layout_, found in losses.items():
+        assert found == pytest.approx(losses[1, 1, 1], abs=1e-5), layout_
+
+
+def test_warm_launch_and_torchrun_give_the_same_losses(bridge, runs_directory):
+    """Two launchers, one module, one configuration file: the same digits."""
+    cfg = small.config(train_iters=2)
+    by_fork = launch.run(cfg, ranks=2, name="warm", show=None)
+    by_torchrun = launch.run(cfg, ranks=2, name="torchrun", launcher="torchrun", show=None)
+    assert by_torchrun.metrics.loss.tolist() == by_fork.metrics.loss.tolist()
+    assert by_torchrun.launch["launcher"] == "torchrun" and by_torchrun.outcome.status == "succeeded"
+
+
+def test_a_configuration_file_is_enough(bridge, first_run, runs_directory):
+    """config.yaml carries everything: launched again from the file, the run repeats itself."""
+    again = launch.run(first_run.path / "config.yaml", ranks=8, name="again", show=None)
+    assert again.metrics.loss.tolist() == first_run.metrics.loss.tolist()
+
+
+def test_the_distributed_optimizer_trains_like_the_plain_one(bridge, first_run, runs_directory):
+    """Optimizer states in DP pieces, as NVIDIA's recipes have them, give the losses of whole ones."""
+    cfg = small.config(ddp__use_distributed_optimizer=True, optimizer__use_distributed_optimizer=True)
+    run = launch.run(cfg, ranks=8, name="distributed-optimizer", show=None)
+    assert run.metrics.loss.tolist() == pytest.approx(first_run.metrics.loss.tolist(), abs=1e-5)
+
+
+def test_a_layout_that_cannot_be_is_refused_before_a_process_starts(bridge, runs_directory):
+    """TP=3 does not divide 8 heads, and the message says what does."""
+    with pytest.raises(layout.LayoutError, match="TP=3.*8") as caught:
+        launch.run(small.config(tp=3), ranks=8, name="impossible", show=None)
+    assert "query heads" in str(caught.value)
+    assert not runs_directory.exists() or not list(runs_directory.iterdir()), "no run directory was made"
+
+
+def test_a_field_in_the_wrong_section_is_refused(bridge, runs_directory):
+    """A dataclass accepts any attribute; `cfg.train.save_interval` would be ignored silently."""
+    cfg = small.config()
+    cfg.train.save_interval = 500
+    with pytest.raises(launch.FieldError, match=r"cfg\.checkpoint\.save_interval"):
+        launch.run(cfg, ranks=8, show=None)
+    cfg = small.config()
+    cfg.train.train_iter = 7
+    with pytest.raises(launch.FieldError, match=r"cfg\.train\.train_iters"):
+        launch.run(cfg, ranks=8, show=None)
+
+
+def test_the_command_can_be_typed_by_hand():
+    """The command shows torchrun's module, the number of ranks, and the file."""
+    from pathlib import Path
+
+    words = launch.command(Path("runs/smoke"), ranks=8)
+    assert words[1:] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "8", "-m", "course_lib.train",
+                         "runs/smoke/config.yaml"]  # fmt: skip
+
+
+def test_all_clients_of_a_session_share_one_server(warm_engine):
+    """Another process gets the same socket, and its launches are forks of the same fork server."""
+    import subprocess
+    import sys
+
+    script = "from course_lib import warm, hello; warm.lease(); print(warm.address()); print(hello.ranks(1).pid[0] > 0)"
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=True).stdout
+    assert out.split() == [str(warm_engine.path), "True"]
+    assert warm.lease() is warm.lease()
+
+
+def test_gpus_would_be_used(monkeypatch, bridge, runs_directory):
+    """With eight GPUs the launcher is torchrun, the device is cuda, and the configuration stays NVIDIA's."""
+    seen = {}
+
+    class Finished:
+        def wait(self, seconds):
+            return {"dead": {}}
+
+        def close(self):
+            return None
+
+    def start(run, ranks):
+        seen.update(run=run, ranks=ranks)
+        for rank in range(ranks):
+            runs.write_json(run.path / "ranks" / f"{rank}.json", {"rank": rank, "pid": 1, "stage": "done", "time": 0.0})
+        return Finished()
+
+    monkeypatch.setenv("COURSE_DEVICE", "cuda")
+    monkeypatch.setattr(launch, "_start_torchrun", start)
+    run = launch.run(small.config(), ranks=8, name="gpu", show=None)
+    about = json.loads((run.path / "launch.json").read_text())
+    assert (about["device"], about["launcher"], seen["ranks"]) == ("cuda", "torchrun", 8)
+    assert run.config["model"]["bf16"] is True and run.config["dist"]["distributed_backend"] == "nccl"
+
+
+def alive(pid: int) -> bool:
+    """True if a process of that pid exists and is not a zombie."""
+    import psutil
+
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE

@@ -1,0 +1,129 @@
+"""The readings of the machine: each is made wrong for real where that is possible, else handed in."""
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from course_lib import machine
+from course_lib.findings import Finding
+from course_lib.units import GiB
+
+
+@pytest.mark.parametrize(
+    ("finding", "status", "word"),
+    [
+        (machine.python(version=(3, 11, 9)), "fail", "3.12"),
+        (machine.python(version=(3, 12, 1)), "ok", ""),
+        (machine.glibc(version=(2, 17)), "fail", "2.28"),
+        (machine.glibc(version=()), "fail", "2.28"),
+        (machine.cores(count=1), "warn", "two cores"),
+        (machine.cores(count=2.0), "ok", ""),
+        (machine.memory(total_bytes=4 * GiB), "fail", "6 GiB"),
+        (machine.disk(Path("/"), free_bytes=GiB // 2), "fail", "COURSE_RUNS"),
+        (machine.shared_memory(size_bytes=64 * 2**20), "warn", "--shm-size"),
+        (machine.shared_memory(folder=Path("/no/such/folder")), "warn", "--shm-size"),
+        (machine.open_files(limit=256), "warn", "ulimit -n"),
+        (machine.open_files(limit=-1), "ok", ""),
+        (machine.text_encoding(encoding="ISO-8859-1"), "warn", "LC_ALL"),
+        (machine.text_encoding(encoding="utf8"), "ok", ""),
+        (machine.bytecode(environment={"PYTHONDONTWRITEBYTECODE": "1"}), "warn", "unset"),
+        (machine.bytecode(environment={}), "ok", ""),
+        (machine.hub(environment={"HF_TOKEN": "x"}), "ok", ""),
+        (machine.gpus([]), "ok", ""),
+        (machine.gpus(None), "warn", "nvidia-smi"),
+        (machine.gpus(["NVIDIA H100, 81559 MiB"] * 8), "ok", ""),
+    ],
+    ids=lambda value: value.name if isinstance(value, Finding) else str(value),
+)
+def test_thresholds(finding: Finding, status: str, word: str) -> None:
+    """Each reading of the machine has its limit, and what is under it says what to do."""
+    assert finding.status == status
+    assert word in finding.fix
+
+
+def test_a_secret_is_never_shown() -> None:
+    """A report is pasted into issues: it says that a token is set, never which."""
+    assert "hf_abc" not in machine.hub(environment={"HF_TOKEN": "hf_abc"}).value
+
+
+def test_cores_are_the_containers(tmp_path: Path) -> None:
+    """A container with a quota of one and a half cores has no more, on control groups of either version."""
+    (tmp_path / "cpu.max").write_text("50000 100000\n", encoding="ascii")
+    assert machine.available_cores(cgroup=str(tmp_path)) == 0.5
+    (tmp_path / "cpu.max").write_text("max 100000\n", encoding="ascii")
+    assert machine.available_cores(cgroup=str(tmp_path)) == len(os.sched_getaffinity(0))
+    (tmp_path / "cpu.max").unlink()
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu/cpu.cfs_quota_us").write_text("25000", encoding="ascii")
+    (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000", encoding="ascii")
+    assert machine.available_cores(cgroup=str(tmp_path)) == 0.25
+
+
+def test_a_broken_driver_is_not_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nvidia-smi that fails or hangs is told apart from a machine without it."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine.installed_gpus() == []
+    smi = tmp_path / "nvidia-smi"
+    for text, expected in (
+        ("exit 9", None),
+        ("echo 'H100, 81559 MiB'; echo 'H100, 81559 MiB'", ["H100, 81559 MiB"] * 2),
+    ):
+        smi.write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
+        smi.chmod(0o755)
+        assert machine.installed_gpus() == expected
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A runs folder on a read-only mount stops the lessons; root ignores permission bits, so a file is written."""
+    assert machine.runs_writable(tmp_path / "runs" / "not-yet").status == "ok"
+    assert list(tmp_path.iterdir()) == []
+    found = machine.runs_writable(Path("/proc/runs"))
+    assert found.status == "fail"
+    assert "COURSE_RUNS" in found.fix
+    monkeypatch.setenv("COURSE_RUNS", "/proc/runs")
+    assert found in machine.findings()
+
+
+@pytest.mark.parametrize(
+    ("interface", "hostname", "status", "value", "fix"),
+    [
+        ("lo", "any", "ok", "127.0.0.1", ""),
+        ("eth99", "any", "fail", "eth99", "unset GLOO_SOCKET_IFNAME"),
+        ("", "no-such-host.invalid", "warn", "no-such-host.invalid", "127.0.0.1 no-such-host.invalid"),
+        ("", "192.0.2.1", "warn", "192.0.2.1", "GLOO_SOCKET_IFNAME=lo"),  # reserved for documentation: nobody has it
+        ("", "x" * 64, "warn", "label", "GLOO_SOCKET_IFNAME=lo"),  # Linux allows the name, DNS does not
+    ],
+)
+def test_gloo_binds_or_says_why(interface: str, hostname: str, status: str, value: str, fix: str) -> None:
+    """A byte really travels where gloo will bind; a wrong interface stops the ranks, a wrong host name warns them."""
+    found = machine.gloo(environment={"GLOO_SOCKET_IFNAME": interface}, hostname=hostname)
+    assert found.status == status
+    assert value in found.value
+    assert fix in found.fix
+
+
+def test_a_broken_loopback_stops_the_lessons() -> None:
+    """Without loopback no rank finds another."""
+
+    def refuse(address: str) -> None:
+        raise OSError("Network is unreachable")
+
+    assert machine.loopback().status == "ok"
+    assert machine.loopback(talk=refuse).status == "fail"
+    assert machine.gloo(environment={}, hostname="localhost", talk=refuse).status == "warn"
+
+
+def test_a_silent_name_server_does_not_hang_the_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look-up that never returns is given up after the stated seconds."""
+    never = threading.Event()
+
+    def silent(*_: object, **__: object) -> None:
+        never.wait()
+        raise OSError
+
+    monkeypatch.setattr(machine.socket, "getaddrinfo", silent)
+    found = machine.gloo(environment={}, hostname="slow", seconds=0.05)
+    never.set()
+    assert "no answer within 0.05 s" in found.value
