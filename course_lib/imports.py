@@ -152,13 +152,13 @@ class _LateLoader(importlib.abc.Loader):
             return
 
         def missing(name: str) -> object:
-            if name.startswith("__") and name not in ("__all__", "__version__"):
-                raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
             if name in self.rule.functions:
                 value = _late_function(module, name)
             elif name in names:
                 source, original = names[name]
                 value = getattr(importlib.import_module(source), original)
+            elif name.startswith("__") and name not in ("__all__", "__version__"):
+                raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
             elif (child := self.child(module, name)) is not None:
                 value = importlib.import_module(child)
             else:

@@ -60,10 +60,8 @@ def _state_with_empty_adam(original: Callable) -> Callable:
 def _state_keeps_step(original: Callable) -> Callable:
     @functools.wraps(original)
     def _set_main_param_and_optimizer_states(self: object, model_param: object, tensors: dict) -> None:
-        import torch
-
-        if "step" not in tensors:
-            tensors = {**tensors, "step": torch.tensor(0.0)}
+        # None tells upstream to keep what is there
+        tensors = tensors if "step" in tensors else {**tensors, "step": None}
         original(self, model_param, tensors)
 
     return _set_main_param_and_optimizer_states
@@ -234,7 +232,7 @@ def redirections() -> list[Redirection]:
         Redirection(
             f"{optimizer}._set_main_param_and_optimizer_states",
             _state_keeps_step,
-            "adds a missing `step`",
+            "keeps `step` where the checkpoint has none",
             without_te,
             ("self", "model_param", "tensors"),
         ),

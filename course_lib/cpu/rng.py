@@ -173,8 +173,15 @@ def torch_redirections() -> list[Redirection]:
 
         return set_rng_state_all
 
+    def never(_: object) -> Callable:
+        def _is_in_bad_fork() -> bool:
+            return False
+
+        return _is_in_bad_fork
+
     factories = "normal rand rand_like randint randint_like randn randn_like randperm".split()
     return [
+        Redirection("torch.cuda._is_in_bad_fork", never, "False", "torch.manual_seed seeds no GPU in a fork"),
         *(
             Redirection(f"torch.cuda.{module}{name}", make, becomes, _STREAM)
             for module in ("", "random.")

@@ -1,0 +1,260 @@
+"""Deferring imports changes when a module's body runs, and nothing else."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import small
+
+from course_lib import imports, launch
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+FIRST = (
+    "megatron.bridge",
+    "megatron.bridge.models",
+    "megatron.bridge.models.conversion",
+    "megatron.bridge.models.conversion.auto_bridge",
+    "megatron.bridge.models.hf_pretrained.causal_lm",
+    "megatron.bridge.models.llama.llama_bridge",
+    "megatron.bridge.models.gpt_provider",
+    "megatron.bridge.training.pretrain",
+    "megatron.bridge.training.finetune",
+    "megatron.bridge.training.checkpointing",
+    "megatron.bridge.training.config",
+    "megatron.bridge.peft.lora",
+    "megatron.bridge.recipes",
+    "megatron.bridge.recipes.llama",
+    "megatron.bridge.recipes.gpt",
+    "megatron.bridge.data.builders.gpt_sft",
+    "megatron.bridge.data.builders.direct_hf_sft",
+    "megatron.bridge.diffusion.models",
+    "modelopt.torch.opt",
+    "modelopt.torch.opt.plugins.megatron",
+    "modelopt.torch.quantization",
+    "datasets",
+    "datasets.builder",
+    "wandb",
+    "wandb.sdk",
+    "sklearn.metrics",
+    "sklearn.linear_model",
+    "scipy.optimize",
+    "scipy.optimize._minimize",
+    "torch._dynamo",
+    "torch._dynamo.config",
+    "torch._dynamo.eval_frame",
+    "transformers",
+    "transformers.generation.utils",
+    "multistorageclient",
+    "rfc3987_syntax",
+)
+"""Modules of which any may be the first that somebody imports."""
+
+BEGIN = """
+import importlib, json, os, sys, warnings
+warnings.simplefilter("ignore")
+from course_lib import stack
+stack.prepare_imports()
+def in_a_fork(work):
+    "Call work() in a fork of this process and return what it returned."
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            answer = work()
+        except BaseException as error:
+            answer = f"{type(error).__name__}: {error}"
+        with os.fdopen(writer, "w") as out:
+            json.dump(answer, out)
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as text:
+        answer = json.load(text)
+    os.waitpid(pid, 0)
+    return answer
+"""
+
+
+def python(code: str) -> object:
+    """Run code in a fresh process that deferred its imports; returns what it assigned to `answer`."""
+    ran = subprocess.run(
+        [sys.executable, "-c", f"{BEGIN}\n{code}\nprint(); print(json.dumps(answer))"],
+        capture_output=True,
+        text=True,
+        cwd=PROJECT,
+        timeout=500,
+    )
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def fresh() -> dict:
+    """One process that deferred its imports, and from it a fork for each question."""
+    return python(
+        f"""
+answer = {{"first": {{}}}}
+for name in {FIRST!r}:
+    def import_it():
+        module = importlib.import_module(name)
+        exported = [n for n in getattr(module, "__all__", []) if not hasattr(module, n)]
+        return exported or "imported"
+    answer["first"][name] = in_a_fork(import_it)
+
+def same_objects():
+    import megatron.bridge.models as models
+    wrong = []
+    before = {{n: getattr(models, n) for n in models.__all__}}
+    for name, value in before.items():
+        own = sys.modules.get(getattr(value, "__module__", None))
+        if own is not None and getattr(own, name, value) is not value:
+            wrong.append(name)
+    models.__spec__.loader.run(models)
+    return wrong + [n for n, value in before.items() if getattr(models, n) is not value]
+answer["same"] = in_a_fork(same_objects)
+
+def one_by_one():
+    from megatron.bridge.models import GPTModelProvider, LlamaModelProvider, T5ModelProvider
+    from megatron.bridge.models.gpt_provider import GPTModelProvider as gpt
+    from megatron.bridge.models.t5_provider import T5ModelProvider as t5
+    from megatron.bridge import AutoBridge
+    from megatron.bridge.models.conversion.auto_bridge import AutoBridge as auto
+    from megatron.bridge.recipes import llama32_1b_pretrain_config as here
+    from megatron.bridge.recipes.llama import llama32_1b_pretrain_config as there
+    import megatron.bridge.models as models
+    return [GPTModelProvider is gpt, T5ModelProvider is t5, AutoBridge is auto, here is there,
+            issubclass(LlamaModelProvider, gpt), not models.__spec__.loader.done]
+answer["one by one"] = in_a_fork(one_by_one)
+
+def supported():
+    from megatron.bridge import AutoBridge
+    return AutoBridge.list_supported_models()
+answer["supported"] = in_a_fork(supported)
+
+def only_llama():
+    from megatron.bridge import AutoBridge
+    from transformers import LlamaConfig
+    known = AutoBridge.supports(LlamaConfig(architectures=["LlamaForCausalLM"]))
+    return [known, [n for n in sys.modules if n.endswith("_bridge") and ".models." in n and "llama" not in n]]
+answer["only llama"] = in_a_fork(only_llama)
+
+def functions():
+    from datasets import load_dataset
+    from scipy.optimize import linear_sum_assignment
+    from sklearn.metrics import roc_curve
+    import tempfile, numpy
+    path = tempfile.mkdtemp()
+    with open(path + "/data.json", "w") as out:
+        out.write('{{"text": "one"}}\\n{{"text": "two"}}\\n')
+    rows = load_dataset("json", data_files=path + "/data.json", cache_dir=path, split="train")
+    false, true, _ = roc_curve([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8])
+    chosen = linear_sum_assignment(numpy.array([[4, 1], [2, 8]]))
+    return [list(rows["text"]), float(numpy.trapezoid(true, false)), [list(map(int, c)) for c in chosen]]
+answer["functions"] = in_a_fork(functions)
+
+def attributes():
+    import datasets.builder, datasets
+    datasets.builder.has_sufficient_disk_space = changed = lambda *_, **__: True  # as Bridge does
+    datasets.Dataset.from_list([{{"a": 1}}])
+    return [datasets.builder.has_sufficient_disk_space is changed, hasattr(datasets, "no_such_name")]
+answer["attributes"] = in_a_fork(attributes)
+"""
+    )
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_any_module_may_be_imported_first(fresh, name):
+    """Upstream's packages import each other in circles; no order of imports may break, and `__all__` resolves."""
+    assert fresh["first"][name] == "imported"
+
+
+def test_names_are_the_same_objects(fresh):
+    """Every name of megatron.bridge.models is its module's own object, also after the package's body ran late."""
+    assert fresh["same"] == []
+
+
+def test_names_resolve_one_by_one(fresh):
+    """Names that a lesson imports are the real ones, and asking for them does not run the whole package."""
+    assert fresh["one by one"] == [True] * 6
+
+
+def test_every_bridge_is_found(fresh):
+    """AutoBridge lists exactly the architectures that upstream's sources register."""
+    root = Path(find_spec("megatron").submodule_search_locations[0]) / "bridge"
+    registered = set()
+    for path in root.rglob("*.py"):
+        text = path.read_text()
+        if "register_bridge(" not in text:
+            continue
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "register_bridge":
+                source = next(
+                    (k.value for k in node.keywords if k.arg == "source"), node.args[0] if node.args else None
+                )
+                if isinstance(source, ast.Constant):
+                    registered.add(source.value)
+                elif isinstance(source, (ast.Name, ast.Attribute)):
+                    registered.add(source.id if isinstance(source, ast.Name) else source.attr)
+    assert len(registered) > 40
+    assert registered == set(fresh["supported"])
+
+
+def test_one_family_does_not_load_the_others(fresh):
+    """Asked about Llama, AutoBridge answers, and no other family's bridge is imported."""
+    known, others = fresh["only llama"]
+    assert known is True
+    assert others == []
+
+
+def test_deferred_functions_call_the_real_ones(fresh):
+    """`from datasets import load_dataset` and its like give functions that do the real work when called."""
+    texts, area, chosen = fresh["functions"]
+    assert (texts, area, chosen) == (["one", "two"], 0.75, [[0, 1], [1, 0]])
+
+
+def test_what_others_set_on_a_deferred_module_stays(fresh):
+    """Bridge sets an attribute on datasets.builder before its body ran; the body must not undo that."""
+    assert fresh["attributes"] == [True, False]
+
+
+def test_deferring_names_what_exists():
+    """Every deferred module is installed, so that a renamed one is noticed, and every row has a reason."""
+    for rule in imports.DEFERRED:
+        package = rule.module.split(".")[0]
+        root = find_spec(package)
+        assert root is not None, f"{package} is not installed"
+        places = [Path(p).parent for p in root.submodule_search_locations]
+        path = Path(*rule.module.split("."))
+        assert any((p / path / "__init__.py").exists() or (p / path).with_suffix(".py").exists() for p in places), rule
+        assert rule.reason
+
+
+# ------------------------------------------------------------------------------------------------- in a real rank
+
+UNUSED = "torch._dynamo.eval_frame torch._inductor sympy wandb.sdk sklearn.base scipy.optimize._minimize modelopt.torch.quantization"
+
+
+def train_and_look(run_directory: str) -> None:
+    """Train, then write which of the expensive modules this rank has loaded."""
+    from course_lib import train
+
+    train.rank_main(run_directory)
+    loaded = [name for name in UNUSED.split() if name in sys.modules]
+    (Path(run_directory) / f"loaded{os.environ['RANK']}.json").write_text(json.dumps(loaded))
+
+
+def test_a_rank_never_runs_what_it_does_not_need(bridge, runs_directory):
+    """After real training no rank has loaded a compiler, a tracker, or another thing it never used."""
+    run = launch.run(
+        small.config(train_iters=2), ranks=2, name="imports", show=None, target=f"{__name__}:train_and_look"
+    )
+    assert run.outcome.status == "succeeded"
+    for rank in range(2):
+        assert json.loads((run.path / f"loaded{rank}.json").read_text()) == []
