@@ -7,11 +7,14 @@ the earliest wins.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 import re
 import signal
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from course_lib import runs
@@ -27,6 +30,10 @@ _LOST_PEER = re.compile(
 
 _HINTS = (
     (
+        r"/dev/shm|sem_open|SemLock|multiprocessing/synchronize",
+        "Shared memory is too small: make /dev/shm larger (Docker: --shm-size=1g).",
+    ),
+    (
         r"No space left on device|Disk quota|Errno 28",
         "The disk is full: free space, or point COURSE_RUNS at another disk.",
     ),
@@ -41,7 +48,6 @@ _HINTS = (
     ),
     (r"SIGBUS", "A shared memory segment could not grow: make /dev/shm larger."),
     (r"SIGSEGV|SIGILL|SIGABRT", "Native code crashed: run `course doctor`, and look at the end of the rank's log."),
-    (r"/dev/shm|sem_open|SemLock", "Shared memory is too small: make /dev/shm larger (Docker: --shm-size=1g)."),
     (
         r"Address already in use|EADDRINUSE",
         "Another program took the port; launch again: each launch asks for a free one.",
@@ -88,20 +94,27 @@ def record(path: Path, rank: int, error: BaseException) -> None:
         error: What it raised.
     """
     message = " ".join(str(error).split()) or type(error).__name__
-    lines = traceback.format_exception(error)
-    runs.write_json(
-        path / "ranks" / f"{rank}.json",
-        {
-            "rank": rank,
-            "pid": os.getpid(),
-            "stage": "failed",
-            "time": time.time(),
-            "exception": type(error).__name__,
-            "message": message[:2000],
-            "tail": "".join(lines)[-3000:],
-            "lost_a_peer": lost_a_peer(message),
-        },
-    )
+    entry = {
+        "rank": rank,
+        "pid": os.getpid(),
+        "stage": "failed",
+        "time": time.time(),
+        "exception": type(error).__name__,
+        "message": message[:2000],
+        "tail": "".join(traceback.format_exception(error))[-3000:],
+        "lost_a_peer": lost_a_peer(message),
+    }
+    _write_on_a_full_disk(path, lambda: runs.write_json(path / "ranks" / f"{rank}.json", entry))
+
+
+def _write_on_a_full_disk(path: Path, write: Callable[[], None]) -> None:
+    """Write, and if there is no space, give up the few kilobytes that the launch reserved for these lines."""
+    try:
+        write()
+    except OSError:
+        (path / ".reserve").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # who asked still gets the outcome as a value
+            write()
 
 
 def settle(path: Path, *, dead: dict[int, int] | None = None) -> runs.Outcome:
@@ -117,15 +130,8 @@ def settle(path: Path, *, dead: dict[int, int] | None = None) -> runs.Outcome:
     run = runs.Run(path)
     if run.outcome is not None:
         return run.outcome
-    outcome = _decide(run, dead or {})
-    try:
-        runs.write_outcome(path, outcome)
-    except OSError:  # a full disk: the launch reserved a little space for these lines
-        (path / ".reserve").unlink(missing_ok=True)
-        try:
-            runs.write_outcome(path, outcome)
-        except OSError:
-            pass  # the caller still gets the outcome as a value
+    outcome = dataclasses.replace(_decide(run, dead or {}), finished=time.time())
+    _write_on_a_full_disk(path, lambda: runs.write_outcome(path, outcome))
     return outcome
 
 
@@ -139,25 +145,17 @@ def _decide(run: runs.Run, dead: dict[int, int]) -> runs.Outcome:
         return runs.Outcome("succeeded")
     if causes:
         return _raised(min(causes.values(), key=lambda r: r["time"]))
-    gone = killed or {rank: 0 for rank, r in ranks.items() if r["stage"] not in ("failed", "done") and _gone(r["pid"])}
-    if gone:
-        rank = min(gone)
-        return _killed(run, rank, gone[rank], ranks.get(rank, {}).get("stage", "starting ranks"))
+    if killed:
+        return _killed(run, min(killed), killed[min(killed)])
+    if unexplained := [rank for rank in dead if rank not in failed]:
+        rank, tail = min(unexplained), _tail(run, min(unexplained))
+        return runs.Outcome("failed", rank, f"rank {rank} exited with code {dead[rank]}", None, tail, hint_for(tail))
+    if gone := [rank for rank, r in ranks.items() if r["stage"] not in ("failed", "done") and _gone(r["pid"])]:
+        return _killed(run, min(gone), -signal.SIGKILL)
     if failed:
         return _raised(min(failed.values(), key=lambda r: r["time"]))
-    if dead:
-        rank = min(dead)
-        return runs.Outcome(
-            "failed",
-            rank,
-            f"rank {rank} exited with code {dead[rank]}",
-            None,
-            _tail(run, rank),
-            hint_for(_tail(run, rank)),
-        )
-    return runs.Outcome(
-        "failed", None, "the ranks ended without a word", None, _tail_of_launcher(run), "Look at logs/."
-    )
+    tail = _tail_of_launcher(run)
+    return runs.Outcome("failed", cause="the ranks ended without a word", tail=tail, hint=hint_for(tail))
 
 
 def _raised(entry: dict) -> runs.Outcome:
@@ -168,8 +166,9 @@ def _raised(entry: dict) -> runs.Outcome:
     return runs.Outcome("failed", entry["rank"], cause[:500], entry["exception"], entry["tail"], hint)
 
 
-def _killed(run: runs.Run, rank: int, code: int, stage: str) -> runs.Outcome:
-    name = signal.Signals(-code).name if code < 0 else "SIGKILL"
+def _killed(run: runs.Run, rank: int, code: int) -> runs.Outcome:
+    name = signal.Signals(-code).name
+    stage = run.ranks().get(rank, {}).get("stage", runs.STAGES[0])
     cause = f"rank {rank} was killed by {name} while {stage}"
     return runs.Outcome("failed", rank, cause, name, _tail(run, rank), hint_for(name))
 

@@ -86,7 +86,9 @@ DEFERRED: tuple[Deferred, ...] = (
         "the compiler, switched off here",
         functions=("disable", "allow_in_graph", "assume_constant_result", "graph_break"),
     ),
-    Deferred("torch._dynamo.trace_rules", "as above; torch.distributed clears its cache", functions=("clear_lru_cache",)),
+    Deferred(
+        "torch._dynamo.trace_rules", "as above; torch.distributed clears its cache", functions=("clear_lru_cache",)
+    ),
     Deferred(
         "torch._dynamo._trace_wrapped_higher_order_op",
         "as above; transformers wants one context manager",
@@ -184,14 +186,23 @@ class _LateLoader(importlib.abc.Loader):
 
     def run(self, module: ModuleType) -> None:
         """Run the body now, once, and keep what others have set on the module meanwhile."""
+        if not self.done:
+            self.run_parent(module.__name__.rpartition(".")[0])
         if self.done:
-            return
+            return  # before, or by the parent's body
         self.done = True
         for name in ("__getattr__", *self.rule.functions):
             module.__dict__.pop(name, None)
         set_by_others = {k: v for k, v in module.__dict__.items() if not k.startswith("__")}
         self.real.exec_module(module)
         module.__dict__.update(set_by_others)
+
+    def run_parent(self, name: str) -> None:
+        """A parent's body runs first, as in a plain import: modules that import each other in circles rely on it."""
+        parent = sys.modules.get(name)
+        loader = getattr(getattr(parent, "__spec__", None), "loader", None)
+        if isinstance(loader, _LateLoader) and not loader.rule.re_exports:
+            loader.run(parent)
 
     def __getattr__(self, name: str) -> object:  # get_source, get_filename, ... for tracebacks and inspect
         return getattr(self.real, name)

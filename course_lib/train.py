@@ -8,6 +8,7 @@ torchrun:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -190,14 +191,16 @@ def rank_main(run_directory: str) -> None:
             _train(path, rank, world)
             stage(path, rank, "done")
         except BaseException as error:
-            traceback.print_exc()
             failures.record(path, rank, error)
+            with contextlib.suppress(OSError):
+                traceback.print_exc()
             time.sleep(GRACE_SECONDS)
             if failures.lost_a_peer(str(error)):
                 time.sleep(GRACE_SECONDS)  # whoever raised for a reason of its own speaks first
             failures.settle(path)
-            sys.stdout.flush()
-            sys.stderr.flush()
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
+                sys.stderr.flush()
             os._exit(1)  # no destructor may wait for peers that are gone
 
 

@@ -336,7 +336,8 @@ def _agent(request: dict, writer: object) -> None:
         import traceback
 
         traceback.print_exc()
-        report["error"] = f"{type(error).__name__}: {error}"
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        report["error"] = f"the launcher failed: {type(error).__name__}: {error} (in {place.filename}, {place.name})"
     writer.send(report)
     writer.close()
 

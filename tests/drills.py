@@ -70,3 +70,15 @@ def never_ends(run_directory: str) -> None:
     """Rank 3 sleeps in its second step, and its peers wait for it."""
     _at_step(2, lambda: time.sleep(600))
     train.rank_main(run_directory)
+
+
+def writes_what_it_would_train_with(run_directory: str) -> None:
+    """Rank 0 writes the configuration that Bridge's pretrain() receives, and nobody trains."""
+    from megatron.bridge.training import pretrain as module
+
+    def pretrain(cfg: object, *_: object, **__: object) -> None:
+        if os.environ["RANK"] == "0":
+            cfg.to_yaml(str(Path(run_directory) / "used.yaml"))
+
+    module.pretrain = pretrain
+    train.rank_main(run_directory)
