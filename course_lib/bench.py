@@ -258,7 +258,7 @@ def compare_with_hugging_face(work: str) -> None:
             tie_word_embeddings=cfg.model.share_embeddings_and_output_weights is not False,
         )
     )
-    optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-3, fused=False)
     tokens = torch.randint(0, 1024, (2, 128))
     times: dict[str, list[float]] = {"bridge": [], "hugging face": []}
 

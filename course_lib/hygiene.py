@@ -188,9 +188,11 @@ def no_shell_and_no_tricks(notebook: Notebook) -> Found:
             continue
         for node in ast.walk(tree):
             text = ast.unparse(node) if isinstance(node, ast.Call | ast.Attribute) else ""
-            if isinstance(node, ast.Call) and re.match(
-                r"(warnings\.)?(filterwarnings|simplefilter)\(['\"]ignore", text
-            ) and len(node.args) + len(node.keywords) == 1:
+            if (
+                isinstance(node, ast.Call)
+                and re.match(r"(warnings\.)?(filterwarnings|simplefilter)\(['\"]ignore", text)
+                and len(node.args) + len(node.keywords) == 1
+            ):
                 yield cell["id"], "ignores all warnings: explain the one that you mean, and name it"
             if isinstance(node, ast.Attribute) and text == "sys.path":
                 yield cell["id"], "edits or reads sys.path: course_lib is installed, import it"

@@ -261,7 +261,9 @@ def test_a_layout_that_cannot_be_in_the_file_is_refused(cfg, tmp_path):
 def test_ranks_end_when_the_client_dies(cfg, tmp_path):
     """A killed notebook kernel takes its ranks with it."""
     path = written_config(cfg, tmp_path / "mine")
-    client = in_another_process(LAUNCH.format(path=str(path)).replace("show=None", "show=None, target='drills:never_ends'"))
+    client = in_another_process(
+        LAUNCH.format(path=str(path)).replace("show=None", "show=None, target='drills:never_ends'")
+    )
     end = time.monotonic() + 120
     run = runs.Run(runs.directory() / "same")
     while len(run.ranks()) < 2 or run.stage() != "training":

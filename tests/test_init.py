@@ -114,7 +114,14 @@ def collectives(directory: Path) -> None:
     received = torch.empty(sum(range(1, RANKS + 1)))
     sent = torch.full((RANKS * (rank + 1),), float(rank))
     dist.all_to_all_single(received, sent, torch.arange(1, RANKS + 1), torch.full((RANKS,), rank + 1))
+    # parts of different sizes, as MoE with tensor parallelism has them: rank r has r+1 rows
+    rows = [torch.empty(r + 1, 2) for r in range(RANKS)]
+    dist.all_gather(rows, torch.full((rank + 1, 2), float(rank)))
+    reduced = torch.empty(rank + 1, 2)
+    dist.reduce_scatter(reduced, [torch.full((r + 1, 2), float(r)) for r in range(RANKS)])
     answer = {
+        "gathered": [part.tolist() for part in rows],
+        "reduced": reduced.tolist(),
         "average": summed.tolist(),
         "scattered": scattered.tolist(),
         "unchanged": given.tolist(),
@@ -231,6 +238,14 @@ def test_all_to_all_takes_sizes_as_tensors(eight_ranks):
     expected = [float(sender) for sender in range(RANKS) for _ in range(sender + 1)]
     for rank in range(RANKS):
         assert json.loads((eight_ranks / f"collectives{rank}.json").read_text())["received"] == expected
+
+
+def test_gathers_take_parts_of_different_sizes(eight_ranks):
+    """MoE gathers and reduces as many rows as the router gave each rank; gloo alone wants equal parts."""
+    for rank in range(RANKS):
+        answer = json.loads((eight_ranks / f"collectives{rank}.json").read_text())
+        assert answer["gathered"] == [[[float(r)] * 2] * (r + 1) for r in range(RANKS)]
+        assert answer["reduced"] == [[float(rank * RANKS)] * 2] * (rank + 1)
 
 
 def test_the_distributed_optimizer_resumes_exactly(warm_engine, tmp_path):

@@ -24,10 +24,10 @@ def active() -> bool:
 
 
 def redirections() -> list[Redirection]:
-    """Every redirection, torch first, then Megatron."""
-    from course_lib.cpu import device, megatron
+    """Every redirection: torch first, then Megatron, then what only saves time."""
+    from course_lib.cpu import device, fast, megatron
 
-    return [*device.redirections(), *megatron.redirections()]
+    return [*device.redirections(), *megatron.redirections(), *fast.redirections()]
 
 
 def table() -> list[dict[str, str]]:

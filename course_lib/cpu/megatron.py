@@ -152,6 +152,54 @@ def _gather_flat(original: Callable) -> Callable:
     return all_gather_into_tensor
 
 
+def _gather_uneven(original: Callable) -> Callable:
+    """Wrap `all_gather`: pad to the largest part, gather, and cut; NCCL takes parts of different sizes as they are."""
+
+    @functools.wraps(original)
+    def all_gather(tensor_list: list, tensor: object, group: object = None, async_op: bool = False) -> object:
+        import torch
+
+        if async_op or all(part.shape == tensor_list[0].shape for part in tensor_list):
+            return original(tensor_list, tensor, group, async_op)
+        longest = max(part.numel() for part in tensor_list)
+        mine = tensor.new_zeros(longest)
+        mine[: tensor.numel()] = tensor.detach().reshape(-1)
+        padded = [torch.empty_like(mine) for _ in tensor_list]
+        original(padded, mine, group)
+        with torch.no_grad():
+            for part, whole in zip(tensor_list, padded, strict=True):
+                part.copy_(whole[: part.numel()].view(part.shape))
+        return None
+
+    return all_gather
+
+
+def _scatter_uneven(original: Callable) -> Callable:
+    """Wrap `reduce_scatter`: as `_gather_uneven`, the other way round."""
+
+    @functools.wraps(original)
+    def reduce_scatter(
+        output: object, input_list: list, op: object = None, group: object = None, async_op: bool = False
+    ) -> object:
+        import torch
+        import torch.distributed as dist
+
+        op = dist.ReduceOp.SUM if op is None else op
+        if async_op or all(part.shape == input_list[0].shape for part in input_list):
+            return original(output, input_list, op, group, async_op)
+        longest = max(part.numel() for part in input_list)
+        padded = output.new_zeros(len(input_list), longest)
+        mine = output.new_empty(longest)
+        with torch.no_grad():
+            for row, part in zip(padded, input_list, strict=True):
+                row[: part.numel()] = part.reshape(-1)
+            dist.reduce_scatter_tensor(mine, padded.view(-1), op=op, group=group)
+            output.copy_(mine[: output.numel()].view(output.shape))
+        return None
+
+    return reduce_scatter
+
+
 def _divide(tensor: object, count: int) -> None:
     import torch
 
@@ -263,6 +311,20 @@ def redirections() -> list[Redirection]:
                 "torch.distributed.reduce_scatter_tensor",
                 "megatron.core.distributed.param_and_grad_buffer.dist_reduce_scatter_func",
             )
+        ),
+        Redirection(
+            "torch.distributed.all_gather",
+            _gather_uneven,
+            "parts may differ in size",
+            "gloo wants equal parts; MoE with tensor parallelism gathers what the router gave each rank",
+            ("tensor_list", "tensor", "group", "async_op"),
+        ),
+        Redirection(
+            "torch.distributed.reduce_scatter",
+            _scatter_uneven,
+            "parts may differ in size",
+            "as torch.distributed.all_gather",
+            ("output", "input_list", "op", "group", "async_op"),
         ),
         *(
             Redirection(

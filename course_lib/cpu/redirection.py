@@ -85,8 +85,13 @@ def apply(redirections: Iterable[Redirection]) -> None:
             misfits.append(str(misfit))
     if misfits:
         raise Misfit("these redirections no longer fit the installed packages:\n  " + "\n  ".join(misfits))
-    replacements = [(owner, name, redirection.replace(original)) for owner, name, redirection, original in ready]
-    for owner, name, replacement in replacements:
+    made: dict[tuple[int, str], tuple[object, object]] = {}
+    for owner, name, redirection, original in ready:
+        _, now = made.get(
+            (id(owner), name), (owner, original)
+        )  # a later redirection of the same name wraps the earlier
+        made[id(owner), name] = owner, redirection.replace(now)
+    for (_, name), (owner, replacement) in made.items():
         setattr(owner, name, replacement)
 
 
