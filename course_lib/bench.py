@@ -202,17 +202,9 @@ def _launches(config: Path) -> list[Figure]:
 def _against_hugging_face(work: Path) -> Figure:
     from course_lib import warm
 
-    launched = warm.lease().launch(
-        "course_lib.bench:compare_with_hugging_face",
-        str(work),
-        ranks=1,
-        log=work / "compare.txt",
-        env={"OMP_NUM_THREADS": "1"},
+    warm.call(
+        "course_lib.bench:compare_with_hugging_face", str(work), ranks=1, log=work / "compare.txt", limit_seconds=900
     )
-    try:
-        launched.wait_for(900)
-    finally:
-        launched.close()
     answer = work / "compare.json"
     if not answer.exists():
         raise RuntimeError(f"the comparison failed:\n{(work / 'compare.txt').read_text()[-2000:]}")

@@ -74,18 +74,12 @@ def generate(
         "temperature": temperature,
         "seed": seed,
     }
-    answer = work / "answer.json"
+    answer, log = work / "answer.json", work / "log.txt"
     answer.unlink(missing_ok=True)
     runs.write_json(work / "request.json", request)
-    launched = warm.lease().launch(
-        "course_lib.evaluate:generate_rank", str(work), ranks=1, log=work / "log.txt", env={"OMP_NUM_THREADS": "2"}
-    )
-    try:
-        launched.wait_for(wait_seconds)
-    finally:
-        launched.close()
+    warm.call("course_lib.evaluate:generate_rank", str(work), ranks=1, log=log, threads=2, limit_seconds=wait_seconds)
     if not answer.exists():
-        tail = (work / "log.txt").read_text(errors="replace")[-1500:]
+        tail = log.read_text(errors="replace")[-1500:]
         raise RuntimeError(f"generating from run {run.name!r} failed. {failures.hint_for(tail)}\n{tail}")
     return json.loads(answer.read_text())
 

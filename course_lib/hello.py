@@ -39,11 +39,7 @@ def ranks(count: int, *, wait_seconds: float = 180.0) -> pd.DataFrame:
     with tempfile.TemporaryDirectory(prefix="course-hello-") as work:
         log = Path(work) / "log.txt"
         started = time.time()
-        launched = warm.lease().launch("course_lib.hello:say_hello", work, ranks=count, log=log, env={})
-        try:
-            launched.wait_for(wait_seconds)
-        finally:
-            launched.close()
+        warm.call("course_lib.hello:say_hello", work, ranks=count, log=log, limit_seconds=wait_seconds)
         answers = [json.loads(path.read_text()) for path in Path(work).glob("*.json")]
         if len(answers) != count:
             tail = log.read_text(errors="replace")[-1500:] if log.exists() else ""

@@ -30,7 +30,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["Lease", "WarmError", "lease"]
+__all__ = ["Launched", "Lease", "WarmError", "call", "lease"]
 
 LINGER_SECONDS = 20.0
 """How long the server waits for a new lease after the last one ended: a restarted kernel finds it warm."""
@@ -168,6 +168,30 @@ def lease() -> Lease:
         return found
     _lease_of.cache_clear()  # the server was killed
     return _lease_of(os.getpid(), path)
+
+
+def call(target: str, argument: str, *, ranks: int, log: Path, threads: int = 1, limit_seconds: float = 300.0) -> dict:
+    """Run `target(argument)` in so many ranks and wait for their end.
+
+    Args:
+        target: A function as `module:name`, taking one string.
+        argument: The string.
+        ranks: Number of ranks.
+        log: File for what the agent and the ranks write.
+        threads: Threads of each rank's matrix products.
+        limit_seconds: Stop the ranks after so long.
+
+    Returns:
+        The agent's report; a caller judges the result by what the target left behind.
+
+    Raises:
+        TimeoutError: If the ranks still ran at the limit; they are stopped.
+    """
+    launched = lease().launch(target, argument, ranks=ranks, log=log, env={"OMP_NUM_THREADS": str(threads)})
+    try:
+        return launched.wait_for(limit_seconds)
+    finally:
+        launched.close()
 
 
 def _alive(path: Path) -> bool:

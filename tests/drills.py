@@ -12,9 +12,9 @@ from course_lib import train
 FAILING_RANK = 3
 
 
-def _at_step(step: int, action: object) -> None:
-    """Let rank 3 do something at the end of a step of the run that this process is about to train."""
-    if int(os.environ["RANK"]) != FAILING_RANK:
+def _at_step(step: int, action: object, *, rank: int = FAILING_RANK) -> None:
+    """Let one rank do something at the end of a step of the run that this process is about to train."""
+    if int(os.environ["RANK"]) != rank:
         return
     original = train.recorder
 
@@ -81,4 +81,17 @@ def writes_what_it_would_train_with(run_directory: str) -> None:
             cfg.to_yaml(str(Path(run_directory) / "used.yaml"))
 
     module.pretrain = pretrain
+    train.rank_main(run_directory)
+
+
+def fills_the_disk(run_directory: str) -> None:
+    """Rank 1 fills what is left of the run's file system in its second step; whoever writes next meets it."""
+
+    def fill() -> None:
+        time.sleep(0.5)  # the other rank has written its line of this step by now
+        with open(Path(run_directory) / "filler", "wb", buffering=0) as filler:
+            while True:
+                filler.write(b"0" * 1024)
+
+    _at_step(2, fill, rank=1)
     train.rank_main(run_directory)

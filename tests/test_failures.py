@@ -170,7 +170,7 @@ import os, subprocess, sys
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", {str(folder)!r}], check=True)
 from course_lib import launch, warm
 try:
-    launch.run({str(path)!r}, ranks=2, name="full", show=None, target="drills_disk:fills_the_disk")
+    launch.run({str(path)!r}, ranks=2, name="full", show=None, target="drills:fills_the_disk")
 except launch.RunFailed as failed:
     print("CAUSE", failed.outcome.rank, failed.outcome.exception, failed.outcome.hint)
     print("FILE", open(failed.run.path / "outcome.json").read())

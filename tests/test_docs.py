@@ -1,0 +1,28 @@
+"""The examples in docstrings are true."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+
+import course_lib
+
+DOES_SOMETHING = {"course_lib.preload"}
+"""Imported by the fork server only, and the one module that does something then."""
+MODULES = sorted(
+    m.name for m in pkgutil.walk_packages(course_lib.__path__, "course_lib.") if m.name not in DOES_SOMETHING
+)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings_hold(name, tmp_path, monkeypatch):
+    """Every `>>>` line of a module gives what stands below it."""
+    monkeypatch.setenv("COURSE_LEDGER", str(tmp_path / "ledger.json"))
+    module = importlib.import_module(name)
+    result = doctest.testmod(
+        module, optionflags=doctest.ELLIPSIS, extraglobs={"Path": importlib.import_module("pathlib").Path}
+    )
+    assert result.failed == 0

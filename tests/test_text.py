@@ -1,0 +1,76 @@
+"""From text to tokens to a number: the parts that lesson 03 uses, and how they refuse bad input."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from course_lib import corpus, evaluate, indexed, runs, tokenizers
+
+
+@pytest.fixture(scope="module")
+def text():
+    """The language reference of this Python."""
+    return corpus.language_reference()
+
+
+def test_the_corpus_is_real_and_its_parts_share_nothing(text):
+    """Hundreds of kilobytes, no topic twice, nothing held out that was trained on, and the same at every call."""
+    assert sum(map(len, text.train)) > 300_000 and sum(map(len, text.validation)) > 20_000
+    topics = [*text.train, *text.validation]
+    assert len(set(topics)) == len(topics) and all(topic.strip() for topic in topics)
+    assert corpus.language_reference() == text
+    with pytest.raises(ValueError, match="validation_percent=0"):
+        corpus.language_reference(validation_percent=0)
+
+
+def test_a_tokenizer_loses_nothing_and_is_reproducible(text, tmp_path):
+    """Byte-level: any text decodes to itself; trained again on the same text it gives the same ids."""
+    one = tokenizers.load(tokenizers.train_bpe(text.train[:9], tmp_path / "one", vocab_size=400))
+    two = tokenizers.load(tokenizers.train_bpe(text.train[:9], tmp_path / "two", vocab_size=400))
+    for sample in (*text.validation[:2], "naïve ¿日本語?\n\t tabs"):
+        assert one.decode(one.encode(sample).ids) == sample
+        assert one.encode(sample).ids == two.encode(sample).ids
+    assert one.get_vocab_size() == 400 and one.token_to_id(tokenizers.END_OF_DOCUMENT) == 0
+
+
+@pytest.mark.parametrize(("vocab_size", "words"), [(256, "at least 257"), (5000, "only has merges for")])
+def test_an_impossible_vocabulary_is_refused(tmp_path, vocab_size, words):
+    """Too few ids for all bytes, or more than the text has merges for."""
+    with pytest.raises(ValueError, match=words):
+        tokenizers.train_bpe(["a small text"], tmp_path, vocab_size=vocab_size)
+
+
+def test_what_is_written_is_what_megatron_reads(bridge, tmp_path):
+    """Megatron's own reader finds the documents, each closed, in two bytes a token."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    written = indexed.write([[5, 6], [7]], tmp_path / "text", vocab_size=1000, end_of_document=0)
+    assert (written.documents, written.tokens) == (2, 5)
+    dataset = IndexedDataset(str(written.prefix))
+    assert [dataset[i].tolist() for i in range(len(dataset))] == [[5, 6, 0], [7, 0]]
+    assert dataset[0].dtype == np.uint16
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["text.bin", "text.idx"]
+
+
+@pytest.mark.parametrize("documents", [[], [[1], []], [[1], [1000]], [[-1]]])
+def test_bad_documents_leave_nothing_half_written(bridge, tmp_path, documents):
+    """An empty document or an id outside the vocabulary is refused, and no file that looks whole remains."""
+    with pytest.raises(ValueError, match="document"):
+        indexed.write(documents, tmp_path / "text", vocab_size=1000, end_of_document=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_unigram_model_is_as_good_as_the_entropy():
+    """On many tokens of known frequency its loss is their entropy."""
+    tokens = [0] * 9000 + [1] * 1000
+    entropy = -(0.9 * math.log(0.9) + 0.1 * math.log(0.1))
+    assert evaluate.unigram_loss(tokens, tokens, vocab_size=2) == pytest.approx(entropy, abs=1e-3)
+
+
+def test_generating_without_a_checkpoint_is_refused(tmp_path):
+    """The message says how to get one."""
+    with pytest.raises(FileNotFoundError, match="save=True"):
+        evaluate.generate(runs.Run(tmp_path), ["x"])
