@@ -195,7 +195,7 @@ def test_gpus_would_be_used(monkeypatch, bridge, runs_directory):
     run = launch.run(small.config(), ranks=8, name="gpu", show=None)
     about = json.loads((run.path / "launch.json").read_text())
     assert (about["device"], about["launcher"], seen["ranks"]) == ("cuda", "torchrun", 8)
-    assert run.config["model"]["bf16"] is True and run.config["dist"]["distributed_backend"] == "nccl"
+    assert run.config["mixed_precision"] == "bf16_mixed" and run.config["dist"]["distributed_backend"] == "nccl"
 
 
 def alive(pid: int) -> bool:
