@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ConfigError", "FieldError", "RunFailed", "RunInterrupted", "command", "differences", "run", "warm_up"]
 
+TRAIN = "course_lib.train:rank_main"
+"""What a warm rank executes: Bridge's own loop."""
+
 RESERVE_BYTES = 16 * 1024
 """Space kept free in a run directory, so that a full disk cannot keep `outcome.json` from being written."""
 
@@ -73,7 +76,7 @@ def run(
     load: runs.Run | Path | None = None,
     show: str | None = "live",
     launcher: str | None = None,
-    target: str = "course_lib.train:rank_main",
+    target: str = TRAIN,
 ) -> runs.Run:
     """Train on so many ranks and return what happened.
 
@@ -299,6 +302,7 @@ def _start_warm(run: runs.Run, ranks: int, *, target: str) -> warm.Launched:
         ranks=ranks,
         log=run.path / "logs" / "launcher.log",
         env=environment,
+        prepare="course_lib.train:prepare" if target == TRAIN else None,
     )
 
 

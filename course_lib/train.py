@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from megatron.bridge.training.callbacks import Callback
     from megatron.bridge.training.config import ConfigContainer
 
-__all__ = ["main", "rank_main", "read_config", "recorder", "stage"]
+__all__ = ["main", "prepare", "rank_main", "read_config", "recorder", "stage"]
 
 GRACE_SECONDS = 0.4
 """How long a failing rank waits before it exits, so that a rank which died without a word is noticed first."""
@@ -175,11 +175,17 @@ def _output_to(log: Path) -> Iterator[None]:
             os.close(copy)
 
 
-def rank_main(run_directory: str) -> None:
+def prepare(run_directory: str) -> ConfigContainer:
+    """What all ranks of one machine would do alike, done once: read the configuration."""
+    return read_config(Path(run_directory) / "config.yaml")
+
+
+def rank_main(run_directory: str, cfg: ConfigContainer | None = None) -> None:
     """Run one rank from start to end; `RANK` and `WORLD_SIZE` are in the environment.
 
     Args:
         run_directory: A directory with `config.yaml`, and `launch.json` if a launcher made it.
+        cfg: This rank's own copy of what `prepare()` returned; `None` reads the file.
 
     Raises:
         SystemExit: With code 1 after a failure, which then stands in `ranks/N.json` and `outcome.json`.
@@ -188,7 +194,7 @@ def rank_main(run_directory: str) -> None:
     with _output_to(path / "logs" / f"rank_{rank}.log"):
         try:
             stage(path, rank, "reading the configuration")
-            _train(path, rank, world)
+            _train(path, rank, world, cfg)
             stage(path, rank, "done")
         except BaseException as error:
             failures.record(path, rank, error)
@@ -204,11 +210,13 @@ def rank_main(run_directory: str) -> None:
             os._exit(1)  # no destructor may wait for peers that are gone
 
 
-def _train(path: Path, rank: int, world: int) -> None:
+def _train(path: Path, rank: int, world: int, cfg: ConfigContainer | None) -> None:
     device = runs.Run(path).launch.get("device") or stack.device(world)
     if device == "cpu":
         from course_lib import cpu
+        from course_lib.cpu import cores
 
+        cores.share(int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", world)))
         cpu.activate(allow_untested=os.environ.get("COURSE_ALLOW_UNTESTED") == "1")
     import torch
     from megatron.bridge.training.finetune import finetune
@@ -218,7 +226,7 @@ def _train(path: Path, rank: int, world: int) -> None:
     from course_lib import devices, layout
 
     meter = memory_meter.meter(device)
-    cfg = read_config(path / "config.yaml")
+    cfg = cfg or read_config(path / "config.yaml")
     if device == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         devices.apply(cfg)

@@ -59,7 +59,9 @@ class Lease:
         self.path = path
         self._connection = connection
 
-    def launch(self, target: str, argument: str, *, ranks: int, log: Path, env: dict[str, str]) -> Launched:
+    def launch(
+        self, target: str, argument: str, *, ranks: int, log: Path, env: dict[str, str], prepare: str | None = None
+    ) -> Launched:
         """Start `target(argument)` in so many ranks, without waiting for them.
 
         Args:
@@ -68,9 +70,12 @@ class Lease:
             ranks: Number of ranks on this machine.
             log: File for what the agent writes.
             env: Environment variables to set in the ranks.
+            prepare: A function that is called once with the string, before the ranks start; what it returns is each
+                rank's second argument.  If it raises, that is `None`, and the ranks meet the error themselves.
         """
         request = {
             "target": target,
+            "prepare": prepare,
             "argument": argument,
             "ranks": ranks,
             "log": str(log),
@@ -333,10 +338,15 @@ def _agent(request: dict, writer: object) -> None:
     os.dup2(log, 2)
     _end_with_parent()
     _use_the_fork_server_of_my_parent()
+    _do_not_stagger_the_only_node()
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    sys.path.extend(entry for entry in request["path"] if entry not in sys.path)
+    if request["prepare"]:
+        with contextlib.suppress(Exception):  # the ranks will meet the error, and say which rank they are
+            request["prepared"] = _function(request["prepare"])(request["argument"])
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -347,7 +357,7 @@ def _agent(request: dict, writer: object) -> None:
         local_addr="localhost",
         start_method="forkserver",
         max_restarts=0,
-        monitor_interval=0.05,
+        monitor_interval=0.02,
     )
     report: dict = {"dead": {}}
     try:
@@ -364,6 +374,17 @@ def _agent(request: dict, writer: object) -> None:
         report["error"] = f"the launcher failed: {type(error).__name__}: {error} (in {place.filename}, {place.name})"
     writer.send(report)
     writer.close()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # nothing is left to do, and taking the imported stack apart would take longer than a step
+
+
+def _function(name: str) -> Callable:
+    """The function of `module:name`."""
+    import importlib
+
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def _use_the_fork_server_of_my_parent() -> None:
@@ -379,19 +400,29 @@ def _use_the_fork_server_of_my_parent() -> None:
     forkserver._forkserver.ensure_running = lambda: None
 
 
+def _do_not_stagger_the_only_node() -> None:
+    """Leave out the random wait, up to 0.3 s, that keeps many nodes from asking the rendezvous at once."""
+    from torch.distributed.elastic.rendezvous import dynamic_rendezvous
+
+    delay = dynamic_rendezvous._delay
+    dynamic_rendezvous._delay = lambda seconds: None if isinstance(seconds, tuple) else delay(seconds)
+
+
 def rank_process(request: dict) -> None:
     """What a rank does first: a session of its own, the client's environment, then the target."""
     import gc
-    import importlib
+
+    from course_lib.cpu import cores
 
     os.setsid()
+    cores.share(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
     _end_with_parent()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
     sys.path.extend(entry for entry in request["path"] if entry not in sys.path)
     gc.freeze()
-    module, _, name = request["target"].partition(":")
-    getattr(importlib.import_module(module), name)(request["argument"])
+    arguments = (request["argument"], request.get("prepared")) if request["prepare"] else (request["argument"],)
+    _function(request["target"])(*arguments)
 
 
 def _end_with_parent() -> None:
