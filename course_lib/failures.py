@@ -19,7 +19,7 @@ from pathlib import Path
 
 from course_lib import runs
 
-__all__ = ["describe", "hint_for", "lost_a_peer", "record", "settle"]
+__all__ = ["describe", "hint_for", "left", "lost_a_peer", "record", "settle"]
 
 _LOST_PEER = re.compile(
     r"connection (closed|reset|refused)|broken pipe|socket (timeout|closed)|"
@@ -171,6 +171,14 @@ def _killed(run: runs.Run, rank: int, code: int) -> runs.Outcome:
     stage = run.ranks().get(rank, {}).get("stage", runs.STAGES[0])
     cause = f"rank {rank} was killed by {name} while {stage}"
     return runs.Outcome("failed", rank, cause, name, _tail(run, rank), hint_for(name))
+
+
+def left(run: runs.Run) -> dict[int, int]:
+    """Ranks that are gone although they neither finished nor failed, each with exit code 0.
+
+    A library that ends a process by itself leaves like this; the launcher, who counts failures, would wait forever.
+    """
+    return {rank: 0 for rank, r in run.ranks().items() if r["stage"] not in ("failed", "done") and _gone(r["pid"])}
 
 
 def _gone(pid: int) -> bool:

@@ -8,7 +8,6 @@ import dataclasses
 import difflib
 import functools
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +29,9 @@ if TYPE_CHECKING:
     from course_lib.layout import Layout
 
 __all__ = ["ConfigError", "FieldError", "RunFailed", "RunInterrupted", "command", "differences", "run", "warm_up"]
+
+PATIENCE_SECONDS = 6.0
+"""How long a rank may be gone before a launch that says nothing about it is stopped."""
 
 TRAIN = "course_lib.train:rank_main"
 """What a warm rank executes: Bridge's own loop."""
@@ -88,7 +90,7 @@ def run(
         ranks: Number of ranks; the world size.
         name: Name of the run's directory; a number is added if it exists.
         save: Keep checkpoints in the run's own directory.  Bridge's recipes save to, and silently resume from, one
-            default directory; a run of this course does neither unless asked.  A file is taken as it is.
+            default directory; a run of this course does neither unless asked, from a file as well.
         load: A run, or a checkpoint directory, to start from.
         show: `"live"` for a view of loss, memory and throughput while it trains, `None` for silence.
         launcher: `"warm"` or `"torchrun"`; `None` takes what fits the device.
@@ -114,10 +116,14 @@ def run(
         _refuse_unknown_fields(cfg)
         plan = layout.require(_as_the_ranks_see_it(cfg, device), ranks)
     path = runs.create(name)
+    places = {
+        "save": str(path / "checkpoints") if save else None,
+        "load": str(load.path / "checkpoints" if isinstance(load, runs.Run) else load) if load else None,
+    }
     if isinstance(cfg, (str, Path)):
-        shutil.copyfile(cfg, path / "config.yaml")
+        _write_content(content, path, places)
     else:
-        _write_config(cfg, path, save=save, load=load)
+        _write_config(cfg, path, places)
         content = runs.Run(path).config
     launcher = launcher or ("torchrun" if device == "cuda" else "warm")
     runs.write_json(path / "launch.json", _about(content, path, ranks, device, launcher, plan))
@@ -185,14 +191,26 @@ def _read_file(path: Path) -> dict:
     return content
 
 
-def _write_config(cfg: ConfigContainer, path: Path, *, save: bool, load: runs.Run | Path | None) -> None:
+def _write_config(cfg: ConfigContainer, path: Path, places: dict[str, str | None]) -> None:
     mine = copy.copy(cfg)
     mine.checkpoint, mine.logger = copy.copy(cfg.checkpoint), copy.copy(cfg.logger)
-    mine.checkpoint.save = str(path / "checkpoints") if save else None
-    mine.checkpoint.load = str(load.path / "checkpoints" if isinstance(load, runs.Run) else load) if load else None
+    mine.checkpoint.save, mine.checkpoint.load = places["save"], places["load"]
     mine.logger.tensorboard_dir = None  # the run directory records the same numbers
     temporary = path / ".config.yaml"
     mine.to_yaml(str(temporary))
+    os.replace(temporary, path / "config.yaml")
+
+
+def _write_content(content: dict, path: Path, places: dict[str, str | None]) -> None:
+    """Write what a file said, with this run's own places in it, as `_write_config` does for a configuration."""
+    mine = {name: dict(part) if isinstance(part, dict) else part for name, part in content.items()}
+    mine.setdefault("checkpoint", {"_target_": "megatron.bridge.training.config.CheckpointConfig"})
+    if isinstance(mine["checkpoint"], dict):  # what is no mapping is for Bridge to refuse
+        mine["checkpoint"].update(places)
+    if isinstance(mine.get("logger"), dict):
+        mine["logger"]["tensorboard_dir"] = None
+    temporary = path / ".config.yaml"
+    temporary.write_text(yaml.safe_dump(mine, sort_keys=False))
     os.replace(temporary, path / "config.yaml")
 
 
@@ -238,9 +256,15 @@ def _start_and_wait(run: runs.Run, ranks: int, start: Callable, view: live.View 
     try:
         launched = start(run, ranks)
         try:
+            patience = _Patience()
             while (report := launched.wait(0.1)) is None:
                 if view is not None:
                     view.update(run.again())
+                if patience.ends(run):
+                    report = {"dead": failures.left(run)}
+                    launched.stop()
+                    _wait_for_the_end(launched, run)
+                    break
         except KeyboardInterrupt:
             launched.stop()
             _wait_for_the_end(launched, run)
@@ -257,6 +281,21 @@ def _start_and_wait(run: runs.Run, ranks: int, start: Callable, view: live.View 
     if outcome.status != "succeeded":
         raise RunFailed(run.again(), outcome)
     return run.again()
+
+
+class _Patience:
+    """Ends when a rank has been gone for some seconds and the launcher, who should know first, has said nothing."""
+
+    def __init__(self) -> None:
+        self._looked = self._complete = time.monotonic()
+
+    def ends(self, run: runs.Run) -> bool:
+        now = time.monotonic()
+        if now - self._looked >= 1.0:
+            self._looked = now
+            if not failures.left(run):
+                self._complete = now
+        return now - self._complete > PATIENCE_SECONDS
 
 
 def _outcome_of(run: runs.Run, report: dict) -> runs.Outcome:

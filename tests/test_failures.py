@@ -71,6 +71,12 @@ def test_a_rank_that_raises_is_named(cfg):
     assert launch.run(cfg, ranks=4, name="next", show=None).outcome.status == "succeeded"
 
 
+def test_a_rank_that_leaves_is_named(cfg):
+    """A rank that ends with exit code 0 is no failure to the launcher; nobody waits for it forever."""
+    failed = drill(cfg, "leaves")
+    assert (failed.outcome.rank, failed.outcome.cause) == (3, "rank 3 exited with code 0")
+
+
 def test_a_killed_rank_is_named(cfg):
     """A rank that dies without a word is found by its exit code, before its peers' complaints."""
     failed = drill(cfg, "is_killed")
@@ -143,8 +149,10 @@ def test_two_notebooks_that_launch_at_once_do_not_meet(cfg, tmp_path):
     cfg.train.train_iters = 2
     path = written_config(cfg, tmp_path / "mine")
     both = [in_another_process(LAUNCH.format(path=str(path))) for _ in range(2)]
-    names = sorted(process.communicate(timeout=300)[0].split()[-1] for process in both)
-    assert [process.returncode for process in both] == [0, 0] and names == ["same", "same-2"]
+    told = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], "\n".join(told)
+    names = sorted(text.split()[-1] for text in told)
+    assert names == ["same", "same-2"]
     one, two = (runs.read(name) for name in names)
     assert one.metrics.loss.tolist() == two.metrics.loss.tolist() and len(one.metrics) == 2
 

@@ -16,7 +16,7 @@ SEED = 1234
 
 
 def provider(tensor_parallel: int) -> object:
-    """A small Llama-shaped model with one dense and one mixture-of-experts layer."""
+    """A small Llama-shaped model whose weights depend on the seed alone."""
     import torch
     import torch.nn.functional as F
     from megatron.bridge.models import GPTModelProvider

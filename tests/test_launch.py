@@ -126,6 +126,17 @@ def test_a_configuration_file_is_enough(bridge, first_run, runs_directory):
     assert again.metrics.loss.tolist() == first_run.metrics.loss.tolist()
 
 
+def test_a_file_neither_saves_nor_resumes_unless_asked(bridge, runs_directory, tmp_path):
+    """Bridge's default checkpoint directory, which every recipe shares, is not used; with `save` it is the run's own."""
+    cfg = small.config(train_iters=1)
+    cfg.checkpoint.save = cfg.checkpoint.load = str(tmp_path / "shared")
+    cfg.to_yaml(str(tmp_path / "config.yaml"))
+    first = launch.run(tmp_path / "config.yaml", ranks=2, name="file", show=None, save=True)
+    again = launch.run(tmp_path / "config.yaml", ranks=2, name="file", show=None)
+    assert not (tmp_path / "shared").exists() and (first.path / "checkpoints").is_dir()
+    assert len(again.metrics) == 1 and not (again.path / "checkpoints").exists()
+
+
 def test_the_distributed_optimizer_trains_like_the_plain_one(bridge, first_run, runs_directory):
     """Optimizer states in DP pieces, as NVIDIA's recipes have them, give the losses of whole ones."""
     cfg = small.config(ddp__use_distributed_optimizer=True, optimizer__use_distributed_optimizer=True)
