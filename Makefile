@@ -23,7 +23,7 @@ test: setup ## run every test
 	@.venv/bin/python -m pytest
 
 lab: setup ## open JupyterLab on lesson 00
-	@.venv/bin/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/00_check_your_setup.ipynb
+	@.venv/bin/jupyter lab --LabApp.app_settings_dir="$(CURDIR)/course_lib/lab/settings" $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/00_check_your_setup.ipynb
 
 book: setup ## build the book as HTML
 	@$(COURSE) book
