@@ -26,6 +26,8 @@ def full(frame: pd.DataFrame, *, index: bool = True) -> Styler:
         >>> "x" * 80 in full(pd.DataFrame({"why": ["x" * 80]}), index=False).to_html()
         True
     """
-    left = [{"selector": "th, td", "props": "text-align: left; vertical-align: top; white-space: normal;"}]
-    styled = frame.style.set_table_styles(left)
+    cell = "text-align: left; vertical-align: top; white-space: normal; padding-right: 0.9em; font-size: 88%;"
+    last = "min-width: 11em; overflow-wrap: anywhere; padding-right: 0;"
+    words = [{"selector": "th, td", "props": cell}, {"selector": "td:last-child", "props": last}]
+    styled = frame.style.set_table_styles(words)
     return styled if index else styled.hide(axis="index")
