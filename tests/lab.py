@@ -1,0 +1,136 @@
+"""JupyterLab in a real browser, for tests: the server as `make lab` starts it, and a page that runs cells."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parent.parent
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+QUIET = ("--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
+QUIET += ("--disable-component-update", "--disable-sync", "--no-sandbox")
+
+
+class NoBrowser(RuntimeError):
+    """There is no Chromium, and it cannot be installed."""
+
+
+def browser() -> str:
+    """The path of a Chromium; on Debian, as root, it is installed if there is none.
+
+    Raises:
+        NoBrowser: If there is none and nobody may install it.
+    """
+    if found := next(filter(None, map(shutil.which, NAMES)), None):
+        return found
+    if os.getuid() == 0 and shutil.which("apt-get"):
+        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        for command in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", "chromium"]):
+            subprocess.run(["apt-get", *command], env=environment, check=True, capture_output=True, timeout=900)
+        return browser()
+    raise NoBrowser("The browser tests need Chromium. Install it: `sudo apt install chromium`, then run them again.")
+
+
+@dataclass
+class Lab:
+    """One lesson in JupyterLab.
+
+    Attributes:
+        page: Playwright's page.
+        base: Address of the server.
+        root: The folder that JupyterLab shows.
+        elsewhere: Every request that did not go to the server.
+    """
+
+    page: Any
+    base: str
+    root: Path
+    elsewhere: list[str] = field(default_factory=list)
+
+    def open(self, notebook: str) -> None:
+        """Open a notebook and wait for its kernel."""
+        end = time.monotonic() + 60
+        while True:
+            try:
+                self.page.goto(f"{self.base}/lab/tree/{notebook}?reset", timeout=5000)
+                break
+            except Exception:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.5)
+        self.page.wait_for_selector(".jp-Notebook", timeout=60_000)
+        self.page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=60_000)
+
+    def menu(self, name: str, entry: str) -> None:
+        """Choose an entry of a menu."""
+        self.page.get_by_role("menuitem", name=name, exact=True).click()
+        self.page.locator(".lm-Menu-itemLabel", has_text=entry).first.click()
+
+    def run_all(self) -> None:
+        """Start all cells, and wait until the kernel is busy."""
+        self.menu("Run", "Run All Cells")
+        self.page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="busy"]', timeout=30_000)
+
+    def wait(self, *, seconds: float) -> None:
+        """Wait until the kernel has been idle for a second."""
+        end = time.monotonic() + seconds
+        idle = 0
+        while idle < 4:
+            assert time.monotonic() < end, "the kernel was still busy"
+            status = self.page.evaluate("document.querySelector('.jp-Notebook-ExecutionIndicator').dataset.status")
+            idle = idle + 1 if status == "idle" else 0
+            time.sleep(0.25)
+
+    def save(self) -> None:
+        """Save the notebook, and wait until it is saved."""
+        self.menu("File", "Save Notebook")
+        self.page.wait_for_selector(
+            ".jp-mod-current .jp-DirtyIndicator, .lm-mod-current.jp-mod-dirty", state="detached"
+        )
+
+    def shot(self, path: Path) -> None:
+        """Save a picture of the page."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.page.screenshot(path=str(path))
+
+
+@contextlib.contextmanager
+def lab(root: Path, runs: Path) -> Iterator[Lab]:
+    """JupyterLab on a folder that holds `notebooks/`, in a headless browser; both end with the context."""
+    from playwright.sync_api import sync_playwright
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [Path(sys.executable).with_name("jupyter"), "lab", "--allow-root", "--no-browser", f"--port={port}"]
+    command += [f"--LabApp.app_settings_dir={PROJECT / 'course_lib/lab/settings'}"]
+    command += ["--IdentityProvider.token=", "--ServerApp.password=", f"--ServerApp.root_dir={root}"]
+    environment = {**os.environ, "COURSE_RUNS": str(runs), "JUPYTERLAB_SETTINGS_DIR": str(root / "settings")}
+    environment |= {"JUPYTERLAB_WORKSPACES_DIR": str(root / "workspaces"), "COURSE_LEDGER": str(root / "ledger.json")}
+    with open(root / "lab.log", "w") as log, sync_playwright() as playwright:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            chromium = playwright.chromium.launch(executable_path=browser(), args=list(QUIET))
+            page = chromium.new_page(viewport={"width": 1400, "height": 1000})
+            here = Lab(page, f"http://127.0.0.1:{port}", root)
+            own = (here.base, here.base.replace("http", "ws"), "data:", "blob:")
+            page.on("request", lambda r: None if r.url.startswith(own) else here.elsewhere.append(r.url))
+            yield here
+            here.shot(root / "last.png")
+            chromium.close()
+        finally:
+            server.terminate()
+            try:
+                server.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(server.pid, 9)
+                server.wait()
