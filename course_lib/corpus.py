@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import statistics
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -178,9 +179,7 @@ def clean(text: str) -> str:
     return re.sub(r"\n{4,}", "\n\n\n", text).strip("\n")
 
 
-def build(
-    documents: Iterable[corpus_sources.Document], directory: Path, *, held_out_percent: float = 5.0
-) -> Built:
+def build(documents: Iterable[corpus_sources.Document], directory: Path, *, held_out_percent: float = 5.0) -> Built:
     """Clean, deduplicate and split documents, and write them with a manifest.
 
     Only hashes and counts are kept in memory, so the text may be larger than it.
@@ -259,7 +258,9 @@ def _write_cleaned(
             line = asdict(document) | {"text": text, "sha256": digest.hexdigest()}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     if not groups:
-        raise ValueError(f"no text is left: {counts['read'][0]} documents were read, all under {MIN_CHARACTERS} characters")
+        raise ValueError(
+            f"no text is left: {counts['read'][0]} documents were read, all under {MIN_CHARACTERS} characters"
+        )
     return [{"step": step, "documents": n, "text_bytes": size} for step, (n, size) in counts.items()], dict(groups)
 
 
@@ -268,11 +269,16 @@ def _split(groups: dict[str, int], held_out_percent: float) -> dict[str, str]:
 
     A module that would fill a held-out split nearly alone stays in training, so that the split is a mixture.
     """
+    if len(groups) < len(SPLITS):
+        raise ValueError(
+            f"{len(groups)} modules or documents: at least {len(SPLITS)} are needed for {', '.join(SPLITS)}"
+        )
     full_bytes = sum(groups.values()) * held_out_percent / 100
+    largest_bytes = max(full_bytes / 4, 2 * statistics.median(groups.values()))
     split_of, sizes = dict.fromkeys(groups, "train"), Counter()
     for name in sorted(groups, key=lambda name: hashlib.sha256(name.encode()).digest()):
         for split in SPLITS[1:]:
-            if sizes[split] < full_bytes and (groups[name] <= full_bytes / 4 or len(groups) < 20):
+            if sizes[split] < full_bytes and groups[name] <= largest_bytes:
                 split_of[name] = split
                 sizes[split] += groups[name]
                 break

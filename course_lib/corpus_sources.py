@@ -12,7 +12,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["MAX_LINE_BYTES", "BadText", "Document", "Documented", "documented", "folder_documents", "python_documents"]
+__all__ = [
+    "MAX_LINE_BYTES",
+    "BadText",
+    "Document",
+    "Documented",
+    "documented",
+    "folder_documents",
+    "library_functions",
+    "python_documents",
+]
 
 MAX_LINE_BYTES = 64 * 2**20
 """No line of a JSONL file is longer: a broken file may be one line of many gigabytes."""

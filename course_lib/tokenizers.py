@@ -8,12 +8,23 @@ from __future__ import annotations
 
 import base64
 import functools
+import importlib.resources
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-__all__ = ["END_OF_DOCUMENT", "Nemotron", "compare_with_hub", "end_of_document", "load", "nemotron", "train_bpe"]
+__all__ = [
+    "END_OF_DOCUMENT",
+    "Nemotron",
+    "compare_with_hub",
+    "end_of_document",
+    "load",
+    "nemotron",
+    "tekken_ranks",
+    "train_bpe",
+]
 
 END_OF_DOCUMENT = "<|endoftext|>"
 ENDS = (END_OF_DOCUMENT, "</s>")
@@ -114,13 +125,10 @@ def nemotron(directory: Path) -> Nemotron:
     Source: mistral_common 1.13.1 `data/tekken_240718.json` (Apache-2.0); megatron-core 0.19.2
     `tokenizers/text/libraries/tiktoken_tokenizer.py`.
     """
-    import importlib.resources
-
     from megatron.core.tokenizers.text.libraries import tiktoken_tokenizer as megatron
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    file = importlib.resources.files("mistral_common") / "data" / "tekken_240718.json"
-    tekken = json.loads(file.read_text(encoding="utf-8"))
+    tekken = _tekken()
     config, pattern = tekken["config"], megatron._PATTERN_TIKTOKEN_V2
     if config["pattern"] != pattern:
         raise RuntimeError("mistral_common's Tekken pattern is not Megatron's pattern v2: use the pinned versions")
@@ -143,6 +151,30 @@ def nemotron(directory: Path) -> Nemotron:
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     hugging_face = _save(tokenizer, directory / "hugging-face", eos_token="</s>", bos_token="<s>", unk_token="<unk>")
     return Nemotron(tiktoken, hugging_face, vocab_size, special_ids)
+
+
+def tekken_ranks(texts: Iterable[str]) -> list[list[int]]:
+    """The ranks that the Tekken file itself gives, by tiktoken and without Megatron: what an id must be, minus 1,000.
+
+    Args:
+        texts: What to encode.
+
+    Returns:
+        One list a text.
+    """
+    import tiktoken
+
+    tekken = _tekken()
+    config = tekken["config"]
+    entries = tekken["vocab"][: config["default_vocab_size"] - config["default_num_special_tokens"]]
+    ranks = {base64.b64decode(entry["token_bytes"]): entry["rank"] for entry in entries}
+    encoding = tiktoken.Encoding("tekken", pat_str=config["pattern"], mergeable_ranks=ranks, special_tokens={})
+    return encoding.encode_ordinary_batch(list(texts))
+
+
+def _tekken() -> dict[str, Any]:
+    file = importlib.resources.files("mistral_common") / "data" / "tekken_240718.json"
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def compare_with_hub(mine: Nemotron, texts: Iterable[str], *, model: str = HUB_MODEL) -> int:

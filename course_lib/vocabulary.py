@@ -64,7 +64,9 @@ def compare(tokenizers: Mapping[str, object], texts: Sequence[str]) -> pd.DataFr
     return pd.DataFrame(rows, columns=columns)
 
 
-def padding(vocab_sizes: Mapping[str, int], *, tensor_model_parallel_sizes: Iterable[int] = (1, 2, 4, 8)) -> pd.DataFrame:
+def padding(
+    vocab_sizes: Mapping[str, int], *, tensor_model_parallel_sizes: Iterable[int] = (1, 2, 4, 8)
+) -> pd.DataFrame:
     """How many rows does Megatron give the embedding at each TP?
 
     Args:
