@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -167,6 +168,8 @@ def _builder(prefix: Path, vocab_size: int) -> Iterator[Callable[[list[int], int
         builder.finalize(f"{half}.idx")
         for suffix in ("bin", "idx"):
             os.replace(f"{half}.{suffix}", f"{prefix}.{suffix}")
+        # Megatron finds its indices by path and settings, and would use those of the older files.
+        shutil.rmtree(prefix / "cache", ignore_errors=True)
     finally:
         builder.data_file.close()
         for suffix in ("bin", "idx"):

@@ -7,6 +7,7 @@ import copy
 import io
 import logging
 import struct
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,9 +171,9 @@ def datasets(cfg: Any, *, cache: Path) -> tuple[Any, Any, Any]:
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
     mine = copy.deepcopy(cfg.dataset)
-    mine.tokenizer, mine.path_to_cache = build_tokenizer(cfg.tokenizer), str(cache)
-    mine.finalize()
     with _quiet():
+        mine.tokenizer, mine.path_to_cache = build_tokenizer(cfg.tokenizer), str(cache)
+        mine.finalize()
         return pretrain_train_valid_test_datasets_provider(list(get_train_valid_test_num_samples(cfg)), mine)
 
 
@@ -183,7 +184,8 @@ def _quiet() -> Iterator[None]:
     before = logger.level
     logger.setLevel(logging.WARNING)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Could not determine rank")  # there is only this process
             yield
     finally:
         logger.setLevel(before)
