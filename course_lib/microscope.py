@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
-import logging
 import struct
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from course_lib.quiet import quietly
 
 if TYPE_CHECKING:
     import numpy as np
@@ -171,24 +169,10 @@ def datasets(cfg: Any, *, cache: Path) -> tuple[Any, Any, Any]:
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
     mine = copy.deepcopy(cfg.dataset)
-    with _quiet():
+    with quietly():
         mine.tokenizer, mine.path_to_cache = build_tokenizer(cfg.tokenizer), str(cache)
         mine.finalize()
         return pretrain_train_valid_test_datasets_provider(list(get_train_valid_test_num_samples(cfg)), mine)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Megatron's log of every array that it reads."""
-    logger = logging.getLogger("megatron.core.datasets")
-    before = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Could not determine rank")  # there is only this process
-            yield
-    finally:
-        logger.setLevel(before)
 
 
 def pieces(dataset: Any, number: int) -> pd.DataFrame:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from course_lib import layout, recipes
+from course_lib import layout, recipes, units
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -77,8 +77,8 @@ def padding(
         One row a vocabulary, one column a TP size.
 
     Example:
-        >>> padding({"Llama 3": 128256}).iloc[0].tolist()
-        ['Llama 3', 128256, 128256, 128256, 128512, 129024]
+        >>> padding({"Llama 3": 128256})["rows at TP=8"].tolist()
+        [129024]
     """
     import pandas as pd
 
@@ -120,7 +120,7 @@ def swap_cost(
             for ids in (before, after)
         )
         rank_bytes = (KEPT_BYTES + SHARED_BYTES / data_parallel_size) * (new - old) / tensor_model_parallel_size
-        rows.append((name.rsplit("/", 1)[-1], old, new, new - old, 100 * (new - old) / old, rank_bytes / 2**30))
+        rows.append((name.rsplit("/", 1)[-1], old, new, new - old, 100 * (new - old) / old, units.gib(rank_bytes)))
     columns = ["model", "parameters before", "after", "added", "added, %", "added per rank, GiB (planned)"]
     return pd.DataFrame(rows, columns=columns).sort_values("parameters before", ignore_index=True)
 
