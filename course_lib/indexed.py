@@ -13,7 +13,7 @@ from pathlib import Path
 
 from course_lib import tokenizers
 
-__all__ = ["Written", "write", "write_texts"]
+__all__ = ["Written", "batches", "write", "write_texts"]
 
 BATCH_BYTES = 2**20
 """Text that is encoded at once: enough for all cores, little enough to stream."""
@@ -106,7 +106,13 @@ def write_texts(
     return Written(prefix, count, tokens, size_bytes, time.perf_counter() - begin)
 
 
-def _batches(texts: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+def batches(texts: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+    """Texts in lists of about one MiB, each with its bytes.
+
+    Example:
+        >>> list(batches(["naïve", "b"]))
+        [(7, ['naïve', 'b'])]
+    """
     batch, size_bytes = [], 0
     for text in texts:
         batch.append(text)
@@ -128,7 +134,7 @@ def _encoded(texts: Iterable[str], tokenizer: object) -> Iterator[tuple[int, lis
     try:
         with ThreadPoolExecutor(1) as pool:
             waiting = None
-            for size_bytes, batch in _batches(texts):
+            for size_bytes, batch in batches(texts):
                 following = size_bytes, pool.submit(encode, batch)
                 if waiting is not None:
                     yield waiting[0], waiting[1].result()
@@ -154,11 +160,13 @@ def _builder(prefix: Path, vocab_size: int) -> Iterator[Callable[[list[int], int
         nonlocal count
         if not ids:
             raise ValueError(f"document {count} is empty: leave it out")
+        document = np.empty(len(ids) + 1, np.int64)
+        document[:-1], document[-1] = ids, end_of_document
         # The low-level call takes whatever fits the type: 70,000 would become 4,464 in two bytes.
-        if min(ids) < 0 or max(ids) >= vocab_size or not 0 <= end_of_document < vocab_size:
-            wrong = next((i for i in (*ids, end_of_document) if not 0 <= i < vocab_size), None)
+        if document.min() < 0 or document.max() >= vocab_size:
+            wrong = next(number for number in document.tolist() if not 0 <= number < vocab_size)
             raise ValueError(f"document {count} has id {wrong}, outside a vocabulary of {vocab_size}")
-        builder.add_document(np.array([*ids, end_of_document]), [len(ids) + 1])
+        builder.add_document(document, [len(document)])
         count += 1
 
     try:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ast
 import json
+from types import SimpleNamespace
 
 import pytest
 
-from course_lib import corpus, corpus_sources, tasks
+from course_lib import corpus, corpus_hub, corpus_sources, tasks
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +140,24 @@ def test_choices_are_fair(built):
     assert tasks.multiple_choice(questions) == choices
     with pytest.raises(ValueError, match="at least 4"):
         tasks.multiple_choice(questions[:3])
+
+
+def test_a_corpus_from_the_hub_is_described_first(tmp_path, monkeypatch):
+    """Name, size and licence come before the download; the texts between the separators become documents."""
+    import huggingface_hub
+
+    siblings = [SimpleNamespace(rfilename="stories.txt", size=3000)]
+    about = SimpleNamespace(siblings=siblings, card_data={"license": "cdla-sharing-1.0"}, sha="abc")
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, files_metadata: about)
+    stories = [f"Story {n} of a cat that sat on a mat for a long time." for n in range(12)]
+    (tmp_path / "stories.txt").write_text("\n<|endoftext|>\n".join(stories))
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda repository, file, repo_type, revision: str(tmp_path / file)
+    )
+    offer = corpus_hub.describe("somebody/stories", "stories.txt")
+    assert str(offer) == "somebody/stories/stories.txt: 2.9 KiB, licence cdla-sharing-1.0"
+    built = corpus_hub.build(offer, tmp_path / "out")
+    assert sorted(text for split in corpus.SPLITS for text in built.texts("hub", split)) == sorted(stories)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "stories.txt"]
+    with pytest.raises(ValueError, match="has no poems.txt: it has stories.txt"):
+        corpus_hub.describe("somebody/stories", "poems.txt")

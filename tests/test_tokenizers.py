@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -54,6 +56,15 @@ def test_an_id_is_the_rank_plus_a_thousand(nemotron, megatron):
     assert megatron.tokenize(text) == [rank + 1000 for rank in tokenizers.tekken_ranks([text])[0]]
     assert (nemotron.vocab_size, nemotron.special_ids, megatron.vocab_size) == (131072, 1000, 131072)
     assert tokenizers.load(nemotron.hugging_face).get_vocab_size() == 131072
+
+
+def test_the_table_of_special_ids_is_what_the_packages_say(nemotron, megatron):
+    """Sizes, the first names and the end of a document; the names that a third party reports are beyond this test."""
+    table = json.loads((Path(__file__).parent.parent / "data" / "nemotron_special_ids.json").read_text())
+    assert (table["vocab_size"], table["special_ids"]) == (nemotron.vocab_size, nemotron.special_ids)
+    fast = tokenizers.load(nemotron.hugging_face)
+    assert all(fast.id_to_token(number) == table["names"][str(number)] for number in range(3))
+    assert table["end_of_document"] == megatron.eod != table["eos_of_the_base_repository"]
 
 
 def test_another_pattern_is_refused(bridge, tmp_path, monkeypatch):
