@@ -63,6 +63,7 @@ def main() -> int:
             lambda: [_against_hugging_face(Path(work))],
             lambda: [_shared_memory(config)],
             lambda: [_launch_against_ranks()],
+            lambda: _text(Path(work)),
             lambda: [_fresh_clone(Path(work))],
         ):
             found = measure()
@@ -102,6 +103,12 @@ def _machine() -> dict[str, Any]:
         "versions": stack.versions(),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _text(work: Path) -> list[Figure]:
+    from course_lib import bench_text
+
+    return bench_text.figures(work / "text")
 
 
 def _processor_seconds(code: str) -> float:

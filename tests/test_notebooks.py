@@ -11,6 +11,8 @@ PROJECT_LESSONS = [lesson.number for lesson in lessons.listing()]
 BROKEN = {
     "00": ({"seconds_limit": 0.0}, "a warm start takes less than 0 s"),
     "03": ({"learning_rate": 0.0}, "Is the learning rate zero?"),
+    "04": ({"blend_weights": [0.3, 0.7]}, "Are the weights in the order of the prefixes"),
+    "05": ({"special_ids": 999}, "Off by one?"),
 }
 """For each lesson one parameter that breaks a claim, and the words of the check that must notice."""
 

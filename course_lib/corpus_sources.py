@@ -1,0 +1,237 @@
+"""Where the documents of a corpus come from: this Python's library, or a folder of yours."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import json
+import sys
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = [
+    "MAX_LINE_BYTES",
+    "BadText",
+    "Document",
+    "Documented",
+    "documented",
+    "folder_documents",
+    "library_functions",
+    "python_documents",
+]
+
+MAX_LINE_BYTES = 64 * 2**20
+"""No line of a JSONL file is longer: a broken file may be one line of many gigabytes."""
+
+LICENCE = "PSF-2.0"
+# Tables of numbers, and the topics that are read on their own.
+LEFT_OUT = {"encodings", "pydoc_data"}
+TESTS = {"test", "tests", "idle_test"}
+
+
+class BadText(ValueError):
+    """A file cannot be used as text; the message names the file and the line."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text with its provenance.
+
+    Attributes:
+        text: The text.
+        source: `"prose"`, `"code"`, or your own name.
+        name: What it is, such as `"posixpath.join"`.
+        module: What may not be torn apart by a split.
+        licence: SPDX name of the licence.
+    """
+
+    text: str
+    source: str
+    name: str
+    module: str
+    licence: str
+
+
+@dataclass(frozen=True)
+class Documented:
+    """A function of the standard library and what its docstring says.
+
+    Attributes:
+        module: The top-level module, by which the corpus is split.
+        file: The file's module, such as `"email.message"`.
+        name: Qualified name in the file, such as `"Message.get_payload"`.
+        signature: Such as `"def get_payload(self, i=None, decode=False)"`; empty for classes and modules.
+        docstring: Cleaned of indentation.
+    """
+
+    module: str
+    file: str
+    name: str
+    signature: str
+    docstring: str
+
+
+def python_documents() -> Iterator[Document]:
+    """The language reference, the docstrings and the source of this Python's standard library, without tests.
+
+    A docstring is prose and not code: it is taken out of the source, so that no text counts twice.
+    """
+    from pydoc_data.topics import topics
+
+    for name, text in sorted(topics.items()):
+        yield Document(text, "prose", f"topic {name}", f"topic {name}", LICENCE)
+    for module, file, source in _library():
+        for found in documented(source, module=module, file=file):
+            yield Document(found.docstring, "prose", f"{file}.{found.name}".rstrip("."), module, LICENCE)
+        yield Document(without_docstrings(source), "code", file, module, LICENCE)
+
+
+def library_functions() -> Iterator[Documented]:
+    """Every function of the standard library that has a docstring."""
+    for module, file, source in _library():
+        yield from (found for found in documented(source, module=module, file=file) if found.signature)
+
+
+def _library() -> Iterator[tuple[str, str, str]]:
+    """Top-level module, full name and source of each file, in a fixed order."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).parts):
+        parts = path.relative_to(root).with_suffix("").parts
+        # Names that CPython itself knows: not site-packages, not what a distribution added.
+        if parts[0] not in sys.stdlib_module_names or parts[0] in LEFT_OUT or TESTS & set(parts):
+            continue
+        try:
+            source = path.read_text(encoding="utf-8")
+            _parse(source)
+        except (UnicodeDecodeError, SyntaxError):
+            continue  # a file in an older encoding, or a template
+        yield parts[0], ".".join(parts).removesuffix(".__init__"), source
+
+
+@functools.lru_cache(maxsize=1)
+def _parse(source: str) -> ast.Module:
+    """Parse once for the three that look at it."""
+    return ast.parse(source)
+
+
+def documented(source: str, *, module: str, file: str) -> list[Documented]:
+    """The docstrings of one file.
+
+    Args:
+        source: Python.
+        module: The top-level module.
+        file: The file's module.
+
+    Example:
+        >>> source = 'class A:\\n    def f(self, x=1):\\n        "Double x."\\n'
+        >>> [(found.name, found.signature, found.docstring) for found in documented(source, module="m", file="m")]
+        [('A.f', 'def f(self, x=1)', 'Double x.')]
+    """
+    found: list[Documented] = []
+
+    def visit(node: ast.AST, names: tuple[str, ...]) -> None:
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            names = names if isinstance(node, ast.Module) else (*names, node.name)
+            is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            signature = f"def {node.name}({ast.unparse(node.args)})" if is_function else ""
+            if text := ast.get_docstring(node, clean=False):
+                found.append(Documented(module, file, ".".join(names), signature, inspect.cleandoc(text)))
+            for child in node.body:
+                visit(child, names)
+
+    visit(_parse(source), ())
+    return found
+
+
+def without_docstrings(source: str) -> str:
+    """The source without its docstrings; a body that was nothing else becomes `...`.
+
+    Example:
+        >>> print(without_docstrings('def f():\\n    "Nothing."\\n\\ndef g():\\n    "One."\\n    return 1'))
+        def f():
+            ...
+        <BLANKLINE>
+        def g():
+            return 1
+    """
+    lines = source.splitlines()
+    for node in ast.walk(_parse(source)):
+        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if ast.get_docstring(node, clean=False) is None:
+            continue
+        text = node.body[0]
+        first, last = lines[text.lineno - 1], lines[text.end_lineno - 1]
+        alone = not first.encode()[: text.col_offset].strip() and not last.encode()[text.end_col_offset :].strip()
+        if alone:
+            keep = len(node.body) == 1 and not isinstance(node, ast.Module)
+            lines[text.lineno - 1] = " " * text.col_offset + "..." if keep else None
+            lines[text.lineno : text.end_lineno] = [None] * (text.end_lineno - text.lineno)
+    return "\n".join(line for line in lines if line is not None)
+
+
+def folder_documents(folder: Path, *, licence: str, source: str) -> Iterator[Document]:
+    """The documents of a folder: one for each `.txt` and `.md` file, one for each line of a `.jsonl` file.
+
+    Args:
+        folder: Where the files are; folders inside are searched too.
+        licence: Of all of them.
+        source: Name of the source.
+
+    Raises:
+        BadText: If there is no file, or one is empty, no UTF-8, no JSON, or has no text; names file and line.
+    """
+    folder = Path(folder)
+    paths = sorted(path for path in folder.rglob("*") if path.suffix in (".txt", ".md", ".jsonl") and path.is_file())
+    if not paths:
+        raise BadText(f"{folder} has no .txt, .md or .jsonl file")
+    for path in paths:
+        name = path.relative_to(folder).as_posix()
+        if path.stat().st_size == 0:
+            raise BadText(f"{path}, line 1: the file is empty: remove it")
+        if path.suffix != ".jsonl":
+            yield Document(_whole(path), source, name, name, licence)
+            continue
+        for number, text in _lines(path):
+            yield Document(text, source, f"{name} line {number}", f"{name} line {number}", licence)
+
+
+def _whole(path: Path) -> str:
+    data = path.read_bytes()
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise BadText(f"{path}, line {line}: {_not_utf8(error)}") from None
+    if not text.strip():
+        raise BadText(f"{path}, line 1: the file has nothing but white space: remove it")
+    return text
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"byte 0x{error.object[error.start]:02x} is not UTF-8: save the file as UTF-8, or leave it out"
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    with path.open("rb") as file:
+        number = 0
+        while data := file.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            where = f"{path}, line {number}"
+            if len(data) > MAX_LINE_BYTES:
+                raise BadText(f"{where}: longer than {MAX_LINE_BYTES // 2**20} MiB: JSONL has one document a line")
+            try:
+                entry = json.loads(data.decode())
+            except UnicodeDecodeError as error:
+                raise BadText(f"{where}: {_not_utf8(error)}") from None
+            except ValueError as error:
+                raise BadText(f"{where}: not JSON ({error}): one object a line is needed") from None
+            if not isinstance(entry, dict) or "text" not in entry:
+                fields = f"the fields {', '.join(map(str, entry))}" if isinstance(entry, dict) else "no fields"
+                raise BadText(f"{where}: has {fields}, needed 'text'")
+            if not isinstance(entry["text"], str) or not entry["text"].strip():
+                raise BadText(f"{where}: 'text' is empty or no string: remove the line")
+            yield number, entry["text"]

@@ -1,0 +1,166 @@
+"""The corpus: cleaned, without duplicates, split by module, the same at every call; and how bad text is refused."""
+
+from __future__ import annotations
+
+import ast
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from course_lib import corpus, corpus_hub, corpus_sources, tasks
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The corpus of this Python."""
+    return corpus.python_library(tmp_path_factory.mktemp("corpus") / "python")
+
+
+def test_nothing_is_twice_and_nothing_leaks(built):
+    """Every text stands once, under its own hash, and a module's texts are on one side of the split."""
+    seen, where = set(), {}
+    for source in built.sources:
+        for split in corpus.SPLITS:
+            for document in built.documents(source, split):
+                assert document["sha256"] not in seen and document["licence"] == "PSF-2.0"
+                seen.add(document["sha256"])
+                assert where.setdefault(document["module"], split) == split
+    assert len(seen) == built.steps.documents.iloc[-1] == built.files.documents.sum()
+    assert built.sources == ("code", "prose") and built.files.text_bytes.min() > 20_000
+    assert (built.steps.removed >= 0).all() and built.steps.removed.sum() > 100
+
+
+def test_the_same_python_gives_the_same_bytes(built, tmp_path):
+    """The manifest, which has the hash of every file, is equal after a second build over an older one."""
+    older = [
+        corpus_sources.Document(f"{n} is an older text, long enough.", "prose", "a", f"m{n}", "") for n in range(3)
+    ]
+    corpus.build(older, tmp_path / "again")
+    again = corpus.python_library(tmp_path / "again")
+    assert again.manifest == built.manifest
+    assert [path.name for path in tmp_path.iterdir()] == ["again"]
+
+
+def test_code_stays_python_without_its_docstrings(built):
+    """A docstring is prose: the code parses and has none; a text such as `x = 1; "y"` is left alone."""
+    for text in list(built.texts("code", "validation")):
+        assert ast.get_docstring(ast.parse(text)) is None
+    assert corpus_sources.without_docstrings('"Doc."; x = 1') == '"Doc."; x = 1'
+    assert corpus_sources.without_docstrings('class A:\n  """Ü\n  two"""') == "class A:\n  ..."
+
+
+def test_the_manifest_names_every_file_and_a_wrong_name_is_refused(built):
+    """The error lists what there is."""
+    with pytest.raises(KeyError, match="prose.train.jsonl"):
+        built.path("poems", "train")
+    assert {path.name for path in built.directory.iterdir()} == {*built.manifest["files"], "manifest.json"}
+
+
+GOOD = '{"text": "A text that is long enough to be kept by the cleaning."}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("a.txt", b"good\nline\n\xff", r"a.txt, line 3: byte 0xff is not UTF-8"),
+        ("a.txt", b"", r"a.txt, line 1: the file is empty"),
+        ("a.md", b" \n", r"nothing but white space"),
+        ("a.jsonl", GOOD.encode() + b'{"body": 1}\n', r"a.jsonl, line 2: has the fields body, needed 'text'"),
+        ("a.jsonl", GOOD.encode() + b"\xff\n", r"line 2: byte 0xff"),
+        ("a.jsonl", GOOD.encode() + b"nonsense\n", r"line 2: not JSON"),
+        ("a.jsonl", b"[1]\n", r"line 1: has no fields"),
+        ("a.jsonl", b'{"text": ""}\n', r"line 1: 'text' is empty"),
+        ("a.jsonl", GOOD.encode() + b"x" * 3000, r"line 2: longer than"),
+        ("a.pdf", b"x", r"no .txt, .md or .jsonl file"),
+    ],
+)
+def test_bad_text_is_refused_by_file_and_line(tmp_path, monkeypatch, name, data, words):
+    """Nothing half written is left, and a corpus that was there stays."""
+    monkeypatch.setattr(corpus_sources, "MAX_LINE_BYTES", 2048)
+    folder, target = tmp_path / "mine", tmp_path / "corpus"
+    folder.mkdir()
+    (folder / name).write_bytes(data)
+    with pytest.raises(corpus_sources.BadText, match=words):
+        corpus.from_folder(folder, target, licence="CC0-1.0")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
+
+
+def test_a_folder_of_yours_becomes_a_corpus(tmp_path):
+    """Files and lines become documents with your licence; a text that is there twice stays once."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    lines = [json.dumps({"text": f"Document {i % 30}, with a sentence that is long enough."}) for i in range(40)]
+    (folder / "notes.jsonl").write_text("\n".join(lines))
+    (folder / "essay.txt").write_text("An essay of one sentence, and no more than that.\r\n")
+    built = corpus.from_folder(folder, tmp_path / "out", licence="CC0-1.0", held_out_percent=10)
+    assert built.steps.documents.tolist() == [41, 41, 31]
+    assert set(built.files.file) == {"mine.train.jsonl", "mine.validation.jsonl", "mine.test.jsonl"}
+    assert {document["licence"] for document in built.documents("mine", "train")} == {"CC0-1.0"}
+
+
+def test_what_is_no_corpus_is_not_overwritten(tmp_path):
+    """A directory with other files, an impossible share, a name that is no name, or no text at all."""
+    documents = [corpus_sources.Document("A text that is long enough for a corpus.", "mine", "a", "a", "CC0-1.0")]
+    (tmp_path / "keep.txt").write_text("mine")
+    with pytest.raises(ValueError, match="no corpus"):
+        corpus.build(documents, tmp_path)
+    with pytest.raises(ValueError, match="held_out_percent=50"):
+        corpus.build(documents, tmp_path / "new", held_out_percent=50)
+    with pytest.raises(ValueError, match="no text is left"):
+        corpus.build([], tmp_path / "new")
+    with pytest.raises(ValueError, match="at least 3"):
+        corpus.build(documents, tmp_path / "new")
+    with pytest.raises(ValueError, match="letters, digits"):
+        corpus.build([corpus_sources.Document("x" * 40, "a/b", "a", "a", "")], tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["keep.txt"]
+
+
+def test_pairs_follow_the_split_and_share_no_answer(built, tmp_path):
+    """Train, validation and test have other modules and other texts."""
+    found = tasks.pairs(built)
+    modules = [{pair.module for pair in found[split]} for split in corpus.SPLITS]
+    answers = [{pair.output for pair in found[split]} for split in corpus.SPLITS]
+    assert len(found["train"]) > 2000 and min(map(len, found.values())) > 50
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert not modules[one] & modules[other] and not answers[one] & answers[other]
+    path = tasks.write(found["test"], tmp_path / "pairs" / "test.jsonl")
+    assert set(json.loads(path.read_text().splitlines()[0])) == {"input", "output", "module"}
+
+
+def test_choices_are_fair(built):
+    """Four different options, the answer among them, no favoured place, distractors from the module if it has them."""
+    questions = tasks.pairs(built)["train"]
+    choices = tasks.multiple_choice(questions)
+    right = {pair.input: pair for pair in questions}
+    of_module = {pair.output: pair.module for pair in questions}
+    for choice in choices:
+        assert len(set(choice.options)) == 4 and choice.options[choice.answer] == right[choice.question].output
+    share = [sum(choice.answer == place for choice in choices) / len(choices) for place in range(4)]
+    assert all(abs(each - tasks.CHANCE) < 0.03 for each in share)
+    near = [of_module[option] == choice.module for choice in choices for option in choice.options]
+    assert sum(near) / len(near) > 0.9
+    assert tasks.multiple_choice(questions) == choices
+    with pytest.raises(ValueError, match="at least 4"):
+        tasks.multiple_choice(questions[:3])
+
+
+def test_a_corpus_from_the_hub_is_described_first(tmp_path, monkeypatch):
+    """Name, size and licence come before the download; the texts between the separators become documents."""
+    import huggingface_hub
+
+    siblings = [SimpleNamespace(rfilename="stories.txt", size=3000)]
+    about = SimpleNamespace(siblings=siblings, card_data={"license": "cdla-sharing-1.0"}, sha="abc")
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, files_metadata: about)
+    stories = [f"Story {n} of a cat that sat on a mat for a long time." for n in range(12)]
+    (tmp_path / "stories.txt").write_text("\n<|endoftext|>\n".join(stories))
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda repository, file, repo_type, revision: str(tmp_path / file)
+    )
+    offer = corpus_hub.describe("somebody/stories", "stories.txt")
+    assert str(offer) == "somebody/stories/stories.txt: 2.9 KiB, licence cdla-sharing-1.0"
+    built = corpus_hub.build(offer, tmp_path / "out")
+    assert sorted(text for split in corpus.SPLITS for text in built.texts("hub", split)) == sorted(stories)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "stories.txt"]
+    with pytest.raises(ValueError, match="has no poems.txt: it has stories.txt"):
+        corpus_hub.describe("somebody/stories", "poems.txt")
