@@ -69,6 +69,8 @@ class Lab:
                 time.sleep(0.5)
         self.page.wait_for_selector(".jp-Notebook", timeout=60_000)
         self.page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=60_000)
+        # JupyterLab says "idle" before it is connected, and asks which kernel is meant if somebody is quicker.
+        self.page.wait_for_timeout(2000)
 
     def menu(self, name: str, entry: str) -> None:
         """Choose an entry of a menu."""
@@ -78,6 +80,9 @@ class Lab:
     def run_all(self) -> None:
         """Start all cells, and wait until the kernel is busy."""
         self.menu("Run", "Run All Cells")
+        self.page.wait_for_timeout(500)
+        if self.page.locator(".jp-Dialog").count():
+            self.page.locator(".jp-Dialog button.jp-mod-accept").click()
         self.page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="busy"]', timeout=30_000)
 
     def wait(self, *, seconds: float) -> None:
@@ -125,7 +130,7 @@ def lab(root: Path, runs: Path) -> Iterator[Lab]:
             own = (here.base, here.base.replace("http", "ws"), "data:", "blob:")
             page.on("request", lambda r: None if r.url.startswith(own) else here.elsewhere.append(r.url))
             yield here
-            here.shot(root / "last.png")
+            here.shot(root / "last.png")  # what was to be seen when a test failed
             chromium.close()
         finally:
             server.terminate()
