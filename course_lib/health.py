@@ -21,7 +21,7 @@ __all__ = ["memory_growth", "smoothed", "symptoms"]
 SPIKE_NATS = 1.0
 """A loss may lie this far above the lowest loss before it; batches differ by a few tenths."""
 
-GRADIENT_RATIO = 3.0
+GRADIENT_RATIO = 5.0
 """A gradient norm may be this many times that of step 1, where the weights are still random."""
 
 START_SHARE = 0.05

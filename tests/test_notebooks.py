@@ -11,6 +11,8 @@ PROJECT_LESSONS = [lesson.number for lesson in lessons.listing()]
 BROKEN = {
     "00": ({"seconds_limit": 0.0}, "a warm start takes less than 0 s"),
     "03": ({"learning_rate": 0.0}, "Is the learning rate zero?"),
+    "08": ({"published_seq_length": 4096}, "Attention grows with it"),
+    "09": ({"changed_learning_rate": 4e-3}, "Nothing differs, or too much"),
 }
 """For each lesson one parameter that breaks a claim, and the words of the check that must notice."""
 
