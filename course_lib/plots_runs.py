@@ -52,13 +52,13 @@ def memory_by_step(run: Run, *, ax: Axes, highlight: int | None = None, title: s
         The axis, in MiB below one GiB and in GiB above.
     """
     unit, unit_bytes = plots.memory_unit(float(run.memory["memory_bytes"].max()))
-    other = True
+    name = "ranks" if highlight is None else "other ranks"
     for rank, one in run.memory.groupby("rank"):
         if rank == highlight:
             look = {"color": plots.COLOURS["vermilion"], "linestyle": "-", "label": f"rank {rank}", "zorder": 3}
         else:
-            look = {"color": plots.INK, "linestyle": "-", "linewidth": 1, "label": "other ranks" if other else None}
-            other = False
+            look = {"color": plots.INK, "linestyle": "-", "linewidth": 1, "label": name}
+            name = None  # one entry in the legend for all of them
         ax.plot(one["step"], one["memory_bytes"] / unit_bytes, **look)
     last = run.memory.groupby("rank")["memory_bytes"].last() / unit_bytes
     sentences = [f"At the end the ranks hold between {last.min():.3g} and {last.max():.3g} {unit}"]
