@@ -13,6 +13,8 @@ BROKEN = {
     "03": ({"learning_rate": 0.0}, "Is the learning rate zero?"),
     "04": ({"blend_weights": [0.3, 0.7]}, "Are the weights in the order of the prefixes"),
     "05": ({"special_ids": 999}, "Off by one?"),
+    "08": ({"published_seq_length": 4096}, "Attention grows with it"),
+    "09": ({"changed_learning_rate": 4e-3}, "Nothing differs, or too much"),
 }
 """For each lesson one parameter that breaks a claim, and the words of the check that must notice."""
 

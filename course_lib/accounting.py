@@ -1,0 +1,201 @@
+"""What a run's log says about its speed: steady steps, tokens per second, and FLOPs by two accountings.
+
+A step's work is counted, never measured: a formula gives the floating-point operations that the *model* needs, and the
+log gives the time.  Everybody counts the matrix multiplications as two operations for each weight and token, three
+times over (once forward, twice backward).  Accountings differ in attention: half of its score matrix is masked, and
+some count the masked half.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from course_lib import recipes
+from course_lib.layout_sizes import Fields
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from course_lib.runs import Run
+
+__all__ = [
+    "Throughput",
+    "bridge_log",
+    "bridge_state_bytes",
+    "flops_per_token",
+    "machine_flops_per_second",
+    "steady",
+    "throughput",
+]
+
+LINE = re.compile(r"iteration +(\d+)/ *\d+ \|.*")
+FIELDS = {
+    "elapsed_ms": r"elapsed time per iteration \(ms\): ([\d.]+)",
+    "tflops_per_rank": r"throughput per GPU \(TFLOP/s/GPU\): ([\d.]+)",
+    "learning_rate": r"learning rate: ([\d.E+-]+)",
+    "global_batch_size": r"global batch size: +(\d+)",
+    "loss": r"lm loss: ([\d.E+-]+)",
+    "grad_norm": r"grad norm: ([\d.]+)",
+    "skipped": r"number of skipped iterations: +(\d+)",
+    "nan": r"number of nan iterations: +(\d+)",
+}
+"""Name here to pattern in Bridge's line.  Source: megatron-bridge 0.6.2 training/utils/train_utils.py training_log."""
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """How fast a run was over some steps.
+
+    Attributes:
+        steps: Number of steps.
+        tokens_per_second: All tokens divided by all seconds; this is the rate that a budget needs.
+        mean_of_rates: The average of each step's own rate, tokens/s; never below `tokens_per_second`.
+        median_step_ms: Time of the middle step.
+    """
+
+    steps: int
+    tokens_per_second: float
+    mean_of_rates: float
+    median_step_ms: float
+
+
+def flops_per_token(model: Any, *, seq_length: int, vocab_size: int, causal: bool = True) -> float:
+    """How many floating-point operations does a dense Llama-shaped model need to train on one token?
+
+    With M weights in matrix multiplications, L layers, a heads of c channels and s tokens in a sequence::
+
+        6 M  +  6 L s a c      attention counted as it is masked: each token looks at s/2 tokens on average
+        6 M  + 12 L s a c      the whole square counted
+
+    M leaves out the norms and, where input and output embeddings differ, the input one: it is a lookup.
+
+    Args:
+        model: A Bridge model provider, a `ConfigContainer`, or a mapping with Megatron's field names.
+        seq_length: Tokens in a sequence.
+        vocab_size: Rows of the embedding, padded already.
+        causal: Count only the half of attention that is not masked.
+
+    Returns:
+        FLOPs per token, forward and backward; optimizer and norms are not counted.
+
+    Source: megatron-bridge 0.6.2 training/utils/flop_utils.py, transformer_flops (causal).
+
+    >>> tiny = dict(num_layers=1, hidden_size=8, num_attention_heads=2, ffn_hidden_size=16, gated_linear_unit=True)
+    >>> tiny |= dict(normalization="RMSNorm", add_bias_linear=False, position_embedding_type="rope")
+    >>> flops_per_token(tiny, seq_length=4, vocab_size=32) == 6 * (32 * 8 + 4 * 8 * 8 + 3 * 8 * 16) + 6 * 1 * 4 * 8
+    True
+    """
+    get = Fields.of(model).model
+    hidden, layers, heads = get("hidden_size"), get("num_layers"), get("num_attention_heads")
+    channels = get("kv_channels", hidden // heads)
+    untied = 0 if get("share_embeddings_and_output_weights", True) else vocab_size * hidden
+    multiplied = recipes.parameter_count(model, vocab_size=vocab_size) - (2 * layers + 1) * hidden - untied
+    return 6 * multiplied + (6 if causal else 12) * layers * seq_length * heads * channels
+
+
+def steady(run: Run, *, skip: int = 5) -> pd.DataFrame:
+    """The steps that say how fast a run is: without the first ones, and without steps that changed no weight.
+
+    Args:
+        run: A run with `metrics`.
+        skip: Steps to leave out at the start; they open connections, allocate memory and build caches.
+
+    Returns:
+        The other rows of `run.metrics`.
+
+    Raises:
+        ValueError: If no step is left.
+    """
+    metrics = run.metrics
+    kept = metrics.iloc[skip:]
+    kept = kept[~kept["skipped"].astype(bool)]
+    if kept.empty:
+        raise ValueError(f"skip={skip} leaves none of {len(metrics)} steps: train longer, or skip fewer")
+    return kept
+
+
+def throughput(steps: pd.DataFrame) -> Throughput:
+    """Tokens per second over some steps, and the average that is often mistaken for it.
+
+    Args:
+        steps: Rows of `run.metrics`, such as those of :func:`steady`.
+
+    >>> import pandas as pd
+    >>> two = pd.DataFrame({"tokens": [100, 100], "elapsed_ms": [1000.0, 3000.0], "tokens_per_second": [100, 100 / 3]})
+    >>> throughput(two).tokens_per_second, round(throughput(two).mean_of_rates, 1)
+    (50.0, 66.7)
+    """
+    return Throughput(
+        steps=len(steps),
+        tokens_per_second=float(steps["tokens"].sum() / (steps["elapsed_ms"].sum() / 1e3)),
+        mean_of_rates=float(steps["tokens_per_second"].mean()),
+        median_step_ms=float(steps["elapsed_ms"].median()),
+    )
+
+
+def bridge_log(run: Run) -> pd.DataFrame:
+    """Bridge's own lines, one row for each logging interval, read from the log of the last rank.
+
+    `loss` and `elapsed_ms` are averages over the interval that ends at `step`; `grad_norm` and `learning_rate` are
+    those of its last step.
+
+    Args:
+        run: A run that logged at least once.
+
+    Raises:
+        ValueError: If the log has no such line, or one without a loss.
+    """
+    import pandas as pd
+
+    text = run.log(int(run.launch.get("ranks", 1)) - 1)
+    rows = []
+    for line in LINE.finditer(text):
+        found = {name: re.search(pattern, line.group()) for name, pattern in FIELDS.items()}
+        if found["loss"] is None:
+            raise ValueError(f"Bridge's line of step {line.group(1)} has no 'lm loss': {line.group()[:200]}")
+        rows.append(
+            {"step": int(line.group(1))} | {name: float(hit.group(1)) if hit else None for name, hit in found.items()}
+        )
+    if not rows:
+        raise ValueError(f"run {run.name!r} has no line 'iteration ...': is cfg.logger.log_interval above train_iters?")
+    return pd.DataFrame(rows)
+
+
+def bridge_state_bytes(run: Run) -> float:
+    """The theoretical memory of weights and optimizer that Bridge prints, in bytes on the most loaded rank.
+
+    Bridge writes "MB" and divides by 2**20, so its number is in MiB.
+
+    Source: megatron-bridge 0.6.2 training/utils/theoretical_memory_utils.py, report_theoretical_memory.
+    """
+    found = re.search(r"weight and optimizer=([\d.]+) MB", run.log(0))
+    if found is None:
+        raise ValueError(f"run {run.name!r} has no line 'Theoretical memory footprints' in the log of rank 0")
+    return float(found.group(1)) * 2**20
+
+
+def machine_flops_per_second(*, size: int = 1024, repeats: int = 40) -> float:
+    """How fast does this machine multiply large fp32 matrices, with all cores?
+
+    Other programs slow it down, so the fastest of many is taken; beside a run it is a hint, and no bound to assert.
+
+    Args:
+        size: Rows and columns of two square matrices.
+        repeats: Multiplications to time; the fastest counts.
+
+    Returns:
+        Floating-point operations per second.
+    """
+    import torch
+
+    one, other = torch.rand(size, size), torch.rand(size, size)
+    torch.mm(one, other)  # the first call starts the threads
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        torch.mm(one, other)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)

@@ -1,0 +1,229 @@
+"""Reading runs and comparing them: FLOPs, Bridge's line, symptoms, one change at a time, and a verdict with its noise."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from small import config
+
+from course_lib import accounting, health, plots, plots_runs, runs, sweep
+
+LINE = (
+    " [2026-11-24 16:42:12] iteration        5/       5 | consumed samples:          160 | "
+    "elapsed time per iteration (ms): 735.8 | learning rate: 4.000000E-04 | global batch size:    32 | "
+    "lm loss: 6.692820E+00 | loss scale: 1.0 | grad norm: 1.067 | number of skipped iterations:   1 | "
+    "number of nan iterations:   0 |\n"
+)
+"""A line of Bridge's, as a run of the course wrote it."""
+
+
+def run_in(path: Path, *, steps: int = 20, leak_rank: int | None = None, **columns: list[float]) -> runs.Run:
+    """A run directory with a loss that falls from ln(1024), and memory that settles unless a rank leaks."""
+    (path / "logs").mkdir(parents=True, exist_ok=True)
+    metrics, memory = [], []
+    for step in range(1, steps + 1):
+        row = {"step": step, "loss": math.log(1024) - 0.05 * step, "grad_norm": 1.0, "skipped": False, "tokens": 100}
+        row |= {"elapsed_ms": 500.0 if step == 1 else 100.0, "tokens_per_second": 200.0 if step == 1 else 1000.0}
+        row |= {name: values[step - 1] for name, values in columns.items()}
+        metrics.append(row)
+        for rank in range(4):
+            grown = 2**22 * step if rank == leak_rank else 0
+            memory.append({"rank": rank, "step": step, "memory_bytes": 2**25 + grown, "peak_memory_bytes": 2**26})
+    for name, rows in (("metrics", metrics), ("memory", memory)):
+        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return runs.Run(path)
+
+
+@pytest.mark.parametrize("tp", [1, 4])
+def test_flops_equal_bridges_own_count(bridge, tp):
+    """The formula with the masked half left out is what Bridge folds into its TFLOP/s."""
+    from megatron.bridge.training.utils.flop_utils import num_floating_point_operations
+
+    cfg = config(tp=tp)
+    cfg.model.vocab_size, cfg.model.kv_channels = 1024, 16
+    for share in (True, False):
+        cfg.model.share_embeddings_and_output_weights = share
+        ours = accounting.flops_per_token(cfg.model, seq_length=64, vocab_size=1024)
+        assert ours * 64 * 8 == pytest.approx(num_floating_point_operations(cfg, batch_size=8), rel=1e-12)
+        whole = accounting.flops_per_token(cfg.model, seq_length=64, vocab_size=1024, causal=False)
+        assert whole - ours == 6 * 4 * 64 * 128
+
+
+def test_steady_steps_leave_out_the_first_and_the_skipped(tmp_path):
+    """The slow start and a step that changed no weight say nothing about speed; leaving nothing is refused."""
+    run = run_in(tmp_path, skipped=[False] * 19 + [True])
+    kept = accounting.steady(run, skip=5)
+    assert kept.step.tolist() == list(range(6, 20))
+    assert accounting.throughput(kept).tokens_per_second == pytest.approx(1000)
+    whole = accounting.throughput(run.metrics)
+    assert whole.tokens_per_second < whole.mean_of_rates < 1000
+    with pytest.raises(ValueError, match="leaves none of 20 steps"):
+        accounting.steady(run, skip=20)
+
+
+def test_bridges_line_is_read(tmp_path):
+    """Every number of the line gets its name; a log without a line is refused with a reason."""
+    run = run_in(tmp_path)
+    (tmp_path / "launch.json").write_text('{"ranks": 2}')
+    with pytest.raises(ValueError, match="log_interval above train_iters"):
+        accounting.bridge_log(run)
+    (tmp_path / "logs" / "rank_1.log").write_text("noise\n" + LINE)
+    row = accounting.bridge_log(run).iloc[0]
+    assert (row.step, row.loss, row.grad_norm, row.elapsed_ms) == (5, 6.69282, 1.067, 735.8)
+    assert (row.skipped, row["nan"], row.global_batch_size, row.learning_rate) == (1, 0, 32, 4e-4)
+
+
+def test_bridges_mb_is_mib(tmp_path):
+    """Bridge divides by 2**20 and writes MB; a log without its estimate is refused."""
+    run = run_in(tmp_path)
+    with pytest.raises(ValueError, match="Theoretical memory footprints"):
+        accounting.bridge_state_bytes(run)
+    (tmp_path / "logs" / "rank_0.log").write_text("Theoretical memory footprints: weight and optimizer=3.10 MB\n")
+    assert accounting.bridge_state_bytes(run) == 3.10 * 2**20
+
+
+def test_a_healthy_run_has_no_symptom(tmp_path):
+    """All five signs are within their limits."""
+    assert (health.symptoms(run_in(tmp_path), vocab_size=1024).verdict == "ok").all()
+
+
+SICK = [
+    ("first loss away from ln(V)", {"loss": [9.0 - 0.1 * i for i in range(20)]}),
+    ("loss above its lowest so far", {"loss": [6.9] * 10 + [8.5] + [6.9] * 9}),
+    ("gradient norm against step 1", {"grad_norm": [1.0] * 10 + [9.0] * 10}),
+    ("steps skipped or not a number", {"loss": [6.9] * 19 + [math.nan]}),
+    ("steps skipped or not a number", {"skipped": [False] * 19 + [True]}),
+    ("memory growth of one rank", {"leak_rank": 2}),
+]
+
+
+@pytest.mark.parametrize(("sign", "disease"), SICK)
+def test_each_disease_shows_by_its_own_sign(tmp_path, sign, disease):
+    """A planted disease is found by the sign that is meant for it, and by no other."""
+    signs = health.symptoms(run_in(tmp_path, **disease), vocab_size=1024)
+    assert signs.index[signs.verdict == "look"].tolist() == [sign]
+    if "leak_rank" in disease:
+        assert signs.loc[sign, "where"] == "rank 2, 4.0 MiB/step"
+
+
+def test_a_short_run_cannot_show_growth(tmp_path):
+    """One reading makes no line."""
+    with pytest.raises(ValueError, match="at least four steps"):
+        health.memory_growth(run_in(tmp_path, steps=1))
+
+
+def test_one_change_is_exactly_one_field():
+    """No difference and two differences are refused, the latter by name; a tied field may follow."""
+    base = {"train": {"iters": 30, "batch": 16}, "optimizer": {"lr": 1e-3}}
+    other = copy.deepcopy(base)
+    with pytest.raises(sweep.NotOneChange, match="do not differ"):
+        sweep.one_change(base, other)
+    other["train"] = {"iters": 15, "batch": 32}
+    with pytest.raises(sweep.NotOneChange, match=r"2 fields differ \(train.iters: 30 -> 15; train.batch: 16 -> 32\)"):
+        sweep.one_change(base, other)
+    assert sweep.one_change(base, other, tied=["train.iters"]) == sweep.Change("train.batch", 16, 32)
+
+
+def test_the_noise_is_welchs_interval():
+    """The half width equals that of scipy's own test; groups without any spread have none."""
+    from scipy.stats import ttest_ind
+
+    before, after = [5.0, 5.1, 5.25], [5.6, 5.5, 5.9]
+    one = sweep.Comparison.of(sweep.Change("x", 1, 2), before, after)
+    interval = ttest_ind(after, before, equal_var=False).confidence_interval(0.95)
+    assert (one.difference - one.noise, one.difference + one.noise) == pytest.approx((interval.low, interval.high))
+    assert one.verdict == "worse"
+    assert sweep.Comparison.of(sweep.Change("x", 1, 2), after, before).verdict == "better"
+    same = sweep.Comparison.of(sweep.Change("x", 1, 2), [5.0, 5.0], [5.0, 5.0])
+    assert (same.noise, same.verdict) == (0, "no difference beyond noise")
+    with pytest.raises(ValueError, match="two seeds or more"):
+        sweep.Comparison.of(sweep.Change("x", 1, 2), [5.0], [5.1])
+
+
+@pytest.mark.parametrize("seeds", [[], [1, 1], [0, 1]])
+def test_impossible_seeds_are_refused(seeds):
+    """Each seed counts once, and Bridge refuses seeds below 1."""
+    with pytest.raises(ValueError, match="from 1 up"):
+        sweep.repeat(None, seeds=seeds, name="x")
+
+
+def test_a_seed_decides_weights_and_order(bridge):
+    """Both of Bridge's seeds are set, and the configuration itself stays as it is."""
+    cfg = config()
+    mine = sweep.seeded(cfg, 7)
+    assert (mine.rng.seed, mine.dataset.random_seed) == (7, 7) != (cfg.rng.seed, cfg.dataset.random_seed)
+
+
+def test_what_moves_with_a_field(bridge):
+    """A larger batch also moves the tokens of the run, unless the steps follow."""
+    cfg, larger = config(train_iters=4), config(train_iters=4, train__global_batch_size=16)
+    assert sweep.moved(cfg, larger, ranks=8).loc["tokens in the run"].tolist() == [2048, 4096]
+    larger.train.train_iters = 2
+    assert sweep.moved(cfg, larger, ranks=8).index.tolist() == ["micro-batches in a step", "tokens in a step"]
+
+
+def test_a_finished_run_is_not_run_again(bridge, runs_directory, tmp_path, monkeypatch):
+    """A sweep goes on where it stopped; a changed field, or changed data behind a path, means a new run."""
+    started = []
+
+    def train(cfg: object, *, ranks: int, name: str, show: object) -> runs.Run:
+        path = runs.create(name)
+        (path / "config.yaml").write_text("train: {}\n")
+        (path / "validation.jsonl").write_text('{"step": 1, "time": 0, "loss": 5.0}\n')
+        started.append(path.name)
+        return runs.Run(path)
+
+    monkeypatch.setattr(sweep.launch, "run", train)
+    data = tmp_path / "text.bin"
+    data.write_bytes(b"12")
+    cfg = config(tokenizer__tokenizer_model=str(tmp_path / "text"))
+    assert len(sweep.repeat(cfg, seeds=[1, 2], name="base")) == 2
+    sweep.repeat(cfg, seeds=[1, 2, 3], name="base")
+    assert started == ["base-seed1", "base-seed2", "base-seed3"]
+    cfg.optimizer.lr *= 2
+    sweep.repeat(cfg, seeds=[1], name="base")
+    data.write_bytes(b"123")
+    sweep.repeat(cfg, seeds=[1], name="base")
+    assert started[3:] == ["base-seed1-2", "base-seed1-3"]
+
+
+def test_a_run_that_was_never_evaluated_has_no_held_out_loss(tmp_path):
+    """The message names the field."""
+    with pytest.raises(ValueError, match="eval_iters"):
+        sweep.held_out(run_in(tmp_path))
+
+
+def test_figures_of_several_runs_say_what_they_show(tmp_path):
+    """Axes have units, and the description holds the numbers that the eye would read."""
+    run = run_in(tmp_path, leak_rank=2)
+    change = sweep.Change("optimizer.lr", 1, 2)
+    one = sweep.Comparison.of(change, [5.0, 5.1, 5.2], [6.0, 6.1, 6.2])
+    with plots.figure("A finding", columns=4) as (first, second, third, fourth):
+        plots_runs.curves({"a run": run}, "loss", ax=first, unit="nats per token")
+        plots_runs.memory_by_step(run, ax=second, highlight=2)
+        plots_runs.seeds({"base": one.before, "lr": one.after}, ax=third)
+        plots_runs.effects({"lr": one}, ax=fourth)
+    units = [first.get_ylabel(), second.get_ylabel(), third.get_xlabel(), fourth.get_xlabel()]
+    wanted = ["nats per token", "MiB", "nats per token", "nats per token"]
+    assert all(unit in label for unit, label in zip(wanted, units, strict=True))
+    words = plots.describe(first.figure)
+    assert "between 32 and 112 MiB" in words and "lr: +1.000" in words and "base: 5.000 to 5.200" in words
+
+
+def test_published_rates_have_a_source_and_an_accounting():
+    """Each row names where it was read, and its FLOPs per token are one of the two accountings within 1%."""
+    data = json.loads((Path(__file__).parent.parent / "data" / "published" / "throughput.json").read_text())
+    for row in data["rows"]:
+        assert row["source"] and data["read"]
+        giga = row["tflops_per_gpu"] * 1e3 / row["tokens_per_second_per_gpu"]
+        assert min(abs(giga / known - 1) for known in (51.47, 57.91)) < 0.01
+
+
+def test_smoothing_keeps_the_length():
+    """A smoothed series has a value for each step."""
+    assert len(health.smoothed(pd.Series(range(30)))) == 30
