@@ -206,8 +206,12 @@ def _tensor_parallel_rank(work: str) -> None:
 
     plain = trained(lambda x, a, b: torch.relu(x @ a.T) @ b.T, [leaf(a), leaf(b)])
     plain = [*plain[:2], plain[2][mine], plain[3][:, mine]]
-    hand = trained(lambda x, a, b: row_parallel(torch.relu(column_parallel(x, a)), b), [leaf(a[mine]), leaf(b[:, mine])])
-    config = ModelParallelConfig(tensor_model_parallel_size=ranks, use_cpu_initialization=True, gradient_accumulation_fusion=False)
+    hand = trained(
+        lambda x, a, b: row_parallel(torch.relu(column_parallel(x, a)), b), [leaf(a[mine]), leaf(b[:, mine])]
+    )
+    config = ModelParallelConfig(
+        tensor_model_parallel_size=ranks, use_cpu_initialization=True, gradient_accumulation_fusion=False
+    )
     options = {"config": config, "init_method": torch.nn.init.zeros_, "bias": False, "skip_bias_add": False}
     column = ColumnParallelLinear(hidden, middle, gather_output=False, **options)
     row = RowParallelLinear(middle, hidden, input_is_parallel=True, **options)

@@ -199,9 +199,7 @@ def _write_config(cfg: ConfigContainer, path: Path, *, save: bool, load: runs.Ru
     os.replace(temporary, path / "config.yaml")
 
 
-def _about(
-    content: dict, path: Path, ranks: int, device: str, launcher: str, plan: Layout, record: bool
-) -> dict:
+def _about(content: dict, path: Path, ranks: int, device: str, launcher: str, plan: Layout, record: bool) -> dict:
     return {
         "name": path.name,
         "ranks": ranks,

@@ -11,6 +11,8 @@ PROJECT_LESSONS = [lesson.number for lesson in lessons.listing()]
 BROKEN = {
     "00": ({"seconds_limit": 0.0}, "a warm start takes less than 0 s"),
     "03": ({"learning_rate": 0.0}, "Is the learning rate zero?"),
+    "11": ({"tolerance": 0.0}, "the same features must be cut out of both"),
+    "12": ({"tolerance": 0.0}, "Is the gradient averaged"),
 }
 """For each lesson one parameter that breaks a claim, and the words of the check that must notice."""
 
