@@ -7,6 +7,7 @@ tensor of an all-reduce.  `sent_bytes` turns them into what one rank has to send
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from math import ceil, lcm
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["NotCounted", "by_group", "compare", "expected", "picture", "recorded", "sent_bytes"]
 
+_SHARES = [i / 24 for i in range(25)]
 KEY = ["phase", "operation", "group", "group_size", "bytes"]
 
 
@@ -230,9 +232,11 @@ def _buckets(fields: Fields, layout: Layout, stage: int, *, sharded: bool) -> It
 
 def _vocabulary(fields: Fields, layout: Layout) -> int:
     """Rows of the embedding on one rank."""
-    given = fields.get("tokenizer", "vocab_size") or fields.model("vocab_size")
-    tp = layout.tensor_model_parallel_size
+    tp, preset = layout.tensor_model_parallel_size, fields.model("vocab_size")
+    if preset is not None and not fields.get("tokenizer", "use_tokenizer_vocab_size", False):
+        return preset // tp  # Bridge takes a preset size as it is
     divisible_by = fields.model("make_vocab_size_divisible_by", 128)
+    given = fields.get("tokenizer", "vocab_size")
     return padded_vocab_size(given, tensor_model_parallel_size=tp, divisible_by=divisible_by) // tp
 
 
@@ -313,18 +317,23 @@ def picture(layout: Layout, sent: Mapping[str, float], *, ax: Axes, title: str =
         stage, rest = divmod(rank, tp * dp)
         return stage * (tp + 0.8) + rest % tp, -(rest // tp)
 
-    styles = {"tp": ("blue", "-", 0.0), "dp-cp": ("vermilion", "--", 0.16), "pp": ("green", "-.", -0.22)}
+    styles = {"tp": ("blue", "-"), "dp-cp": ("vermilion", "--"), "pp": ("green", "-.")}
     grid, sentences = rank_grid(layout), []
-    for kind, (colour, dashes, shift) in styles.items():
+    for kind, (colour, dashes) in styles.items():
         groups = [group for group in grid[kind] if len(group) > 1]
         if not groups or not sent.get(kind):
             continue
-        across, down = (shift, 0.0) if kind == "dp-cp" else (0.0, shift)
         label = f"{kind}: {len(groups)} groups of {len(groups[0])}, {format_bytes(sent[kind])} a rank and step"
         for number, group in enumerate(groups):
-            points = [place(rank) for rank in group]
-            xs, ys = [x + across for x, _ in points], [y + down for _, y in points]
-            ax.plot(xs, ys, color=COLOURS[colour], linestyle=dashes, linewidth=2.5, label=label if not number else None)
+            named = {"label": label} if not number else {}
+            for (x0, y0), (x1, y1) in pairwise(place(rank) for rank in group):
+                # Stages lie side by side, so their lines are arcs that pass below the tensor-parallel ones.
+                depth = 0.35 if kind == "pp" else 0.0
+                xs, ys = zip(
+                    *((x0 + t * (x1 - x0), y0 + t * (y1 - y0) - 4 * depth * t * (1 - t)) for t in _SHARES), strict=True
+                )
+                ax.plot(xs, ys, color=COLOURS[colour], linestyle=dashes, linewidth=2.5, **named)
+                named = {}
         sentences.append(label)
     for rank in range(layout.world_size):
         x, y = place(rank)
