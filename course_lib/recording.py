@@ -3,6 +3,8 @@
 Every function of `torch.distributed` ends in a method of `ProcessGroup`, under whatever name a library imported it.  So
 the recorder wraps those methods and nothing else, and works with gloo and NCCL alike.  A run that does not ask for it
 runs upstream's code untouched.
+
+Times are the process's own: on a GPU they say when work was launched, not when the GPU did it.
 """
 
 from __future__ import annotations
