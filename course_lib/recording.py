@@ -240,13 +240,14 @@ class Recorder:
         for number, chunk in enumerate(model):
             self.chunks[id(chunk)] = number
             for name, module in chunk.named_modules():
+                if not any(True for _ in module.parameters(recurse=False)):
+                    continue  # a container; hooks on all of them would cost more than all the rest of the recorder
                 self.modules[id(module)] = ".".join(part for part in name.split(".") if part != "module")
-        modules = torch.nn.modules.module
-        modules.register_module_forward_pre_hook(self._enter)
-        modules.register_module_forward_hook(self._leave, always_call=True)
+                module.register_forward_pre_hook(self._enter)
+                module.register_forward_hook(self._leave, always_call=True)
 
     def _enter(self, module: Any, _: Any) -> None:
-        self.stack.append(self.modules.get(id(module), ""))
+        self.stack.append(self.modules[id(module)])
 
     def _leave(self, module: Any, _: Any, output: Any) -> None:
         """Mark the graph node of a module's output, so that its backward can be told apart."""
