@@ -60,6 +60,7 @@ def main() -> int:
         for measure in (
             lambda: [_import_ratio()],
             lambda: _launches(config),
+            lambda: [_recorder_overhead(config)],
             lambda: [_against_hugging_face(Path(work))],
             lambda: [_shared_memory(config)],
             lambda: [_launch_against_ranks()],
@@ -204,6 +205,22 @@ def _launches(config: Path) -> list[Figure]:
         _figure("ranks alive after a warm launch", alive, "s", "at most 1", "0.5", "the last of 8 ranks"),
         _figure("one 8-rank step, TP=2 DP=4", steps, "ms", "report", "0.8 of the prototype", "the prototype's shape"),
     ]
+
+
+def _recorder_overhead(config: Path) -> Figure:
+    """The median step with every collective recorded over that without, runs interleaved."""
+    from course_lib import launch
+
+    long = _changed(config, train__train_iters=20)
+
+    def step_ms(record: bool) -> float:
+        run = launch.run(long, ranks=8, name="record", show=None, record=record)
+        return float(run.metrics.elapsed_ms[3:].median())
+
+    ratios = [step_ms(True) / step_ms(False) for _ in range(2 * REPEATS)]
+    return _figure(
+        "an 8-rank step recorded / not recorded", ratios, "x", "at most 1.05", "1.02", "TP=2 DP=4, every collective"
+    )
 
 
 def _against_hugging_face(work: Path) -> Figure:

@@ -79,6 +79,7 @@ def run(
     show: str | None = "live",
     launcher: str | None = None,
     target: str = TRAIN,
+    record: bool = False,
 ) -> runs.Run:
     """Train on so many ranks and return what happened.
 
@@ -95,6 +96,8 @@ def run(
         show: `"live"` for a view of loss, memory and throughput while it trains, `None` for silence.
         launcher: `"warm"` or `"torchrun"`; `None` takes what fits the device.
         target: What each warm rank executes, as `module:function` of the run directory.
+        record: Write every collective and every forward and backward pass to the run directory, for `Run.collectives`
+            and `Run.timeline`.
 
     Returns:
         The finished run.
@@ -126,7 +129,7 @@ def run(
         _write_config(cfg, path, places)
         content = runs.Run(path).config
     launcher = launcher or ("torchrun" if device == "cuda" else "warm")
-    runs.write_json(path / "launch.json", _about(content, path, ranks, device, launcher, plan))
+    runs.write_json(path / "launch.json", _about(content, path, ranks, device, launcher, plan, record))
     (path / ".reserve").write_bytes(b"\0" * RESERVE_BYTES)
     start = functools.partial(_start_warm, target=target) if launcher == "warm" else _start_torchrun
     return _start_and_wait(runs.Run(path), ranks, start, _view(show, content["train"]["train_iters"], path))
@@ -214,12 +217,13 @@ def _write_content(content: dict, path: Path, places: dict[str, str | None]) -> 
     os.replace(temporary, path / "config.yaml")
 
 
-def _about(content: dict, path: Path, ranks: int, device: str, launcher: str, plan: Layout) -> dict:
+def _about(content: dict, path: Path, ranks: int, device: str, launcher: str, plan: Layout, record: bool) -> dict:
     return {
         "name": path.name,
         "ranks": ranks,
         "device": device,
         "launcher": launcher,
+        "record": record,
         "command": " ".join(command(path, ranks=ranks)),
         "layout": {
             "tensor_model_parallel_size": plan.tensor_model_parallel_size,

@@ -22,6 +22,11 @@ __all__ = ["ConfigError", "NoSuchRun", "Outcome", "Run", "create", "directory", 
 METRICS = ("step", "time", "loss", "grad_norm", "learning_rate", "elapsed_ms", "tokens", "tokens_per_second", "skipped")
 VALIDATION = ("step", "time", "loss")
 MEMORY = ("rank", "step", "time", "memory_bytes", "peak_memory_bytes")
+COLLECTIVES = (
+    *("rank", "step", "time", "phase", "operation", "group", "group_size", "dtype", "bytes", "peer", "module"),
+    "caller",
+)
+TIMELINE = ("rank", "step", "kind", "microbatch", "chunk", "begin", "end", "busy_seconds")
 
 
 class ConfigError(ValueError):
@@ -105,6 +110,16 @@ class Run:
     def memory(self) -> pd.DataFrame:
         """One row a rank and sample."""
         return _read_lines(self.path / "memory.jsonl", MEMORY)
+
+    @cached_property
+    def collectives(self) -> pd.DataFrame:
+        """One row a rank and operation that it took part in; empty unless the run was launched with `record=True`."""
+        return _read_lines(self.path / "collectives.jsonl", COLLECTIVES)
+
+    @cached_property
+    def timeline(self) -> pd.DataFrame:
+        """One row a rank and forward or backward pass of a microbatch; as `collectives`."""
+        return _read_lines(self.path / "timeline.jsonl", TIMELINE)
 
     def ranks(self) -> dict[int, dict]:
         """What each rank last said of itself: `pid`, `stage`, `time`, and the failure if there was one."""

@@ -211,7 +211,8 @@ def rank_main(run_directory: str, cfg: ConfigContainer | None = None) -> None:
 
 
 def _train(path: Path, rank: int, world: int, cfg: ConfigContainer | None) -> None:
-    device = runs.Run(path).launch.get("device") or stack.device(world)
+    launch = runs.Run(path).launch
+    device = launch.get("device") or stack.device(world)
     if device == "cpu":
         from course_lib import cpu
         from course_lib.cpu import cores
@@ -233,8 +234,13 @@ def _train(path: Path, rank: int, world: int, cfg: ConfigContainer | None) -> No
     layout.require(cfg, world)
     stage(path, rank, "building the model")
     train = finetune if cfg.checkpoint.pretrained_checkpoint else pretrain
+    callbacks = [recorder(path, rank, world, meter)]
+    if launch.get("record"):
+        from course_lib import recording
+
+        callbacks.append(recording.callback(path, rank))
     try:
-        train(cfg, forward_step, callbacks=[recorder(path, rank, world, meter)])
+        train(cfg, forward_step, callbacks=callbacks)
     except SystemExit as leaving:  # Bridge leaves this way when a limit of time or a signal ends a run
         if leaving.code not in (None, 0):
             raise RuntimeError(f"Bridge ended the run with exit code {leaving.code}") from None

@@ -146,8 +146,9 @@ HEAVY = {
     "ipywidgets",
     "nbformat",
 }
-# What a rank process executes; everything else may be imported in a notebook's kernel.
-IN_RANKS_ONLY = {"train", "cpu", "warm", "preload"}
+# What a rank process executes; everything else may be imported in a notebook's kernel.  (Lessons 11 and 12 import by_hand
+# to print its source, after they imported torch.)
+IN_RANKS_ONLY = {"train", "cpu", "warm", "preload", "recording", "by_hand"}
 
 
 def module_name(path: Path) -> str:

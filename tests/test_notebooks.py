@@ -15,6 +15,8 @@ BROKEN = {
     "05": ({"special_ids": 999}, "Off by one?"),
     "08": ({"published_seq_length": 4096}, "Attention grows with it"),
     "09": ({"changed_learning_rate": 4e-3}, "Nothing differs, or too much"),
+    "11": ({"tolerance": 0.0}, "the same features must be cut out of both"),
+    "12": ({"tolerance": 0.0}, "Is the gradient averaged"),
 }
 """For each lesson one parameter that breaks a claim, and the words of the check that must notice."""
 

@@ -12,7 +12,8 @@ def core_of(rank: int, ranks: int, cores: list[int]) -> int | None:
     """The core on which a rank stays, or `None` if it may run on any.
 
     Neighbouring ranks get the same core: they are the tensor parallel group, which talks most, and two processes on one
-    core hand over without waking the other.  Ranks stay where they are only if every core gets equally many.
+    core hand over without waking the other.  Ranks stay where they are only if every core gets equally many.  One rank for
+    each core stays too: Linux likes to put the two ends of a connection on one core, and a pipeline then takes turns.
 
     Args:
         rank: Rank on this machine.
@@ -22,10 +23,12 @@ def core_of(rank: int, ranks: int, cores: list[int]) -> int | None:
     Example:
         >>> [core_of(rank, 8, [0, 1]) for rank in range(8)]
         [0, 0, 0, 0, 1, 1, 1, 1]
+        >>> [core_of(rank, 2, [0, 1]) for rank in range(2)]
+        [0, 1]
         >>> core_of(0, 8, [0, 1, 2]) is None and core_of(0, 8, list(range(16))) is None
         True
     """
-    if ranks <= len(cores) or ranks % len(cores):
+    if ranks < len(cores) or ranks % len(cores):
         return None
     return cores[rank * len(cores) // ranks]
 

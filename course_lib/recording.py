@@ -1,0 +1,322 @@
+"""In a rank: write down every collective and every point-to-point transfer of a training step, and when work was done.
+
+Every function of `torch.distributed` ends in a method of `ProcessGroup`, under whatever name a library imported it.  So
+the recorder wraps those methods and nothing else, and works with gloo and NCCL alike.  A run that does not ask for it
+runs upstream's code untouched.
+
+Times are the process's own: on a GPU they say when work was launched, not when the GPU did it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from megatron.bridge.training.callbacks import Callback
+
+__all__ = ["METHODS", "Recorder", "callback"]
+
+GROUPS = (
+    ("tp", "_TENSOR_MODEL_PARALLEL_GROUP"),
+    ("pp", "_PIPELINE_MODEL_PARALLEL_GROUP"),
+    ("cp", "_CONTEXT_PARALLEL_GROUP"),
+    ("dp", "_DATA_PARALLEL_GROUP"),
+    ("dp-cp", "_DATA_PARALLEL_GROUP_WITH_CP"),
+    ("dp-cp", "_INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP"),
+    ("embedding", "_EMBEDDING_GROUP"),
+    ("embedding", "_POSITION_EMBEDDING_GROUP"),
+    ("tp-pp", "_MODEL_PARALLEL_GROUP"),
+    ("tp-cp", "_TENSOR_AND_CONTEXT_PARALLEL_GROUP"),
+    ("tp-dp", "_TENSOR_AND_DATA_PARALLEL_GROUP"),
+    ("tp-dp-cp", "_TENSOR_AND_DATA_PARALLEL_GROUP_WITH_CP"),
+    ("ep", "_EXPERT_MODEL_PARALLEL_GROUP"),
+    ("expert-tp", "_EXPERT_TENSOR_PARALLEL_GROUP"),
+    ("expert-tp-ep", "_EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP"),
+    ("expert-dp", "_EXPERT_DATA_PARALLEL_GROUP"),
+    ("expert-dp", "_INTRA_PARTIAL_EXPERT_DATA_PARALLEL_GROUP"),
+    ("optimizer", "_INTRA_DISTRIBUTED_OPTIMIZER_INSTANCE_GROUP"),
+)
+"""Kinds of groups and the variables of `megatron.core.parallel_state` that hold them.
+
+Source: megatron-core parallel_state.py @ 0.19.2
+"""
+
+
+def _first(arguments: tuple) -> list[list]:
+    return [[tensor] for tensor in arguments[0]]
+
+
+def _parts_out(arguments: tuple) -> list[list]:
+    return list(arguments[0])
+
+
+def _parts_in(arguments: tuple) -> list[list]:
+    return list(arguments[1])
+
+
+def _out(arguments: tuple) -> list[list]:
+    return [[arguments[0]]]
+
+
+def _in(arguments: tuple) -> list[list]:
+    return [[arguments[1]]]
+
+
+def _many_in(arguments: tuple) -> list[list]:
+    return [[tensor] for tensor in arguments[1]]
+
+
+METHODS: dict[str, tuple[str, Callable[[tuple], list[list]]]] = {
+    "allreduce": ("all_reduce", _first),
+    "allreduce_coalesced": ("all_reduce", _first),
+    "broadcast": ("broadcast", _first),
+    "reduce": ("reduce", _first),
+    "allgather": ("all_gather", _parts_out),
+    "all_gather_single": ("all_gather", _out),
+    "_allgather_base": ("all_gather", _out),
+    "all_gather_single_coalesced": ("all_gather", _first),
+    "allgather_into_tensor_coalesced": ("all_gather", _first),
+    "reduce_scatter": ("reduce_scatter", _parts_in),
+    "reduce_scatter_single": ("reduce_scatter", _in),
+    "_reduce_scatter_base": ("reduce_scatter", _in),
+    "reduce_scatter_single_coalesced": ("reduce_scatter", _many_in),
+    "reduce_scatter_tensor_coalesced": ("reduce_scatter", _many_in),
+    "alltoall": ("all_to_all", lambda arguments: [arguments[1]]),
+    "all_to_all_single": ("all_to_all", _in),
+    "alltoall_base": ("all_to_all", _in),
+    "gather": ("gather", _many_in),
+    "scatter": ("scatter", _first),
+    "send": ("send", _first),
+    "recv": ("recv", _first),
+    "barrier": ("barrier", lambda arguments: [[]]),
+}
+"""Methods of `torch.distributed.ProcessGroup`: the operation's name, and which tensors are the whole that it moves.
+
+The whole is what all ranks of the group hold together afterwards or before: the output of a gather, the input of a
+scatter, the tensor of an all-reduce.
+"""
+
+
+class Recorder:
+    """What one rank sends, and when it computes.
+
+    Attributes:
+        path: The run directory; `collectives.jsonl` and `timeline.jsonl` are appended there after each step.
+        rank: Global rank.
+        step: The step under way; `None` between steps, when nothing is recorded.
+        phase: `"forward"`, `"backward"`, or `"update"` for the rest of a step.
+    """
+
+    def __init__(self, path: Path, rank: int) -> None:
+        self.path, self.rank = path, rank
+        self.step: int | None = None
+        self.phase = "update"
+        self.sent: list[tuple] = []
+        self.worked: list[tuple] = []
+        self.kinds: dict[str, str] = {}
+        self.directions: dict[int, str] = {}
+        self.microbatches: dict[int, tuple[int, int]] = {}
+        self.chunks: dict[int, int] = {}
+        self.modules: dict[int, str] = {}
+        self.stack: list[str] = []
+
+    # ------------------------------------------------------------------------------------------------- what is called
+
+    def install(self) -> None:
+        """Wrap torch's process groups and Megatron's forward, backward and transfer functions in this process."""
+        import torch
+        from megatron.core.pipeline_parallel import p2p_communication, schedules
+
+        group = torch.distributed.ProcessGroup
+        for name, (operation, whole) in METHODS.items():
+            if hasattr(group, name):
+                setattr(group, name, self._noted(getattr(group, name), operation, whole))
+        schedules.forward_step = self._timed_forward(schedules.forward_step)
+        schedules.backward_step = self._timed_backward(schedules.backward_step)
+        for name in ("_batched_p2p_ops", "_p2p_ops"):
+            setattr(p2p_communication, name, self._with_directions(getattr(p2p_communication, name)))
+        self._node = torch._C._current_autograd_node
+
+    def _noted(self, original: Callable, operation: str, whole: Callable[[tuple], list[list]]) -> Callable:
+        @functools.wraps(original)
+        def method(group: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.step is not None and group.size() > 1:
+                self._note(group, operation, whole(args), args)
+            return original(group, *args, **kwargs)
+
+        return method
+
+    def _note(self, group: Any, operation: str, messages: list[list], args: tuple) -> None:
+        now = time.time()
+        phase, peer = self.phase, None
+        if operation in ("send", "recv"):
+            from torch.distributed import get_global_rank
+
+            peer = get_global_rank(group, args[1])
+            phase = self.directions.get(id(messages[0][0]), phase)
+        node = self._node()
+        module = (self.stack[-1] if self.stack else "") if node is None else node.metadata.get("module", "")
+        caller = _caller()
+        for tensors in messages:
+            size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            dtype = str(tensors[0].dtype).removeprefix("torch.") if tensors else ""
+            self.sent.append(
+                (now, phase, operation, group.group_name, group.size(), dtype, size_bytes, peer, module, caller)
+            )
+
+    def _with_directions(self, original: Callable) -> Callable:
+        """Activations travel to the next stage and gradients to the previous one, also where both are the same rank."""
+
+        @functools.wraps(original)
+        def transfer(**kwargs: Any) -> Any:
+            forward = (kwargs["tensor_send_next"], kwargs["tensor_recv_prev"])
+            backward = (kwargs["tensor_send_prev"], kwargs["tensor_recv_next"])
+            self.directions = {id(t): "forward" for t in forward if t is not None}
+            self.directions |= {id(t): "backward" for t in backward if t is not None}
+            return original(**kwargs)
+
+        return transfer
+
+    # -------------------------------------------------------------------------------------------------- when work is done
+
+    def _timed_forward(self, original: Callable) -> Callable:
+        @functools.wraps(original)
+        def forward_step(forward_step_func: Any, data_iterator: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.step is None:
+                return original(forward_step_func, data_iterator, model, *args, **kwargs)
+            chunk = self.chunks.get(id(model), 0)
+            microbatch = kwargs.get("current_microbatch") or 0
+            with self._working("forward", microbatch, chunk):
+                output, tokens = original(forward_step_func, data_iterator, model, *args, **kwargs)
+            self.microbatches[id(output)] = (microbatch, chunk)
+            return output, tokens
+
+        return forward_step
+
+    def _timed_backward(self, original: Callable) -> Callable:
+        @functools.wraps(original)
+        def backward_step(input_tensor: Any, output_tensor: Any, *args: Any) -> Any:
+            microbatch, chunk = self.microbatches.pop(id(output_tensor), (0, 0))
+            with self._working("backward", microbatch, chunk):
+                return original(input_tensor, output_tensor, *args)
+
+        return backward_step
+
+    @contextmanager
+    def _working(self, kind: str, microbatch: int, chunk: int) -> Iterator[None]:
+        self.phase = kind
+        begin, busy = time.time(), time.thread_time()
+        yield
+        self.worked.append((kind, microbatch, chunk, begin, time.time(), time.thread_time() - busy))
+        self.phase = "update"
+
+    # ----------------------------------------------------------------------------------------------------- names of things
+
+    def know(self, model: list) -> None:
+        """Learn the names of groups and modules, once the model is built.
+
+        Args:
+            model: The model chunks of this rank.
+        """
+        import torch
+        from megatron.core import parallel_state
+
+        for kind, variable in reversed(GROUPS):
+            groups = getattr(parallel_state, variable, None)
+            for group in groups if isinstance(groups, list) else [groups]:
+                if isinstance(group, torch.distributed.ProcessGroup):
+                    self.kinds[group.group_name] = kind
+        self.kinds[torch.distributed.group.WORLD.group_name] = "world"
+        for number, chunk in enumerate(model):
+            self.chunks[id(chunk)] = number
+            for name, module in chunk.named_modules():
+                if not any(True for _ in module.parameters(recurse=False)):
+                    continue  # a container; hooks on all of them would cost more than all the rest of the recorder
+                self.modules[id(module)] = ".".join(part for part in name.split(".") if part != "module")
+                module.register_forward_pre_hook(self._enter)
+                module.register_forward_hook(self._leave, always_call=True)
+
+    def _enter(self, module: Any, _: Any) -> None:
+        self.stack.append(self.modules[id(module)])
+
+    def _leave(self, module: Any, _: Any, output: Any) -> None:
+        """Mark the graph node of a module's output, so that its backward can be told apart."""
+        name = self.stack.pop()
+        first = output[0] if isinstance(output, tuple) and output else output
+        node = getattr(first, "grad_fn", None)
+        if node is not None:
+            node.metadata.setdefault("module", name)
+
+    # ------------------------------------------------------------------------------------------------------------- writing
+
+    def write(self) -> None:
+        """Append the step's rows; one call each, so that ranks do not cut each other's lines."""
+        common = {"rank": self.rank, "step": self.step}
+        columns = "time phase operation group group_size dtype bytes peer module caller".split()
+        rows = [common | dict(zip(columns, row, strict=True)) for row in self.sent]
+        for row in rows:
+            row["group"] = self.kinds.get(row["group"], row["group"])
+        _append(self.path / "collectives.jsonl", rows)
+        columns = "kind microbatch chunk begin end busy_seconds".split()
+        _append(self.path / "timeline.jsonl", [common | dict(zip(columns, row, strict=True)) for row in self.worked])
+        self.sent.clear()
+        self.worked.clear()
+        self.microbatches.clear()
+
+
+def _caller() -> str:
+    """The function outside torch and this course that asked for the operation, as `module.function`."""
+    frame = sys._getframe(3)
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if not module.startswith(("torch.", "course_lib.", "contextlib", "typing_extensions")):
+            return f"{module}.{frame.f_code.co_qualname}"
+        frame = frame.f_back
+    return ""
+
+
+def _append(path: Path, rows: list[dict]) -> None:
+    if not rows:
+        return
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, text.encode())
+    finally:
+        os.close(descriptor)
+
+
+def callback(path: Path, rank: int) -> Callback:
+    """A Bridge callback that records the training steps of this rank.
+
+    Args:
+        path: The run directory.
+        rank: Global rank.
+    """
+    from megatron.bridge.training.callbacks import Callback
+
+    recorder = Recorder(path, rank)
+    recorder.install()
+
+    class Recording(Callback):
+        def on_train_start(self, context: Any) -> None:
+            recorder.know(context.model)
+
+        def on_train_step_start(self, context: Any) -> None:
+            recorder.step = context.state.train_state.step + 1
+
+        def on_train_step_end(self, context: Any) -> None:
+            recorder.write()
+            recorder.step = None
+
+    return Recording()

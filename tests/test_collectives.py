@@ -1,0 +1,92 @@
+"""What a run really sends equals the closed form, whatever the layout."""
+
+from __future__ import annotations
+
+import pytest
+from small import config
+
+from course_lib import collectives, launch
+from course_lib.layout import Layout
+
+SHARDED = {"ddp__use_distributed_optimizer": True, "optimizer__use_distributed_optimizer": True}
+LAYOUTS = {
+    "TP=2 DP=4": (8, {"tp": 2}),
+    "TP=4 DP=2": (8, {"tp": 4}),
+    "TP=4 DP=2, sequence parallel": (8, {"tp": 4, "model__sequence_parallel": True}),
+    "TP=2 PP=2 DP=2": (8, {"tp": 2, "pp": 2}),
+    "TP=2 PP=2 DP=2, sequence parallel, sharded": (8, {"tp": 2, "pp": 2, "model__sequence_parallel": True, **SHARDED}),
+    "DP=8, distributed optimizer": (8, {"tp": 1, **SHARDED}),
+    "TP=2 DP=4, distributed optimizer": (8, {"tp": 2, **SHARDED}),
+    "PP=2 interleaved": (2, {"tp": 1, "pp": 2, "model__virtual_pipeline_model_parallel_size": 2}),
+    "PP=4 DP=2": (8, {"tp": 1, "pp": 4}),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_recorded_equals_closed_form(name, bridge, runs_directory):
+    """Every operation of every rank: its phase, group, group size, bytes and count are as the closed form says."""
+    ranks, fields = LAYOUTS[name]
+    run = launch.run(config(train_iters=2, **fields), ranks=ranks, show=None, record=True)
+    for rank in range(ranks):
+        table = collectives.compare(run, rank=rank)
+        wrong = table[table.expected != table.recorded]
+        assert wrong.empty, f"rank {rank}:\n{wrong.to_string()}"
+    assert set(run.collectives.step) == {1, 2}
+    passes = run.timeline[run.timeline.step == 2].groupby(["rank", "kind"]).size()
+    assert passes.nunique() == 1 and len(passes) == 2 * ranks
+
+
+def test_a_wrong_closed_form_is_noticed(bridge, runs_directory):
+    """The comparison fails for a run of another shape, and says which rows."""
+    run = launch.run(config(train_iters=2), ranks=2, show=None, record=True)
+    run.config["model"]["num_layers"] = 6
+    table = collectives.compare(run)
+    assert set(table[table.expected != table.recorded].group) == {"tp"}
+
+
+def test_backward_is_attributed_to_modules(bridge, runs_directory):
+    """An operation names the module that asked for it, forward and backward, and the function that made the call."""
+    run = launch.run(config(train_iters=2), ranks=2, show=None, record=True)
+    rows = run.collectives[(run.collectives["rank"] == 0) & (run.collectives.bytes > 1000)]
+    assert "decoder.layers.0.mlp.linear_fc2" in set(rows[rows.phase == "forward"].module)
+    assert "decoder.layers.0.mlp.linear_fc1" in set(rows[rows.phase == "backward"].module)
+    assert rows.caller.str.startswith("megatron.").all()
+
+
+def test_nothing_is_recorded_unless_asked(bridge, runs_directory):
+    """A run without `record=True` leaves no such files, and reading it says what to do."""
+    run = launch.run(config(train_iters=1), ranks=2, show=None)
+    assert not (run.path / "collectives.jsonl").exists() and not (run.path / "timeline.jsonl").exists()
+    with pytest.raises(ValueError, match="record=True"):
+        collectives.recorded(run)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_moe_experts", 4),
+        ("recompute_granularity", "full"),
+        ("context_parallel_size", 2),
+        ("add_bias_linear", True),
+    ],
+)
+def test_what_is_not_counted_is_refused(field, value, bridge):
+    """The closed form does not answer for a model that sends other things."""
+    cfg = config()
+    setattr(cfg.model, field, value)
+    with pytest.raises(collectives.NotCounted):
+        collectives.expected(cfg, ranks=8)
+
+
+def test_picture_shows_every_rank_and_group(bridge):
+    """The picture names the groups, their number and their bytes."""
+    from course_lib import plots
+
+    layout = Layout(world_size=8, tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    with plots.figure() as ax:
+        collectives.picture(layout, {"tp": 2**20, "dp-cp": 2**10, "pp": 512}, ax=ax)
+    text = ax.get_label()
+    assert (
+        "tp: 4 groups of 2, 1.0 MiB" in text and "dp-cp: 4 groups of 2" in text and "pp: 4 groups of 2, 512 B" in text
+    )
+    assert {label.get_text() for label in ax.texts} >= {str(rank) for rank in range(8)}

@@ -1,0 +1,74 @@
+"""The bubble of a pipeline: the formula, the replay of recorded passes, and what a real run recorded."""
+
+from __future__ import annotations
+
+import pytest
+from small import config
+
+from course_lib import launch, pipeline
+
+
+def one_forward_one_backward(stages: int, microbatches: int, seconds: float = 1.0) -> object:
+    """Passes in the order 1F1B, with durations that are all equal."""
+    import pandas as pd
+
+    rows = []
+    for stage in range(stages):
+        ahead = min(stages - stage - 1, microbatches)
+        order = [("forward", i) for i in range(ahead)]
+        for i in range(microbatches):
+            order += [("forward", i + ahead)] if i + ahead < microbatches else []
+            order.append(("backward", i))
+        rows += [(stage, kind, microbatch, 0, 0.0, 0.0, seconds) for kind, microbatch in order]
+    return pd.DataFrame(rows, columns=["stage", "kind", "microbatch", "chunk", "begin", "end", "busy_seconds"])
+
+
+@pytest.mark.parametrize(("stages", "microbatches"), [(2, 1), (2, 8), (4, 4), (4, 16)])
+def test_equal_passes_wait_as_the_formula_says(stages, microbatches):
+    """With passes of one length the replay's waiting is exactly (p - 1) / (m + p - 1)."""
+    rows = pipeline.replay(one_forward_one_backward(stages, microbatches))
+    assert pipeline.idle_share(rows) == pytest.approx(pipeline.bubble_share(stages, microbatches))
+
+
+def test_unequal_stages_wait_longer():
+    """A slow stage makes the others wait: the formula is the best case."""
+    rows = one_forward_one_backward(2, 8)
+    rows.loc[rows.stage == 1, "busy_seconds"] = 2.0
+    assert pipeline.idle_share(pipeline.replay(rows)) > pipeline.bubble_share(2, 8) + 0.1
+
+
+def test_passes_that_cannot_follow_each_other_are_refused():
+    """A recording without some passes is named as such, instead of waiting for ever."""
+    rows = one_forward_one_backward(2, 2)
+    with pytest.raises(ValueError, match="not of one whole step"):
+        pipeline.replay(rows[(rows.stage == 1) | (rows.kind == "backward")])
+
+
+@pytest.mark.parametrize("sizes", [(0, 1), (2, 0)])
+def test_sizes_below_one_are_refused(sizes):
+    """The formula has no meaning without stages or microbatches."""
+    with pytest.raises(ValueError, match="at least 1"):
+        pipeline.bubble_share(*sizes)
+
+
+def test_a_real_interleaved_run_can_be_replayed(bridge, runs_directory):
+    """A recorded step has every pass once, no stage does two at a time, and each chunk is told apart."""
+    from course_lib import plots
+
+    cfg = config(tp=1, pp=2, model__virtual_pipeline_model_parallel_size=2, train__global_batch_size=4)
+    run = launch.run(cfg, ranks=2, show=None, record=True)
+    rows = pipeline.passes(run)
+    assert not rows.duplicated(["stage", "kind", "microbatch", "chunk"]).any() and len(rows) == 2 * 2 * 2 * 4
+    for table in (rows, pipeline.replay(rows)):
+        for _, stage in table.sort_values("begin").groupby("stage"):
+            assert (stage.begin.iloc[1:].to_numpy() >= stage.end.iloc[:-1].to_numpy() - 1e-6).all()
+    with plots.figure() as ax:
+        pipeline.draw(rows, ax=ax)
+    assert "32 passes on 2 stages" in ax.get_label()
+
+
+def test_a_run_without_timeline_is_refused(bridge, runs_directory):
+    """Reading the passes of an unrecorded run says how to record them."""
+    run = launch.run(config(train_iters=1), ranks=2, show=None)
+    with pytest.raises(ValueError, match="record=True"):
+        pipeline.passes(run)
