@@ -15,7 +15,7 @@ from course_lib.units import gib
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Activations", "Plan", "States", "activations", "bridge_estimate", "plan", "states", "with_layout"]
+__all__ = ["Activations", "Plan", "States", "activations", "bridge_estimate", "on_cpu", "plan", "states", "table", "with_layout"]
 
 COMPONENTS = ("weights", "gradients", "optimizer", "activations", "loss")
 
@@ -227,6 +227,17 @@ def with_layout(cfg: Any, *, tp: int = 1, pp: int = 1, cp: int = 1, ep: int = 1,
         if not hasattr(mine.model, name):
             raise AttributeError(f"cfg.model has no field {name!r}")
         setattr(mine.model, name, value)
+    return mine
+
+
+def on_cpu(cfg: Any) -> Any:
+    """A copy of a configuration with the fields that CPU ranks set (`course_lib.devices`), to plan what they hold."""
+    import copy
+
+    from course_lib import devices
+
+    mine = copy.deepcopy(cfg)
+    devices.apply(mine)
     return mine
 
 
