@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
+
     from course_lib.runs import Run
 
 __all__ = ["TARGET", "rank_main", "read"]
@@ -43,7 +44,9 @@ def read(run: Run) -> pd.DataFrame:
 
     files = sorted((run.path / "ranks").glob("*.tensors"))
     if not files:
-        raise ValueError(f"run {run.name!r} measured no tensors: start it with target=live_tensors.TARGET, 2 steps or more")
+        raise ValueError(
+            f"run {run.name!r} measured no tensors: start it with target=live_tensors.TARGET, 2 steps or more"
+        )
     rows = [json.loads(path.read_text()) for path in files]
     return pd.DataFrame(rows, columns=list(COLUMNS)).sort_values("rank").set_index("rank")
 

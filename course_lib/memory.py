@@ -15,7 +15,18 @@ from course_lib.units import gib
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Activations", "Plan", "States", "activations", "bridge_estimate", "on_cpu", "plan", "states", "table", "with_layout"]
+__all__ = [
+    "Activations",
+    "Plan",
+    "States",
+    "activations",
+    "bridge_estimate",
+    "on_cpu",
+    "plan",
+    "states",
+    "table",
+    "with_layout",
+]
 
 COMPONENTS = ("weights", "gradients", "optimizer", "activations", "loss")
 
@@ -295,9 +306,7 @@ def _kept(cfg: Any, *, ranks: int, stage: int) -> tuple[dict[str, dict[str, int]
         seen = {parameter.untyped_storage()._cdata: parameter for chunk in chunks for parameter in chunk.parameters()}
         for number, chunk in enumerate(chunks):
             inside: list[str] = []
-            for name, module in chunk.named_modules():
-                module.register_forward_pre_hook(lambda *_, name=name: inside.append(name))
-                module.register_forward_hook(lambda *_: (inside.pop(), None)[1])
+            _follow(chunk, inside)
 
             def pack(tensor: torch.Tensor, inside: list[str] = inside, number: int = number) -> torch.Tensor:
                 nonlocal loss
@@ -317,6 +326,17 @@ def _kept(cfg: Any, *, ranks: int, stage: int) -> tuple[dict[str, dict[str, int]
             if chunk.post_process:
                 loss += _second_copy(cfg, ranks=ranks, tokens=out.numel(), model=chunk)
     return kept, loss
+
+
+def _follow(chunk: Any, inside: list[str]) -> None:
+    """Keep the names of the modules whose forward is under way in a list, the innermost last."""
+
+    def leave(*_: object) -> None:
+        inside.pop()
+
+    for name, module in chunk.named_modules():
+        module.register_forward_pre_hook(lambda *_, name=name: inside.append(name))
+        module.register_forward_hook(leave)
 
 
 def _second_copy(cfg: Any, *, ranks: int, tokens: int, model: Any) -> int:

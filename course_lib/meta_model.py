@@ -65,7 +65,6 @@ def built(cfg: Any, *, ranks: int, stage: int = 0) -> Iterator[list[torch.nn.Mod
         LayoutError: If the configuration cannot run on so many ranks.
         RuntimeError: If this process trains already.
     """
-    import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -76,7 +75,9 @@ def built(cfg: Any, *, ranks: int, stage: int = 0) -> Iterator[list[torch.nn.Mod
     layout = require(cfg, ranks)
     model = _without_devices(cfg)
     excepthook = sys.excepthook  # each process group would put its rank before every line of a traceback
-    dist.init_process_group("fake", store=FakeStore(), rank=stage * ranks // layout.pipeline_model_parallel_size, world_size=ranks)
+    dist.init_process_group(
+        "fake", store=FakeStore(), rank=stage * ranks // layout.pipeline_model_parallel_size, world_size=ranks
+    )
     try:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tensor_model_parallel_size,
@@ -162,6 +163,7 @@ def _without_advice() -> Iterator[None]:
                 "Transformer Engine cross entropy loss fusion",
                 "If you are using transformer_engine as the transformer implementation, the core_attn",
                 ".*torch.distributed.* is deprecated",
+                "When using sequence parallelism it is recommended to set the environment variable",
             ):
                 warnings.filterwarnings("ignore", message=message)
             yield

@@ -33,7 +33,13 @@ def bars(plans: Mapping[str, memory.Plan], *, gpu: compute.Gpu, ax: Axes, title:
     Returns:
         The axis, in GiB.
     """
-    shades = {"weights": "#0072B2", "gradients": "#D55E00", "optimizer": "#009E73", "activations": "#CC79A7", "loss": "#787878"}
+    shades = {
+        "weights": "#0072B2",
+        "gradients": "#D55E00",
+        "optimizer": "#009E73",
+        "activations": "#CC79A7",
+        "loss": "#787878",
+    }
     hatches = dict(zip(memory.COMPONENTS, ("", "//", "..", "\\\\", "xx"), strict=True))
     labels, limit = list(plans), gib(gpu.memory_bytes)
     left = [0.0] * len(labels)
