@@ -77,7 +77,7 @@ def test_tied_embeddings_stand_on_both_ends_of_a_pipeline(bridge):
 
 
 def test_experts_are_dealt_out_over_their_own_ranks(bridge):
-    """EP=4 leaves a rank a quarter of the experts' weights and all of the rest; their optimizer states go to the ranks that hold them."""
+    """EP=4 leaves a rank a quarter of the experts; each expert's optimizer states go to the ranks that hold it."""
     fields = {"num_moe_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 256, "moe_grouped_gemm": False}
     cfg = small.config(tp=1, **{f"model__{name}": value for name, value in fields.items()})
     cfg.mixed_precision = None
