@@ -17,6 +17,7 @@ BROKEN = {
     "09": ({"changed_learning_rate": 4e-3}, "Nothing differs, or too much"),
     "11": ({"tolerance": 0.0}, "the same features must be cut out of both"),
     "12": ({"tolerance": 0.0}, "Is the gradient averaged"),
+    "06": ({"moment_bytes": 4}, "Is moment_bytes 8?"),
 }
 """For each lesson one parameter that breaks a claim, and the words of the check that must notice."""
 

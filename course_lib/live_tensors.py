@@ -1,0 +1,145 @@
+"""What a rank really holds: bytes of live tensors after a step, and of what one forward pass leaves for the backward.
+
+A run whose target is :data:`TARGET` trains as every run does, and each rank writes one line of ``tensors.jsonl``::
+
+    run = launch.run(cfg, ranks=8, name="measured", target=live_tensors.TARGET)
+    live_tensors.read(run)
+
+States are summed over the objects that hold them.  Activations are measured another way than they are planned: torch's
+profiler reports every allocation and release while the first micro-batch of a step goes forward.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from course_lib.runs import Run
+
+__all__ = ["TARGET", "rank_main", "read"]
+
+TARGET = "course_lib.live_tensors:rank_main"
+COLUMNS = ("rank", "weights_bytes", "gradients_bytes", "optimizer_bytes", "live_bytes", "activations_bytes")
+
+
+def read(run: Run) -> pd.DataFrame:
+    """What each rank of a run held.
+
+    Args:
+        run: A run that was started with ``target=live_tensors.TARGET`` and had at least two steps.
+
+    Returns:
+        One row a rank: ``weights_bytes``, ``gradients_bytes``, ``optimizer_bytes``; ``live_bytes`` of all tensors that
+        Python can reach after a step; ``activations_bytes`` that the forward pass of one micro-batch left allocated.
+
+    Raises:
+        ValueError: If the run did not measure its tensors.
+    """
+    import pandas as pd
+
+    files = sorted((run.path / "ranks").glob("*.tensors"))
+    if not files:
+        raise ValueError(
+            f"run {run.name!r} measured no tensors: start it with target=live_tensors.TARGET, 2 steps or more"
+        )
+    rows = [json.loads(path.read_text()) for path in files]
+    return pd.DataFrame(rows, columns=list(COLUMNS)).sort_values("rank").set_index("rank")
+
+
+def rank_main(run_directory: str, cfg: Any = None) -> None:
+    """One rank: `course_lib.train.rank_main`, whose recorder also measures tensors."""
+    from course_lib import train
+
+    recorder = train.recorder
+
+    def measuring(path: Path, rank: int, *others: Any) -> Any:
+        callback = recorder(path, rank, *others)
+        return _measuring(type(callback), path, rank)()
+
+    train.recorder = measuring  # this process runs nothing else
+    train.rank_main(run_directory, cfg)
+
+
+def _measuring(recorder: type, path: Path, rank: int) -> type:
+    """A recorder that also measures, in the second step: the buffers exist then, and the optimizer has its states."""
+
+    class Measuring(recorder):
+        found: dict[str, int]
+
+        def on_train_step_start(self, context: Any) -> None:
+            if context.state.train_state.step == 1:
+                self.found = {"rank": rank}
+                _watch_one_forward(_as_list(context.model), self.found)
+            super().on_train_step_start(context)
+
+        def on_train_step_end(self, context: Any) -> None:
+            super().on_train_step_end(context)
+            if context.state.train_state.step == 1:
+                self.found |= _states(_as_list(context.model), context.optimizer)
+                self.found["live_bytes"] = _bytes(item for item in gc.get_objects() if _is_tensor(item))
+                (path / "ranks" / f"{rank}.tensors").write_text(json.dumps(self.found))
+
+    return Measuring
+
+
+def _states(chunks: list[Any], optimizer: Any) -> dict[str, int]:
+    weights = [parameter.data for chunk in chunks for parameter in chunk.parameters()]
+    buffers = [buffer.grad_data for chunk in chunks for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]]
+    mine = {tensor.untyped_storage().data_ptr() for tensor in (*weights, *buffers)}
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    moments = [
+        tensor
+        for part in parts
+        if part.optimizer is not None
+        for parameter, state in part.optimizer.state.items()
+        for tensor in (parameter, *state.values())
+        if _is_tensor(tensor) and tensor.untyped_storage().data_ptr() not in mine
+    ]
+    return {
+        "weights_bytes": _bytes(weights),
+        "gradients_bytes": _bytes(buffers),
+        "optimizer_bytes": _bytes(moments),
+    }
+
+
+def _watch_one_forward(chunks: list[Any], found: dict[str, int]) -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    watched = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    handles = []
+
+    def begin(*_: Any) -> None:
+        handles.pop(0).remove()
+        watched.start()
+
+    def end(*_: Any) -> None:
+        handles.pop(0).remove()
+        watched.stop()
+        found["activations_bytes"] = sum(event.self_cpu_memory_usage for event in watched.events())
+
+    handles += [chunks[0].register_forward_pre_hook(begin), chunks[0].register_forward_hook(end)]
+
+
+def _as_list(model: Any) -> list[Any]:
+    return list(model) if isinstance(model, list | tuple) else [model]
+
+
+def _is_tensor(item: object) -> bool:
+    import torch
+
+    return isinstance(item, torch.Tensor) and type(item).__name__ != "FakeTensor"
+
+
+def _bytes(tensors: Any) -> int:
+    """Bytes of the storages behind tensors, each counted once however many tensors look at it."""
+    storages: dict[int, int] = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+    storages.pop(0, None)
+    return sum(storages.values())
