@@ -18,8 +18,10 @@ from course_lib import stack
 from course_lib.findings import Finding, fail_unless, warn_unless
 
 __all__ = [
+    "BESIDE_THE_ENGINE",
     "PACKAGES",
     "Package",
+    "beside_the_engine",
     "findings",
     "foreign_megatron",
     "helpers",
@@ -40,6 +42,8 @@ PACKAGES = {
     "megatron-energon": "megatron.energon",
     "nvidia-modelopt": "modelopt",
     "nemo-run": "nemo_run",
+    "nemo-curator": "nemo_curator",
+    "nemo-automodel": "nemo_automodel",
     "transformer-engine": "transformer_engine",
     "nvidia-resiliency-ext": "nvidia_resiliency_ext",
     "mamba-ssm": "mamba_ssm",
@@ -48,6 +52,8 @@ PACKAGES = {
     "emerging-optimizers": "emerging_optimizers",
     "nvidia-nccl-cu13": "nvidia.nccl",
 }
+# What starts runs, what feeds them, and the path beside Bridge: lesson 01 shows them, no rank imports them.
+BESIDE_THE_ENGINE = ("nemo-run", "nemo-curator", "nemo-automodel")
 CONTAINER_VARIABLES = ("NVIDIA_PRODUCT_NAME", "NEMO_VERSION", "NVIDIA_PYTORCH_VERSION")
 SET_UP = "Run `make setup`, then use `.venv/bin/python`."
 
@@ -73,7 +79,7 @@ def findings(*, has_gpus: bool) -> list[Finding]:
     ]
     if version("nemo-run"):
         found.append(leptonai(version("leptonai")))
-    return found
+    return [*found, beside_the_engine({name: version(name) for name in BESIDE_THE_ENGINE})]
 
 
 def packages() -> tuple[Package, ...]:
@@ -92,6 +98,17 @@ def version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def beside_the_engine(found: Mapping[str, str | None]) -> Finding:
+    """NeMo Run, NeMo Curator and AutoModel: training does not need them, the lessons about them do.
+
+    Args:
+        found: Version by distribution name, None where one is not installed.
+    """
+    missing = [name for name, installed in found.items() if installed is None or not places(PACKAGES[name])]
+    value = f"not importable: {', '.join(missing)}" if missing else ", ".join(f"{n} {v}" for n, v in found.items())
+    return warn_unless(not missing, "beside the engine", value, SET_UP)
 
 
 def places(module: str) -> list[Path]:

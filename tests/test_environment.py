@@ -116,3 +116,13 @@ def test_the_licence_is_complete(pyproject: dict) -> None:
     assert pyproject["project"]["license"] == "Apache-2.0"
     for part in ("Apache License", "Version 2.0, January 2004", "9. Accepting Warranty", "END OF TERMS AND CONDITIONS"):
         assert part in text
+
+
+def test_the_rest_of_the_stack_is_pinned(pyproject: dict) -> None:
+    """NeMo Run, Curator and AutoModel are real dependencies, at the versions that data/stack.json describes."""
+    from course_lib import stack_map
+
+    pinned = set(pyproject["project"]["dependencies"])
+    for box in stack_map.boxes():
+        if box.distribution and not box.distribution.startswith("megatron"):
+            assert any(re.sub(r"\[.*\]", "", line) == f"{box.distribution}=={box.tested}" for line in pinned), box.name

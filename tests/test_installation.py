@@ -123,3 +123,12 @@ def test_other_versions_stop_the_lessons_on_a_cpu() -> None:
 def test_leptonai_that_breaks_nemo_run(found: str | None, status: str) -> None:
     """leptonai 0.47 dropped what nemo-run 0.11.1 imports."""
     assert installation.leptonai(found).status == status
+
+
+def test_a_missing_part_beside_the_engine_is_named() -> None:
+    """NeMo Run, Curator and AutoModel are dependencies of the course; training goes on without one, so it is a warning."""
+    installed = {name: installation.version(name) for name in installation.BESIDE_THE_ENGINE}
+    assert installation.beside_the_engine(installed).status == "ok"
+    finding = installation.beside_the_engine(installed | {"nemo-curator": None})
+    assert (finding.status, finding.value) == ("warn", "not importable: nemo-curator")
+    assert "make setup" in finding.fix
