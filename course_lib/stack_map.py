@@ -175,9 +175,9 @@ def draw(*, ax: Axes, selected: str = "") -> Axes:
             tail, head, at, align = (x0, y0 + height / 2), (x1 - width / 2, y1), (x0 + 0.05, y1 - 0.4), "left"
         arrow = {"arrowstyle": "-|>", "color": plots.INK, "shrinkA": 3, "shrinkB": 3}
         if align == "left" and x0 != x1:
-            arrow["connectionstyle"] = "angle,angleA=0,angleB=90,rad=6"
+            arrow["connectionstyle"] = "angle,angleA=90,angleB=0,rad=6"
         ax.annotate("", head, tail, arrowprops=arrow)
-        lines = what.replace(" and ", "\nand ").replace("layers from", "layers\nfrom")
+        lines = what.replace(" and ", "\nand ")
         ax.text(*at, lines, ha=align, va="bottom" if y0 == y1 else "center", fontsize=8.5)
     for box in boxes():
         x, y = _PLACES[box.name]
