@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -57,3 +59,16 @@ def test_choosing_a_system_shows_its_card() -> None:
     buttons, card = stack_map.browse().children
     buttons.value = "NeMo Run"
     assert "LocalExecutor" in card.value
+
+
+def test_ranks_import_only_the_engine() -> None:
+    """What a rank imports for training loads nothing of NeMo Run, Curator and AutoModel, nor what they brought along."""
+    code = (
+        "import sys; from course_lib import stack; stack.prepare_imports()\n"
+        "from megatron.bridge.recipes.llama import llama32_1b_pretrain_config\n"
+        "from megatron.bridge.training.pretrain import pretrain\n"
+        "names = ('nemo_run', 'nemo_curator', 'nemo_automodel', 'ray', 'torchao', 'leptonai')\n"
+        "print('loaded:', [name for name in names if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert "loaded: []" in done.stdout
