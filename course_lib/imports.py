@@ -78,6 +78,11 @@ DEFERRED: tuple[Deferred, ...] = (
     Deferred("wandb", "experiment tracker, used only when a run names a project"),
     Deferred("datasets", "Hugging Face datasets", functions=("load_dataset", "concatenate_datasets")),
     Deferred("datasets.builder", "as above; Bridge sets one attribute here"),
+    Deferred(
+        "transformers.quantizers.quantizer_torchao",
+        "imports all of torchao, which only AutoModel needs; transformers wants one class for quantised models",
+        functions=("TorchAoHfQuantizer",),
+    ),
     Deferred("sklearn.metrics", "transformers wants one function for assisted generation", functions=("roc_curve",)),
     Deferred("sklearn", "as above"),
     Deferred("scipy.optimize", "transformers wants one function", functions=("linear_sum_assignment",)),

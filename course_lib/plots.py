@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from course_lib.runs import Run
 
-__all__ = ["COLOURS", "describe", "figure", "loss", "memory", "png", "style", "throughput"]
+__all__ = ["COLOURS", "describe", "figure", "loss", "memory", "png", "stacked", "style", "throughput"]
 
 # Source: Okabe and Ito, "Color Universal Design" (2008). Orange, sky blue and yellow are left out: under 3:1 on white.
 COLOURS = {"blue": "#0072B2", "vermilion": "#D55E00", "green": "#009E73", "purple": "#CC79A7"}
@@ -232,6 +232,44 @@ def throughput(run: Run, *, ax: Axes | None = None, title: str = "") -> Axes:
     ax.set_ylim(bottom=0)
     ax.yaxis.set_major_formatter("{x:,.0f}")
     ax.xaxis.get_major_locator().set_params(integer=True)
+    return ax
+
+
+def stacked(
+    bars: Mapping[str, Mapping[str, float]], *, ax: Axes | None = None, unit: str, scale: float = 1.0, title: str = ""
+) -> Axes:
+    """Draw one level bar a name, made of parts; each part keeps its colour and hatch in all bars.
+
+    Args:
+        bars: Name to the sizes of its parts.
+        ax: The axis to draw on; a new figure is made when it is missing.
+        unit: What the sizes are after division by ``scale``.
+        scale: Divisor of the sizes, such as 1e9 for billions.
+        title: What the picture shows.
+
+    Returns:
+        The axis; parts under a hundredth of the longest bar are drawn together as "other".
+    """
+    ax = _axis(ax)
+    limit = 0.01 * max(sum(parts.values()) for parts in bars.values())
+    large = list(dict.fromkeys(part for parts in bars.values() for part, size in parts.items() if size >= limit))
+    looks = [(colour, hatch) for hatch in ("", "///") for colour in COLOURS.values()]
+    left = dict.fromkeys(bars, 0.0)
+    for part, (colour, hatch) in zip([*large, "other"], [*looks[: len(large)], (INK, "")], strict=True):
+        for name, parts in bars.items():
+            others = sum(size for other, size in parts.items() if other not in large)
+            width = (others if part == "other" else parts.get(part, 0)) / scale
+            ax.barh(
+                name, width, left=left[name], color=colour, hatch=hatch, height=0.6, label=part, edgecolor="#FFFFFF"
+            )
+            left[name] += width
+    sentences = [f"{name} has {left[name]:.3g} {unit}" for name in bars]
+    _finish(ax, x=unit, y="", title=title, sentences=sentences)
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    handles, labels = ax.get_legend_handles_labels()
+    first = dict(zip(reversed(labels), reversed(handles), strict=True))
+    ax.legend([first[part] for part in [*large, "other"]], [*large, "other"], loc="lower right", ncols=2, fontsize=8)
     return ax
 
 

@@ -10,6 +10,8 @@ PROJECT_LESSONS = [lesson.number for lesson in lessons.listing()]
 
 BROKEN = {
     "00": ({"seconds_limit": 0.0}, "a warm start takes less than 0 s"),
+    "01": ({"engine": "NeMo Run"}, "NeMo Run is an engine"),
+    "02": ({"layers_published": 32}, "which source did you believe"),
     "03": ({"learning_rate": 0.0}, "Is the learning rate zero?"),
     "04": ({"blend_weights": [0.3, 0.7]}, "Are the weights in the order of the prefixes"),
     "05": ({"special_ids": 999}, "Off by one?"),

@@ -1,0 +1,107 @@
+"""The nano3 blueprint, the catalogue of recipes, the census of built models, and upstream's drift."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from course_lib import blueprint, catalogue, census, recipes
+
+LLAMA = "llama.h100.llama3:llama32_1b_pretrain_1gpu_h100_bf16_config"
+DECIDED = [row for row in blueprint.contradictions() if row.verdict not in ("undecided", "exercise")]
+
+
+@pytest.fixture(scope="module")
+def nano(bridge: Any) -> Any:
+    return blueprint.load(blueprint.NANO)
+
+
+@pytest.mark.parametrize("row", DECIDED, ids=lambda row: row.id)
+def test_upstream_did_not_drift(nano: Any, row: blueprint.Contradiction) -> None:
+    """Each computable fact about upstream is still what the lessons state; an upgrade that changes it names the pages."""
+    computed = blueprint.decide(row, nano)
+    assert computed == row.evidence, (
+        f"{row.topic}: lessons {', '.join(row.pages)} state {row.evidence!r}, the installed packages say {computed!r}. "
+        "Read the pages again, then change data/nano3_contradictions.json."
+    )
+
+
+def test_a_drift_is_noticed(nano: Any) -> None:
+    """The drift test can fail: another layer count gives other evidence."""
+    row = next(row for row in DECIDED if row.id == "depth")
+    changed = dataclasses.replace(nano, model=dataclasses.replace(nano.model, hidden_size=3008))
+    assert blueprint.decide(row, changed) != row.evidence
+
+
+def test_contradictions_have_two_sources_and_a_verdict() -> None:
+    """Twelve or more pairs, each with both sources and versions; what nothing decides is refused by name."""
+    rows = blueprint.contradictions()
+    assert len(DECIDED) >= 12 and len({row.id for row in rows}) == len(rows)
+    for row in rows:
+        assert row.verdict in {"a", "b", "both", "neither", "undecided", "exercise"}
+        assert all("e27b371" in source or "0.6.2" in source for source in (row.source_a, row.source_b))
+    undecided = next(row for row in rows if row.verdict == "undecided")
+    with pytest.raises(KeyError, match="container.*undecided"):
+        blueprint.decide(undecided, None)
+
+
+def test_every_stage_row_has_its_source() -> None:
+    """Four stages, each with what it reads and writes; each row names repository, path and version."""
+    plan = blueprint.stages()
+    assert plan.stage.nunique() == 4
+    assert plan[["repository", "path", "version"]].notna().all().all()
+    for _, rows in plan.groupby("stage"):
+        assert {"artifact in", "artifact out"} <= set(rows.topic)
+
+
+def test_recipes_are_listed_without_importing_them() -> None:
+    """The catalogue knows task, GPUs and layout of the course's recipes, and which file the others want."""
+    known = {entry.path: entry for entry in catalogue.entries()}
+    entry = known[blueprint.NANO]
+    assert (entry.task, entry.gpus, entry.hardware, entry.asks_hub_for) == ("pretrain", 8, "h100", None)
+    assert entry.layout == {"TP": 1, "PP": 1, "CP": 1, "EP": 8}
+    assert known[LLAMA].asks_hub_for == "meta-llama/Llama-3.2-1B"
+    shapes = catalogue.table().set_index("recipe")["model shape"]
+    assert shapes[LLAMA.split(":")[1]] == "data/models/llama32_1b.json"
+    assert shapes["qwen3_8b_pretrain_4gpu_h100_bf16_config"] == "wants config.json of Qwen/Qwen3-8B"
+
+
+def test_the_catalogue_tells_the_truth(bridge: Any, nano: Any) -> None:
+    """What was read from the source is what the called recipe says."""
+    known = {entry.path: entry for entry in catalogue.entries()}
+    for path, cfg in ((blueprint.NANO, nano), (LLAMA, blueprint.load(LLAMA))):
+        assert known[path].layout["TP"] == cfg.model.tensor_model_parallel_size
+        assert known[path].layout.get("EP", 1) == cfg.model.expert_model_parallel_size
+
+
+def test_a_recipe_without_values_names_what_it_wants(bridge: Any) -> None:
+    """Loading a recipe whose shape is not in data/ says which model is missing, and asks no network."""
+    entry = next(entry for entry in catalogue.entries() if entry.name.startswith("qwen3_8b_pretrain"))
+    with pytest.raises(recipes.UnknownModel, match="Qwen/Qwen3-8B"):
+        blueprint.load(entry.path)
+
+
+def test_the_built_model_has_the_published_size(nano: Any) -> None:
+    """Nemotron 3 Nano, really built: 31.6 billion in total, 3.6 active, 3.2 without the input table; Llama by formula."""
+    counted = census.count([blueprint.NANO, LLAMA], vocab_size=131072)
+    thirty, llama = counted.values()
+    assert round(thirty.total / 1e9, 1) == 31.6
+    assert round(thirty.active / 1e9, 1) == 3.6
+    assert round(thirty.active_without_input_embedding / 1e9, 1) == 3.2
+    assert "other" not in {*thirty.parts, *llama.parts}
+    assert llama.total == llama.active == 1_241_581_568
+
+
+def test_a_model_that_cannot_be_built_is_named() -> None:
+    """The census stops with the recipe's name and the child's last words."""
+    with pytest.raises(census.CensusFailed, match="(?s)no_such_config.*0 could be built.*no_such"):
+        census.count(["llama.h100.llama3:no_such_config"])
+
+
+def test_the_road_ends_at_a_dense_model(nano: Any) -> None:
+    """Each step of the road removes something, and the first one removes the experts."""
+    table = blueprint.road(nano, blueprint.load(blueprint.NANO_4B), blueprint.load(LLAMA))
+    assert (table["model settings that differ"] > 0).all()
+    assert "num_moe_experts: 128 -> None" in table["among them"][0]
