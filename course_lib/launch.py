@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from course_lib import failures, runs, stack, warm
+from course_lib import checkpoints, failures, runs, stack, warm
 from course_lib.runs import ConfigError
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ def run(
     show: str | None = "live",
     launcher: str | None = None,
     target: str = TRAIN,
+    watch: Callable[[runs.Run], object] | None = None,
 ) -> runs.Run:
     """Train on so many ranks and return what happened.
 
@@ -89,10 +90,11 @@ def run(
         name: Name of the run's directory; a number is added if it exists.
         save: Keep checkpoints in the run's own directory.  Bridge's recipes save to, and silently resume from, one
             default directory; a run of this course does neither unless asked.  A file is taken as it is.
-        load: A run, or a checkpoint directory, to start from.
+        load: A run, or a checkpoint directory, to start from: weights, optimizer, step and place in the data.
         show: `"live"` for a view of loss, memory and throughput while it trains, `None` for silence.
         launcher: `"warm"` or `"torchrun"`; `None` takes what fits the device.
         target: What each warm rank executes, as `module:function` of the run directory.
+        watch: Called with the run some ten times a second while it trains.
 
     Returns:
         The finished run.
@@ -101,12 +103,14 @@ def run(
         LayoutError: If the model, batch and ranks do not fit together; nothing was started.
         FieldError: If `cfg` carries an attribute that is no field of Bridge's, such as `cfg.train.save_interval`.
         ConfigError: If a file is no YAML, or a rank finds that it does not fit Bridge.
+        NoCheckpoint: If there is nothing to load where `load` points; Bridge would start from random weights.
         RunFailed: If a rank failed; names the first one and its cause.
         RunInterrupted: If the learner interrupted; no rank is left.
     """
     from course_lib import layout
 
     device = stack.device(ranks)
+    source = checkpoints.require(load) if load else None
     if isinstance(cfg, (str, Path)):
         content = _read_file(Path(cfg))
         plan = layout.require(content, ranks)
@@ -117,13 +121,14 @@ def run(
     if isinstance(cfg, (str, Path)):
         shutil.copyfile(cfg, path / "config.yaml")
     else:
-        _write_config(cfg, path, save=save, load=load)
+        _write_config(cfg, path, save=save, load=source)
         content = runs.Run(path).config
     launcher = launcher or ("torchrun" if device == "cuda" else "warm")
     runs.write_json(path / "launch.json", _about(content, path, ranks, device, launcher, plan))
     (path / ".reserve").write_bytes(b"\0" * RESERVE_BYTES)
     start = functools.partial(_start_warm, target=target) if launcher == "warm" else _start_torchrun
-    return _start_and_wait(runs.Run(path), ranks, start, _view(show, content["train"]["train_iters"], path))
+    view = _view(show, content["train"]["train_iters"], path)
+    return _start_and_wait(runs.Run(path), ranks, start, view, watch)
 
 
 def command(run: runs.Run | Path, *, ranks: int = 8) -> list[str]:
@@ -185,11 +190,11 @@ def _read_file(path: Path) -> dict:
     return content
 
 
-def _write_config(cfg: ConfigContainer, path: Path, *, save: bool, load: runs.Run | Path | None) -> None:
+def _write_config(cfg: ConfigContainer, path: Path, *, save: bool, load: Path | None) -> None:
     mine = copy.copy(cfg)
     mine.checkpoint, mine.logger = copy.copy(cfg.checkpoint), copy.copy(cfg.logger)
     mine.checkpoint.save = str(path / "checkpoints") if save else None
-    mine.checkpoint.load = str(load.path / "checkpoints" if isinstance(load, runs.Run) else load) if load else None
+    mine.checkpoint.load = str(load) if load else None
     mine.logger.tensorboard_dir = None  # the run directory records the same numbers
     temporary = path / ".config.yaml"
     mine.to_yaml(str(temporary))
@@ -232,7 +237,9 @@ def _view(show: str | None, train_iters: int, path: Path) -> live.View | None:
     return live.view(train_iters, name=path.name)
 
 
-def _start_and_wait(run: runs.Run, ranks: int, start: Callable, view: live.View | None) -> runs.Run:
+def _start_and_wait(
+    run: runs.Run, ranks: int, start: Callable, view: live.View | None, watch: Callable | None
+) -> runs.Run:
     """Start the ranks, show what they do, and turn their end into a value or an exception."""
     report: dict | None = None
     try:
@@ -241,6 +248,8 @@ def _start_and_wait(run: runs.Run, ranks: int, start: Callable, view: live.View 
             while (report := launched.wait(0.1)) is None:
                 if view is not None:
                     view.update(run.again())
+                if watch is not None:
+                    watch(run.again())
         except KeyboardInterrupt:
             launched.stop()
             _wait_for_the_end(launched, run)
