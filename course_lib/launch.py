@@ -29,7 +29,19 @@ if TYPE_CHECKING:
     from course_lib import live
     from course_lib.layout import Layout
 
-__all__ = ["ConfigError", "FieldError", "RunFailed", "RunInterrupted", "command", "differences", "run", "warm_up"]
+__all__ = [
+    "ConfigError",
+    "FieldError",
+    "RunFailed",
+    "RunInterrupted",
+    "command",
+    "differences",
+    "prepare",
+    "run",
+    "settings",
+    "start_process",
+    "warm_up",
+]
 
 TRAIN = "course_lib.train:rank_main"
 """What a warm rank executes: Bridge's own loop."""
@@ -107,6 +119,37 @@ def run(
         RunFailed: If a rank failed; names the first one and its cause.
         RunInterrupted: If the learner interrupted; no rank is left.
     """
+    if launcher not in (None, "warm", "torchrun"):
+        raise ValueError(f"launcher={launcher!r}: use 'warm' or 'torchrun', or prepare() the run and start it yourself")
+    run_ = prepare(cfg, ranks=ranks, name=name, save=save, load=load, launcher=launcher)
+    (run_.path / ".reserve").write_bytes(b"\0" * RESERVE_BYTES)
+    warm_start = functools.partial(_start_warm, target=target)
+    start = warm_start if run_.launch["launcher"] == "warm" else _start_torchrun
+    return _start_and_wait(run_, ranks, start, _view(show, run_.launch["train_iters"], run_.path), watch)
+
+
+def prepare(
+    cfg: ConfigContainer | Path | str,
+    *,
+    ranks: int = 8,
+    name: str = "run",
+    save: bool = False,
+    load: runs.Run | Path | None = None,
+    launcher: str | None = None,
+) -> runs.Run:
+    """Write the run directory and start nothing: for a scheduler, another launcher, or your own hands.
+
+    Args:
+        cfg: As in `run()`, like the other arguments.
+        ranks: Number of ranks that somebody will start.
+        name: Name of the run's directory.
+        save: Keep checkpoints in the run's own directory.
+        load: A run, or a checkpoint directory, to start from.
+        launcher: Who will start it, for the record; any name.
+
+    Returns:
+        The run, with `config.yaml` and `launch.json`; its outcome is `None` until ranks have run.
+    """
     from course_lib import layout
 
     device = stack.device(ranks)
@@ -125,10 +168,7 @@ def run(
         content = runs.Run(path).config
     launcher = launcher or ("torchrun" if device == "cuda" else "warm")
     runs.write_json(path / "launch.json", _about(content, path, ranks, device, launcher, plan))
-    (path / ".reserve").write_bytes(b"\0" * RESERVE_BYTES)
-    start = functools.partial(_start_warm, target=target) if launcher == "warm" else _start_torchrun
-    view = _view(show, content["train"]["train_iters"], path)
-    return _start_and_wait(runs.Run(path), ranks, start, view, watch)
+    return runs.Run(path)
 
 
 def command(run: runs.Run | Path, *, ranks: int = 8) -> list[str]:
@@ -339,20 +379,27 @@ class _Torchrun:
             self._process.wait()
 
 
-def _start_torchrun(run: runs.Run, ranks: int) -> _Torchrun:
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+def settings(run: runs.Run) -> dict[str, str]:
+    """The environment variables that a rank needs and a fresh shell does not have; none of them is a secret.
+
+    Args:
+        run: A prepared run; its device decides.
+    """
     root = str(Path(__file__).resolve().parent.parent)
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
+    found = {"PYTHONPATH": os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)}
     if run.launch["device"] == "cpu":
-        environment.update(OMP_NUM_THREADS="1", TORCHDYNAMO_DISABLE="1", CUDA_DEVICE_MAX_CONNECTIONS="1")
+        found |= {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    return found
+
+
+def start_process(run: runs.Run, words: list[str]) -> subprocess.Popen:
+    """Start a launcher's command in a session of its own; what it writes goes to the run's `logs/launcher.log`."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | settings(run)
     with open(run.path / "logs" / "launcher.log", "a") as log:
-        return _Torchrun(
-            subprocess.Popen(
-                command(run, ranks=ranks),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=environment,
-                start_new_session=True,
-            )
+        return subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
         )
+
+
+def _start_torchrun(run: runs.Run, ranks: int) -> _Torchrun:
+    return _Torchrun(start_process(run, command(run, ranks=ranks)))

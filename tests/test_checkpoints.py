@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -162,7 +163,8 @@ def test_watch_is_called_while_the_run_goes_on(bridge, runs_directory):
     def kill_at_first_sight(run):
         seen.append(run.outcome)
         if run.stage() == "training":
-            os.kill(run.ranks()[1]["pid"], signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(run.ranks()[1]["pid"], signal.SIGKILL)
 
     with pytest.raises(launch.RunFailed, match="rank 1 was killed"):
         launch.run(config(train_iters=2000), ranks=2, name="watched", show=None, watch=kill_at_first_sight)
