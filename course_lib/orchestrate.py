@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,7 @@ __all__ = [
     "directives",
     "free_port",
     "prepare_nemo_run",
+    "quiet",
     "rank_errors",
     "run_agents",
     "sbatch",
@@ -146,6 +148,29 @@ def prepare_nemo_run(home: Path) -> None:
         os.environ["PATH"] = mine + os.pathsep + os.environ["PATH"]
 
 
+class Words:
+    """What NeMo Run wrote: `text`, complete when the block has ended."""
+
+    text = ""
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[Words]:
+    """Keep what NeMo Run writes to the screen, which is coloured, and long, and knows this machine's paths."""
+    import io
+
+    from nemo_run.core.frontend.console.api import CONSOLE
+
+    words, written = Words(), io.StringIO()
+    in_notebook, CONSOLE.is_jupyter = CONSOLE.is_jupyter, False  # there rich would display instead of print
+    try:
+        with contextlib.redirect_stdout(written), contextlib.redirect_stderr(written):
+            yield words
+    finally:
+        CONSOLE.is_jupyter = in_notebook
+        words.text = re.sub(r"\x1b\[[0-9;]*m", "", written.getvalue())
+
+
 def slurm_script(script: object, executor: object, *, name: str = "pretrain") -> str:
     """The sbatch script that NeMo Run would submit; nothing is submitted, and no cluster is asked.
 
@@ -154,13 +179,12 @@ def slurm_script(script: object, executor: object, *, name: str = "pretrain") ->
         executor: A `nemo_run.SlurmExecutor` whose tunnel is a `LocalTunnel`.
         name: Name of the task.
     """
-    import io
     import shutil
 
     import nemo_run
     from nemo_run.config import get_nemorun_home
 
-    with contextlib.redirect_stdout(io.StringIO()), nemo_run.Experiment(name) as experiment:
+    with quiet(), nemo_run.Experiment(name) as experiment:
         experiment.add(script, executor=executor, name=name)
         experiment.dryrun(log=False, delete_exp_dir=False)
     written = max(Path(get_nemorun_home()).glob(f"experiments/{name}/*/*_sbatch.sh"), key=lambda p: p.stat().st_mtime)

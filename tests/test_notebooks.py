@@ -11,6 +11,7 @@ PROJECT_LESSONS = [lesson.number for lesson in lessons.listing()]
 BROKEN = {
     "00": ({"seconds_limit": 0.0}, "a warm start takes less than 0 s"),
     "03": ({"learning_rate": 0.0}, "Is the learning rate zero?"),
+    "07": ({"torchrun_learning_rate": 5e-4}, "The launcher changed what was trained"),
     "10": ({"resumed_steps": 30}, "a longer run is another run"),
 }
 """For each lesson one parameter that breaks a claim, and the words of the check that must notice."""
