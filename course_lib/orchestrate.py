@@ -163,11 +163,12 @@ def quiet() -> Iterator[Words]:
 
     words, written = Words(), io.StringIO()
     in_notebook, CONSOLE.is_jupyter = CONSOLE.is_jupyter, False  # there rich would display instead of print
+    stdin, sys.stdin = sys.stdin, io.StringIO()  # its tunnel reads standard input, which a test or a kernel may forbid
     try:
         with contextlib.redirect_stdout(written), contextlib.redirect_stderr(written):
             yield words
     finally:
-        CONSOLE.is_jupyter = in_notebook
+        CONSOLE.is_jupyter, sys.stdin = in_notebook, stdin
         words.text = re.sub(r"\x1b\[[0-9;]*m", "", written.getvalue())
 
 
