@@ -57,6 +57,17 @@ _HINTS = (
         "The Hub was asked for something; build the model from data/ (course_lib.recipes.offline) instead.",
     ),
     (
+        r"\(TP, PP\) mismatch after resume",
+        "The checkpoint was saved without cfg.checkpoint.dist_ckpt_optim_fully_reshardable = True, so its optimizer "
+        "fits no other TP or PP: save it again with that field, or load with cfg.checkpoint.load_optim = False.",
+    ),
+    (
+        r"KeyError: \(.*, (True|False)\)|Could not find parameter group with key",
+        "cfg.optimizer has another lr, min_lr or weight decay than the checkpoint, and Megatron Core finds its parameter "
+        "groups by these: set them back, or start the optimizer and its schedule anew with cfg.checkpoint.load_optim = "
+        "False.",
+    ),
+    (
         r"unexpected keyword argument|extra keys|not a field",
         "A field name in config.yaml is wrong; see the list above.",
     ),

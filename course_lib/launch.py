@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from course_lib import failures, runs, stack, warm
+from course_lib import checkpoints, failures, runs, stack, warm
 from course_lib.runs import ConfigError
 
 if TYPE_CHECKING:
@@ -28,7 +28,19 @@ if TYPE_CHECKING:
     from course_lib import live
     from course_lib.layout import Layout
 
-__all__ = ["ConfigError", "FieldError", "RunFailed", "RunInterrupted", "command", "differences", "run", "warm_up"]
+__all__ = [
+    "ConfigError",
+    "FieldError",
+    "RunFailed",
+    "RunInterrupted",
+    "command",
+    "differences",
+    "prepare",
+    "run",
+    "settings",
+    "start_process",
+    "warm_up",
+]
 
 PATIENCE_SECONDS = 6.0
 """How long a rank may be gone before a launch that says nothing about it is stopped."""
@@ -80,6 +92,7 @@ def run(
     launcher: str | None = None,
     target: str = TRAIN,
     record: bool = False,
+    watch: Callable[[runs.Run], object] | None = None,
 ) -> runs.Run:
     """Train on so many ranks and return what happened.
 
@@ -92,12 +105,13 @@ def run(
         name: Name of the run's directory; a number is added if it exists.
         save: Keep checkpoints in the run's own directory.  Bridge's recipes save to, and silently resume from, one
             default directory; a run of this course does neither unless asked, from a file as well.
-        load: A run, or a checkpoint directory, to start from.
+        load: A run, or a checkpoint directory, to start from: weights, optimizer, step and place in the data.
         show: `"live"` for a view of loss, memory and throughput while it trains, `None` for silence.
         launcher: `"warm"` or `"torchrun"`; `None` takes what fits the device.
         target: What each warm rank executes, as `module:function` of the run directory.
         record: Write every collective and every forward and backward pass to the run directory, for `Run.collectives`
             and `Run.timeline`.
+        watch: Called with the run some ten times a second while it trains.
 
     Returns:
         The finished run.
@@ -106,12 +120,47 @@ def run(
         LayoutError: If the model, batch and ranks do not fit together; nothing was started.
         FieldError: If `cfg` carries an attribute that is no field of Bridge's, such as `cfg.train.save_interval`.
         ConfigError: If a file is no YAML, or a rank finds that it does not fit Bridge.
+        NoCheckpoint: If there is nothing to load where `load` points; Bridge would start from random weights.
         RunFailed: If a rank failed; names the first one and its cause.
         RunInterrupted: If the learner interrupted; no rank is left.
+    """
+    if launcher not in (None, "warm", "torchrun"):
+        raise ValueError(f"launcher={launcher!r}: use 'warm' or 'torchrun', or prepare() the run and start it yourself")
+    run_ = prepare(cfg, ranks=ranks, name=name, save=save, load=load, launcher=launcher, record=record)
+    (run_.path / ".reserve").write_bytes(b"\0" * RESERVE_BYTES)
+    warm_start = functools.partial(_start_warm, target=target)
+    start = warm_start if run_.launch["launcher"] == "warm" else _start_torchrun
+    return _start_and_wait(run_, ranks, start, _view(show, run_.launch["train_iters"], run_.path), watch)
+
+
+def prepare(
+    cfg: ConfigContainer | Path | str,
+    *,
+    ranks: int = 8,
+    name: str = "run",
+    save: bool = False,
+    load: runs.Run | Path | None = None,
+    launcher: str | None = None,
+    record: bool = False,
+) -> runs.Run:
+    """Write the run directory and start nothing: for a scheduler, another launcher, or your own hands.
+
+    Args:
+        cfg: As in `run()`, like the other arguments.
+        ranks: Number of ranks that somebody will start.
+        name: Name of the run's directory.
+        save: Keep checkpoints in the run's own directory.
+        load: A run, or a checkpoint directory, to start from.
+        launcher: Who will start it, for the record; any name.
+        record: Ask the ranks to write their collectives and passes.
+
+    Returns:
+        The run, with `config.yaml` and `launch.json`; its outcome is `None` until ranks have run.
     """
     from course_lib import layout
 
     device = stack.device(ranks)
+    source = checkpoints.require(load) if load else None
     if isinstance(cfg, (str, Path)):
         content = _read_file(Path(cfg))
         plan = layout.require(content, ranks)
@@ -121,7 +170,7 @@ def run(
     path = runs.create(name)
     places = {
         "save": str(path / "checkpoints") if save else None,
-        "load": str(load.path / "checkpoints" if isinstance(load, runs.Run) else load) if load else None,
+        "load": str(source) if source else None,
     }
     if isinstance(cfg, (str, Path)):
         _write_content(content, path, places)
@@ -130,9 +179,7 @@ def run(
         content = runs.Run(path).config
     launcher = launcher or ("torchrun" if device == "cuda" else "warm")
     runs.write_json(path / "launch.json", _about(content, path, ranks, device, launcher, plan, record))
-    (path / ".reserve").write_bytes(b"\0" * RESERVE_BYTES)
-    start = functools.partial(_start_warm, target=target) if launcher == "warm" else _start_torchrun
-    return _start_and_wait(runs.Run(path), ranks, start, _view(show, content["train"]["train_iters"], path))
+    return runs.Run(path)
 
 
 def command(run: runs.Run | Path, *, ranks: int = 8) -> list[str]:
@@ -254,7 +301,9 @@ def _view(show: str | None, train_iters: int, path: Path) -> live.View | None:
     return live.view(train_iters, name=path.name)
 
 
-def _start_and_wait(run: runs.Run, ranks: int, start: Callable, view: live.View | None) -> runs.Run:
+def _start_and_wait(
+    run: runs.Run, ranks: int, start: Callable, view: live.View | None, watch: Callable | None
+) -> runs.Run:
     """Start the ranks, show what they do, and turn their end into a value or an exception."""
     report: dict | None = None
     try:
@@ -264,6 +313,8 @@ def _start_and_wait(run: runs.Run, ranks: int, start: Callable, view: live.View 
             while (report := launched.wait(0.1)) is None:
                 if view is not None:
                     view.update(run.again())
+                if watch is not None:
+                    watch(run.again())
                 if patience.ends(run):
                     report = {"dead": failures.left(run)}
                     launched.stop()
@@ -373,20 +424,27 @@ class _Torchrun:
             self._process.wait()
 
 
-def _start_torchrun(run: runs.Run, ranks: int) -> _Torchrun:
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+def settings(run: runs.Run) -> dict[str, str]:
+    """The environment variables that a rank needs and a fresh shell does not have; none of them is a secret.
+
+    Args:
+        run: A prepared run; its device decides.
+    """
     root = str(Path(__file__).resolve().parent.parent)
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
+    found = {"PYTHONPATH": os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)}
     if run.launch["device"] == "cpu":
-        environment.update(OMP_NUM_THREADS="1", TORCHDYNAMO_DISABLE="1", CUDA_DEVICE_MAX_CONNECTIONS="1")
+        found |= {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    return found
+
+
+def start_process(run: runs.Run, words: list[str]) -> subprocess.Popen:
+    """Start a launcher's command in a session of its own; what it writes goes to the run's `logs/launcher.log`."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | settings(run)
     with open(run.path / "logs" / "launcher.log", "a") as log:
-        return _Torchrun(
-            subprocess.Popen(
-                command(run, ranks=ranks),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=environment,
-                start_new_session=True,
-            )
+        return subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
         )
+
+
+def _start_torchrun(run: runs.Run, ranks: int) -> _Torchrun:
+    return _Torchrun(start_process(run, command(run, ranks=ranks)))

@@ -103,4 +103,24 @@ def leaves(run_directory: str) -> None:
     train.stage(path, int(os.environ["RANK"]), "building the model")
     if int(os.environ["RANK"]) == FAILING_RANK:
         os._exit(0)
+
+
+def is_killed_mid_step(run_directory: str) -> None:
+    """Rank 1 is killed in its third step, one step after a save."""
+    _at_step(3, lambda: os.kill(os.getpid(), signal.SIGKILL), rank=1)
+    train.rank_main(run_directory)
+
+
+def is_killed_mid_save(run_directory: str) -> None:
+    """Rank 1 is killed when it has written its shard of step 4, before anybody writes the index."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    write = filesystem_async.FileSystemWriterAsync.write_preloaded_data_multithread
+
+    def killed(*args: object, **kwargs: object) -> None:
+        write(*args, **kwargs)
+        if os.environ["RANK"] == "1" and (Path(run_directory) / "checkpoints" / "iter_0000004").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    filesystem_async.FileSystemWriterAsync.write_preloaded_data_multithread = staticmethod(killed)
     train.rank_main(run_directory)

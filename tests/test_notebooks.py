@@ -20,6 +20,8 @@ BROKEN = {
     "11": ({"tolerance": 0.0}, "the same features must be cut out of both"),
     "12": ({"tolerance": 0.0}, "Is the gradient averaged"),
     "06": ({"moment_bytes": 4}, "Is moment_bytes 8?"),
+    "07": ({"torchrun_learning_rate": 5e-4}, "The launcher changed what was trained"),
+    "10": ({"resumed_steps": 30}, "a longer run is another run"),
 }
 """For each lesson one parameter that breaks a claim, and the words of the check that must notice."""
 

@@ -1,0 +1,171 @@
+"""Checkpoints: what is in one, whether it is whole, that a resume repeats the run, and which resumes go wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import small
+
+from course_lib import checkpoints, failures, launch
+
+STEPS, EVERY = 6, 2
+
+
+def config(**fields):
+    """Two ranks, the recipe's distributed optimizer, a save every second step."""
+    distributed = {"ddp__use_distributed_optimizer": True, "optimizer__use_distributed_optimizer": True}
+    reshardable = {"checkpoint__dist_ckpt_optim_fully_reshardable": True, "checkpoint__save_interval": EVERY}
+    return small.config(**{"tp": 1, "train_iters": STEPS} | distributed | reshardable | fields)
+
+
+@pytest.fixture(scope="module")
+def whole(bridge, tmp_path_factory):
+    """A run that saved three times and was never stopped."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COURSE_RUNS", str(tmp_path_factory.mktemp("runs")))
+        yield launch.run(config(), ranks=2, name="whole", save=True, show=None)
+
+
+def copied(saved, place):
+    """A copy of a checkpoint that a test may damage."""
+    shutil.copytree(saved.path, place / saved.path.name)
+    return checkpoints.at(place, saved.step)
+
+
+def later(run, step):
+    """The losses after a step."""
+    return run.metrics[run.metrics.step > step].loss.tolist()
+
+
+def test_the_listing_says_what_is_there(whole):
+    """Every save is listed, whole, and the tracker names the last one."""
+    table = checkpoints.listing(whole)
+    assert table.index.tolist() == [2, 4, 6] and table.latest.tolist() == [False, False, True]
+    assert set(table.missing) == {""} and checkpoints.latest(whole).step == 6
+    with pytest.raises(checkpoints.NoCheckpoint, match="saved are: 2, 4, 6"):
+        checkpoints.at(whole, 3)
+
+
+def test_tensors_have_the_bytes_that_the_optimizer_implies(whole):
+    """Weights, fp32 weights and two moments: four times the parameters, each of 4 bytes, and `files` has them all."""
+    saved = checkpoints.latest(whole)
+    sizes = checkpoints.tensors(saved).groupby("part").size_bytes.sum()
+    assert len(sizes) == 4 and sizes.nunique() == 1
+    files = checkpoints.files(saved)
+    assert saved.size_bytes == files.size_bytes.sum() > sizes.sum()
+    assert files.holds["__1_0.distcp"].endswith("rank 1 wrote") and "run_config.yaml" in files.index
+
+
+def test_a_tensor_is_read_whole(whole):
+    """One tensor comes back with its global shape, and a wrong name says where to look."""
+    name = "decoder.layers.mlp.linear_fc2.weight"
+    weight = checkpoints.read(checkpoints.latest(whole), name)
+    assert tuple(weight.shape) == checkpoints.tensors(checkpoints.latest(whole)).loc[name, "shape"] == (4, 128, 256)
+    assert 0 < float(weight.std()) < 1
+    with pytest.raises(KeyError, match="checkpoints.tensors"):
+        checkpoints.read(checkpoints.latest(whole), "decoder.nothing")
+
+
+def test_a_torn_checkpoint_is_not_taken_as_whole(whole, tmp_path):
+    """A missing index, a missing shard, a cut shard, a cut index and a missing state are each named."""
+
+    def damage(action):
+        place = tmp_path / str(len(list(tmp_path.iterdir())))
+        saved = copied(checkpoints.latest(whole), place)
+        action(saved.path)
+        return " ".join(saved.missing)
+
+    def cut(file):
+        os.truncate(file, file.stat().st_size // 2)
+
+    assert damage(lambda path: None) == ""
+    assert ".metadata: not written" in damage(lambda path: (path / ".metadata").unlink())
+    assert "__0_0.distcp: not there" in damage(lambda path: (path / "__0_0.distcp").unlink())
+    assert "__1_0.distcp" in (found := damage(lambda path: cut(path / "__1_0.distcp"))) and "bytes of" in found
+    assert ".metadata: cannot be read" in damage(lambda path: cut(path / ".metadata"))
+    assert "train_state.pt: not written" in damage(lambda path: (path / "train_state.pt").unlink())
+
+
+def test_compare_finds_a_difference(whole):
+    """Equal checkpoints differ by nothing; those of two steps differ in weights and moments."""
+    last = checkpoints.latest(whole)
+    assert checkpoints.compare(last, last).largest_difference.max() == 0
+    moved = checkpoints.compare(checkpoints.at(whole, 2), last)
+    assert moved.largest_difference.min() > 0 and len(moved) == len(checkpoints.tensors(last))
+
+
+@pytest.mark.parametrize(("tp", "pp", "ranks"), [(1, 1, 2), (2, 1, 2), (1, 2, 2), (1, 1, 4)])
+def test_a_resume_repeats_the_run(whole, runs_directory, tp, pp, ranks):
+    """The distributed optimizer goes on where it was: every digit in the same layout, 1e-5 in another."""
+    run = launch.run(config(tp=tp, pp=pp), ranks=ranks, name="resumed", load=checkpoints.at(whole, 2).path, show=None)
+    assert run.metrics.step.tolist() == [3, 4, 5, 6]
+    if (tp, pp, ranks) == (1, 1, 2):
+        assert later(run, 2) == later(whole, 2)
+    assert later(run, 2) == pytest.approx(later(whole, 2), abs=1e-5)
+
+
+def test_the_recipes_format_refuses_another_layout_with_a_hint(bridge, runs_directory):
+    """Bridge's own message names a field that is set already; the hint names the right one."""
+    fields = {"checkpoint__dist_ckpt_optim_fully_reshardable": False, "train_iters": 2}
+    start = launch.run(config(**fields), ranks=2, name="start", save=True, show=None)
+    with pytest.raises(launch.RunFailed, match="dist_ckpt_optim_fully_reshardable = True"):
+        launch.run(config(tp=2), ranks=2, name="other", load=start, show=None)
+
+
+def test_a_changed_learning_rate_is_refused_with_a_hint(whole, runs_directory):
+    """Megatron Core finds parameter groups by their peak rate; without the optimizer the run starts its schedule anew."""
+    with pytest.raises(launch.RunFailed, match="has another lr, min_lr or weight decay"):
+        launch.run(config(optimizer__lr=5e-4), ranks=2, name="rate", load=whole, show=None)
+    assert "parameter groups" in failures.hint_for("ValueError: Could not find parameter group with key (None, 0.0005)")
+    fields = {"optimizer__lr": 5e-4, "checkpoint__load_optim": False}
+    anew = launch.run(config(**fields), ranks=2, name="anew", load=checkpoints.at(whole, 4).path, show=None)
+    assert anew.metrics.step.tolist() == [5, 6] and anew.metrics.learning_rate.iloc[0] == pytest.approx(5e-4)
+
+
+def test_nothing_to_load_is_refused_before_a_process_starts(bridge, runs_directory, tmp_path):
+    """Bridge would start from random weights where a path is wrong; launch.run does not."""
+    with pytest.raises(checkpoints.NoCheckpoint, match="no save was completed"):
+        launch.run(config(), ranks=2, name="typo", load=tmp_path / "nothing", show=None)
+    assert not runs_directory.exists()
+
+
+@pytest.mark.parametrize("when", ["mid_save", "mid_step"])
+def test_a_killed_rank_costs_at_most_the_steps_since_the_last_save(whole, runs_directory, when):
+    """Killed in a step or while it saves, the run goes on from the last whole checkpoint and ends with equal tensors."""
+    with pytest.raises(launch.RunFailed, match="rank 1 was killed by SIGKILL") as caught:
+        launch.run(config(), ranks=2, name=when, save=True, show=None, target=f"drills:is_killed_{when}")
+    doomed = caught.value.run
+    table = checkpoints.listing(doomed)
+    assert checkpoints.latest(doomed).step == 2 and table.missing[2] == ""
+    if when == "mid_save":
+        assert table.missing[4].startswith(".metadata"), "the directory of step 4 is torn"
+    again = launch.run(config(), ranks=2, name="again", save=True, load=doomed, show=None)
+    assert doomed.metrics.step.max() - (again.metrics.step.min() - 1) <= EVERY
+    assert later(again, 2) == later(whole, 2)
+    assert checkpoints.compare(checkpoints.latest(whole), checkpoints.latest(again)).largest_difference.max() == 0
+
+
+def test_only_the_newest_checkpoints_are_kept_if_asked(bridge, runs_directory):
+    """most_recent_k is Bridge's retention: older directories go after a save has ended."""
+    run = launch.run(config(checkpoint__most_recent_k=1), ranks=2, name="kept", save=True, show=None)
+    assert checkpoints.listing(run).index.tolist() == [STEPS]
+
+
+def test_watch_is_called_while_the_run_goes_on(bridge, runs_directory):
+    """`watch` sees the run before its outcome, and may kill one of its ranks."""
+    seen = []
+
+    def kill_at_first_sight(run):
+        seen.append(run.outcome)
+        if run.stage() == "training":
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(run.ranks()[1]["pid"], signal.SIGKILL)
+
+    with pytest.raises(launch.RunFailed, match="rank 1 was killed"):
+        launch.run(config(train_iters=2000), ranks=2, name="watched", show=None, watch=kill_at_first_sight)
+    assert seen[0] is None and not Path(runs_directory / "watched" / "checkpoints").exists()

@@ -1,0 +1,127 @@
+"""Other launchers: equal losses on 8 ranks, failures that a launcher hides, Slurm scripts, and no secret on disk."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import small
+
+from course_lib import launch, orchestrate, runs
+
+ADDRESS = {"account": "me", "partition": "batch", "image": "nemo:26.06"}
+
+
+def test_two_agents_of_four_ranks_train_like_one_of_eight(bridge, runs_directory):
+    """Two torchrun agents, as on two nodes, give the losses of the warm launch in every digit."""
+    cfg = small.config(train_iters=2)
+    warm = launch.run(cfg, ranks=8, name="warm", show=None)
+    prepared = launch.prepare(cfg, ranks=8, name="agents", launcher="two agents")
+    assert prepared.outcome is None and prepared.launch["launcher"] == "two agents"
+    done = orchestrate.run_agents(prepared, nodes=2, ranks_per_node=4)
+    assert done.outcome.status == "succeeded" and len(done.ranks()) == 8
+    assert done.metrics.loss.tolist() == warm.metrics.loss.tolist()
+
+
+def test_a_run_that_never_ran_did_not_succeed(bridge, runs_directory):
+    """Whatever a launcher says, a run directory without the ranks' word is a failure."""
+    prepared = launch.prepare(small.config(), ranks=8, name="silent")
+    with pytest.raises(launch.RunFailed, match="without a word"):
+        orchestrate.settled(prepared)
+
+
+def test_a_rank_that_is_missing_at_the_end_is_no_success(bridge, runs_directory):
+    """Seven of eight ranks that are done are not enough."""
+    prepared = launch.prepare(small.config(), ranks=8, name="seven")
+    for rank in range(7):
+        entry = {"rank": rank, "pid": 1, "stage": "done", "time": 0.0}
+        runs.write_json(prepared.path / "ranks" / f"{rank}.json", entry)
+    assert (orchestrate.rank_errors(prepared).stage == "done").sum() == 7
+    with pytest.raises(launch.RunFailed):
+        orchestrate.settled(prepared)
+
+
+def test_the_limit_ends_agents_that_hang(bridge, runs_directory, monkeypatch):
+    """Agents that do not end are stopped, and the run is a failure."""
+    prepared = launch.prepare(small.config(), ranks=2, name="hangs")
+    sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]
+    monkeypatch.setattr(orchestrate, "agents", lambda *_, **__: [sleeper, sleeper])
+    with pytest.raises(launch.RunFailed):
+        orchestrate.run_agents(prepared, limit_seconds=0.2)
+
+
+def test_an_unknown_launcher_is_refused(bridge, runs_directory):
+    """run() knows two launchers; for others a run is prepared."""
+    with pytest.raises(ValueError, match="prepare"):
+        launch.run(small.config(), ranks=2, launcher="slurm", show=None)
+    assert not runs_directory.exists()
+
+
+def executor(nodes, home):
+    """NeMo Run's Slurm executor for so many nodes."""
+    import nemo_run
+
+    orchestrate.prepare_nemo_run(home)
+    return nemo_run.SlurmExecutor(
+        account="me", partition="batch", nodes=nodes, ntasks_per_node=8, gpus_per_node=8, time="01:00:00",
+        container_image="nemo:26.06", launcher="torchrun", packager=nemo_run.Packager(),
+        tunnel=nemo_run.LocalTunnel(job_dir=str(home / "jobs")), env_vars={"NCCL_DEBUG": "WARN"},
+    )  # fmt: skip
+
+
+def test_nemo_runs_slurm_script_says_what_the_executor_says(tmp_path):
+    """Nodes, GPUs, container, environment and run file stand in the script, and nothing is left on disk."""
+    import nemo_run
+
+    task = nemo_run.Script(path="course_lib.train", m=True, entrypoint="python", args=["runs/a/config.yaml"])
+    scripts = {nodes: orchestrate.slurm_script(task, executor(nodes, tmp_path)) for nodes in (1, 2)}
+    for nodes, script in scripts.items():
+        asked = orchestrate.directives(script)
+        assert (asked["nodes"], asked["gpus-per-node"], asked["ntasks-per-node"]) == (str(nodes), "8", "1")
+        assert "--container-image nemo:26.06" in script and "export NCCL_DEBUG=WARN" in script
+        assert f"--nnodes {nodes} --nproc-per-node 8" in script and "-m course_lib.train runs/a/config.yaml" in script
+    assert not list(tmp_path.rglob("*_sbatch.sh"))
+
+
+def test_the_plain_script_is_checked(tmp_path):
+    """shellcheck finds nothing in the plain script, and finds an unquoted variable in a bad one."""
+    for nodes in (1, 2):
+        assert orchestrate.shellcheck(orchestrate.sbatch("runs/a/config.yaml", nodes=nodes, **ADDRESS)) == []
+    assert any("SC2068" in line for line in orchestrate.shellcheck("#!/bin/bash\necho $@\n"))
+    script = orchestrate.sbatch("runs/a b/config.yaml", **ADDRESS)
+    assert "'runs/a b/config.yaml'" in script and orchestrate.directives(script)["nodes"] == "1"
+
+
+def test_secrets_are_found_and_not_shown(tmp_path, monkeypatch):
+    """A token by its look, or by the variable that holds it, is found in a text or a file; its value is not printed."""
+    token = "hf_" + "q" * 30
+    (tmp_path / "run.log").write_text(f"first\nlogin with {token}\n")
+    assert orchestrate.secrets(tmp_path) == ["run.log, line 2: hf_..."]
+    monkeypatch.setenv("MY_SERVICE_TOKEN", "correct-horse-battery")
+    found = orchestrate.secrets("password: correct-horse-battery")
+    assert len(found) == 1 and "horse" not in found[0]
+    assert orchestrate.secrets("seed: 1234") == []
+
+
+def test_a_run_writes_no_secret(bridge, runs_directory, monkeypatch):
+    """Neither the configuration nor launch.json takes a token over from the environment."""
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "z" * 30)
+    prepared = launch.prepare(small.config(), ranks=8, name="clean")
+    assert orchestrate.secrets(prepared.path) == []
+    assert not any("hf_" in value for value in launch.settings(prepared).values())
+
+
+def test_ports_are_free_when_asked_for():
+    """A port that was given out can be bound."""
+    import socket
+
+    with socket.socket() as mine:
+        mine.bind(("localhost", orchestrate.free_port()))
+
+
+def test_a_command_of_a_node_names_the_meeting_point():
+    """Agents differ in their node rank and agree on address, port and file."""
+    commands = orchestrate.agents(Path("runs/a"), nodes=3, ranks_per_node=2, address="node-0", port=4242)
+    assert [words[words.index("--node-rank") + 1] for words in commands] == ["0", "1", "2"]
+    assert all("node-0" in words and "4242" in words and words[-1] == "runs/a/config.yaml" for words in commands)
