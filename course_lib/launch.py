@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import dataclasses
-import difflib
 import functools
 import os
 import signal
@@ -16,9 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-
-from course_lib import checkpoints, failures, runs, stack, warm
+from course_lib import checkpoints, configuration, failures, runs, stack, warm
+from course_lib.configuration import FieldError
 from course_lib.runs import ConfigError
 
 if TYPE_CHECKING:
@@ -62,10 +58,6 @@ class RunFailed(RuntimeError):
 
 class RunInterrupted(KeyboardInterrupt):
     """The learner stopped the cell; all ranks are gone."""
-
-
-class FieldError(ValueError):
-    """The configuration carries a name that Bridge does not know."""
 
 
 def warm_up() -> None:
@@ -162,20 +154,20 @@ def prepare(
     device = stack.device(ranks)
     source = checkpoints.require(load) if load else None
     if isinstance(cfg, (str, Path)):
-        content = _read_file(Path(cfg))
+        content = configuration.read_file(Path(cfg))
         plan = layout.require(content, ranks)
     else:
-        _refuse_unknown_fields(cfg)
-        plan = layout.require(_as_the_ranks_see_it(cfg, device), ranks)
+        configuration.refuse_unknown_fields(cfg)
+        plan = layout.require(configuration.as_the_ranks_see_it(cfg, device), ranks)
     path = runs.create(name)
     places = {
         "save": str(path / "checkpoints") if save else None,
         "load": str(source) if source else None,
     }
     if isinstance(cfg, (str, Path)):
-        _write_content(content, path, places)
+        configuration.write_content(content, path, places)
     else:
-        _write_config(cfg, path, places)
+        configuration.write_config(cfg, path, places)
         content = runs.Run(path).config
     launcher = launcher or ("torchrun" if device == "cuda" else "warm")
     runs.write_json(path / "launch.json", _about(content, path, ranks, device, launcher, plan, record))
@@ -192,76 +184,6 @@ def command(run: runs.Run | Path, *, ranks: int = 8) -> list[str]:
     path = run.path if isinstance(run, runs.Run) else Path(run)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     return [*torchrun, "-m", "course_lib.train", str(path / "config.yaml")]
-
-
-def _refuse_unknown_fields(cfg: object) -> None:
-    """A dataclass accepts `cfg.train.save_interval = 500` and YAML then drops it; catch that before a run."""
-    sections = {
-        part.name: getattr(cfg, part.name)
-        for part in dataclasses.fields(cfg)
-        if dataclasses.is_dataclass(getattr(cfg, part.name))
-    }
-    fields = {name: {field.name for field in dataclasses.fields(section)} for name, section in sections.items()}
-    for name, section in sections.items():
-        for extra in vars(section).keys() - fields[name]:
-            if extra.startswith("_") or hasattr(type(section), extra):
-                continue
-            # Recipes leave a few harmless names of their own; a name that lives elsewhere, or nearly here, is a slip.
-            meant = [f"cfg.{other}.{extra}" for other in sections if extra in fields[other]]
-            meant += [f"cfg.{name}.{close}" for close in difflib.get_close_matches(extra, fields[name], 1, 0.85)]
-            if meant:
-                raise FieldError(
-                    f"cfg.{name}.{extra} is not a field of {type(section).__name__}. Did you mean {' or '.join(meant)}?"
-                )
-
-
-def _as_the_ranks_see_it(cfg: ConfigContainer, device: str) -> ConfigContainer:
-    """The configuration with the CPU's fields where the ranks will have no GPU; `cfg` itself stays as it is."""
-    if device == "cuda":
-        return cfg
-    from course_lib import devices
-
-    mine = copy.copy(cfg)
-    for part in ("model", "dist", "optimizer", "ddp", "dataset", "checkpoint"):
-        setattr(mine, part, copy.copy(getattr(cfg, part)))
-    devices.apply(mine)
-    return mine
-
-
-def _read_file(path: Path) -> dict:
-    try:
-        content = yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    missing = [name for name in ("train", "model", "dataset") if not isinstance((content or {}).get(name), dict)]
-    if missing:
-        raise ConfigError(f"{path} has no section {' and no '.join(missing)}; let ConfigContainer.to_yaml write it")
-    return content
-
-
-def _write_config(cfg: ConfigContainer, path: Path, places: dict[str, str | None]) -> None:
-    mine = copy.copy(cfg)
-    mine.checkpoint, mine.logger = copy.copy(cfg.checkpoint), copy.copy(cfg.logger)
-    mine.checkpoint.save, mine.checkpoint.load = places["save"], places["load"]
-    mine.logger.tensorboard_dir = None  # the run directory records the same numbers
-    temporary = path / ".config.yaml"
-    mine.to_yaml(str(temporary))
-    os.replace(temporary, path / "config.yaml")
-
-
-def _write_content(content: dict, path: Path, places: dict[str, str | None]) -> None:
-    """Write what a file said, with this run's own places in it, as `_write_config` does for a configuration."""
-    mine = {name: dict(part) if isinstance(part, dict) else part for name, part in content.items()}
-    mine.setdefault("checkpoint", {"_target_": "megatron.bridge.training.config.CheckpointConfig"})
-    if isinstance(mine["checkpoint"], dict):  # what is no mapping is for Bridge to refuse
-        mine["checkpoint"].update(places)
-    if isinstance(mine.get("logger"), dict):
-        mine["logger"]["tensorboard_dir"] = None
-    temporary = path / ".config.yaml"
-    temporary.write_text(yaml.safe_dump(mine, sort_keys=False))
-    os.replace(temporary, path / "config.yaml")
 
 
 def _about(content: dict, path: Path, ranks: int, device: str, launcher: str, plan: Layout, record: bool) -> dict:
