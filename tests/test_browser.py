@@ -95,3 +95,29 @@ def wait_for_training(path: Path, *, seconds: float = 240.0) -> list[int]:
         assert time.monotonic() < end, f"no training in {path}"
         time.sleep(0.2)
     return [entry["pid"] for entry in runs.Run(path).ranks().values()]
+
+
+def test_the_planner_answers_in_the_browser(desk):
+    """In lesson 06 another tensor parallel size draws another picture, without running a cell."""
+    path = desk.root / "notebooks" / "06_plan_an_8_gpu_run.ipynb"
+    content = json.loads(path.read_text())
+    content["cells"] = [
+        cell
+        for cell in content["cells"]
+        if cell["id"] in ("imports", "parameters", "recipes") or "planner.controls(" in "".join(cell["source"])
+    ]
+    path.write_text(json.dumps(content))
+
+    desk.open("notebooks/06_plan_an_8_gpu_run.ipynb")
+    desk.run_all()
+    desk.wait(seconds=300)
+    assert not errors(saved(desk, path.name))
+    picture = desk.page.locator("img.widget-image, .jupyter-widgets img").last
+    picture.scroll_into_view_if_needed()
+    before = picture.get_attribute("src")
+    desk.page.locator(".widget-dropdown", has_text="TP").first.locator("select").select_option("4")
+    end = time.monotonic() + 60
+    while picture.get_attribute("src") == before:
+        assert time.monotonic() < end, "the picture stayed the same"
+        time.sleep(0.2)
+    desk.shot(SHOTS / "06_planner.png")
