@@ -5,6 +5,9 @@ from __future__ import annotations
 import doctest
 import importlib
 import pkgutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -26,3 +29,17 @@ def test_examples_in_docstrings_hold(name, tmp_path, monkeypatch):
         module, optionflags=doctest.ELLIPSIS, extraglobs={"Path": importlib.import_module("pathlib").Path}
     )
     assert result.failed == 0
+
+
+def test_words_are_spelled():
+    """codespell finds no known misspelling in lessons, pages, code and data."""
+    project = Path(__file__).resolve().parent.parent
+    pages = [
+        *project.glob("*.md"),
+        *project.glob("book/*.md"),
+        *project.glob("data/**/*"),
+        *project.glob("notebooks/*.ipynb"),
+    ]
+    command = [Path(sys.executable).with_name("codespell"), *pages, project / "course_lib", project / "tests"]
+    done = subprocess.run([*command, "--skip", "*.pyc"], cwd=project, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
