@@ -13,7 +13,6 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from course_lib import recipes
 from course_lib.layout_sizes import Fields
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ class Throughput:
     median_step_ms: float
 
 
-def flops_per_token(model: Any, *, seq_length: int, vocab_size: int, causal: bool = True) -> float:
+def flops_per_token(model: Any, *, vocab_size: int, seq_length: int | None = None, causal: bool = True) -> float:
     """How many floating-point operations does a dense Llama-shaped model need to train on one token?
 
     With M weights in matrix multiplications, L layers, a heads of c channels and s tokens in a sequence::
@@ -74,8 +73,8 @@ def flops_per_token(model: Any, *, seq_length: int, vocab_size: int, causal: boo
 
     Args:
         model: A Bridge model provider, a `ConfigContainer`, or a mapping with Megatron's field names.
-        seq_length: Tokens in a sequence.
-        vocab_size: Rows of the embedding, padded already.
+        vocab_size: Rows of the output layer, padded already.
+        seq_length: Tokens in a sequence; the model's own by default.
         causal: Count only the half of attention that is not masked.
 
     Returns:
@@ -87,13 +86,18 @@ def flops_per_token(model: Any, *, seq_length: int, vocab_size: int, causal: boo
     >>> tiny |= dict(normalization="RMSNorm", add_bias_linear=False, position_embedding_type="rope")
     >>> flops_per_token(tiny, seq_length=4, vocab_size=32) == 6 * (32 * 8 + 4 * 8 * 8 + 3 * 8 * 16) + 6 * 1 * 4 * 8
     True
+    >>> llama = dict(num_layers=32, hidden_size=4096, num_attention_heads=32, num_query_groups=8)
+    >>> llama |= dict(ffn_hidden_size=14336, gated_linear_unit=True, seq_length=8192)
+    >>> [round(flops_per_token(llama, vocab_size=128256, causal=causal) / 1e9, 1) for causal in (True, False)]
+    [51.5, 57.9]
     """
     get = Fields.of(model).model
     hidden, layers, heads = get("hidden_size"), get("num_layers"), get("num_attention_heads")
-    channels = get("kv_channels", hidden // heads)
-    untied = 0 if get("share_embeddings_and_output_weights", True) else vocab_size * hidden
-    multiplied = recipes.parameter_count(model, vocab_size=vocab_size) - (2 * layers + 1) * hidden - untied
-    return 6 * multiplied + (6 if causal else 12) * layers * seq_length * heads * channels
+    channels, groups = get("kv_channels", hidden // heads), get("num_query_groups", heads)
+    attention = hidden * channels * (2 * heads + 2 * groups)
+    feed_forward = hidden * get("ffn_hidden_size") * (3 if get("gated_linear_unit", False) else 2)
+    multiplied = layers * (attention + feed_forward) + hidden * vocab_size
+    return 6 * multiplied + (6 if causal else 12) * layers * (seq_length or get("seq_length")) * heads * channels
 
 
 def steady(run: Run, *, skip: int = 5) -> pd.DataFrame:

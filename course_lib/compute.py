@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from course_lib.accounting import flops_per_token
 from course_lib.layout import Layout
-from course_lib.layout_sizes import Fields
 from course_lib.units import GB
 
 if TYPE_CHECKING:
@@ -85,33 +85,8 @@ def published() -> pd.DataFrame:
     return pd.DataFrame(json.loads((_DATA / "published_runs.json").read_text(encoding="utf-8"))["runs"])
 
 
-def flops_per_token(cfg: Any, *, vocab_size: int, causal: bool = True) -> float:
-    """Operations of training on one token: forward and twice that backward, multiplications and additions counted.
-
-    Args:
-        cfg: A Bridge ``ConfigContainer``, a provider, or a mapping with Megatron's field names, of a dense Llama shape.
-        vocab_size: Rows of the output layer.
-        causal: Count the half of the scores that a causal mask leaves, as NVIDIA does since 2025, or all of them.
-
-    Returns:
-        FLOPs a token.
-
-    >>> llama = dict(num_layers=32, hidden_size=4096, num_attention_heads=32, num_query_groups=8)
-    >>> llama |= dict(ffn_hidden_size=14336, gated_linear_unit=True, seq_length=8192)
-    >>> [round(flops_per_token(llama, vocab_size=128256, causal=causal) / 1e9, 1) for causal in (True, False)]
-    [51.5, 57.9]
-    """
-    get = Fields.of(cfg).model
-    hidden, heads = get("hidden_size"), get("num_attention_heads")
-    channels, groups = get("kv_channels", hidden // heads), get("num_query_groups", heads)
-    attention = hidden * channels * (2 * heads + 2 * groups)
-    feed_forward = hidden * get("ffn_hidden_size") * (3 if get("gated_linear_unit", False) else 2)
-    scores = 2 * get("seq_length") * heads * channels / (2 if causal else 1)
-    return 6 * (get("num_layers") * (attention + feed_forward + scores) + hidden * vocab_size)
-
-
 def counted_flops_per_token(cfg: Any) -> float:
-    """The same with all scores, counted by torch while a sequence goes through the meta model.
+    """`flops_per_token(..., causal=False)`, counted by torch while a sequence goes through the meta model.
 
     Args:
         cfg: A Bridge ``ConfigContainer``; its layout is ignored.
