@@ -331,10 +331,14 @@ def roomy_limits(
     Example:
         >>> roomy_limits([5.0, 7.0]), roomy_limits([4.5, 7.0], kept=(4.0, 7.5)), roomy_limits([0, 400], tight=True)
         ((4.0, 8.0), (4.0, 7.5), (0.0, 500.0))
+        >>> bottom, top = roomy_limits([8.38356, 8.38361], tight=True)
+        >>> top - bottom > 0.02
+        True
     """
     finite = [float(value) for value in values if isfinite(value)] or [0.0, 1.0]
     low, high = min(finite), max(finite)
-    spread = (high - low) or abs(high) or 1.0
+    # nearly equal values are drawn as such; a closer look would need labels longer than their place
+    spread = max((high - low) or abs(high) or 1.0, abs(high) / 20)
     if kept and kept[0] <= low and high <= kept[1] and 3 * spread >= kept[1] - kept[0]:
         return kept
     below, above = (0.03, 0.05) if tight else (0.5, 0.15)
