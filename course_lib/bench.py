@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Figure", "main"]
+__all__ = ["Figure", "figure", "main"]
 
 REPEATS = 3
 PROJECT = Path(__file__).resolve().parent.parent
@@ -61,10 +61,11 @@ def main() -> int:
             lambda: [_import_ratio()],
             lambda: _launches(config),
             lambda: [_recorder_overhead(config)],
-            lambda: [_against_hugging_face(Path(work))],
+            lambda: [_against_hugging_face(config)],
             lambda: [_shared_memory(config)],
             lambda: [_launch_against_ranks()],
             lambda: _text(Path(work)),
+            lambda: _course_run(Path(work)),
             lambda: [_fresh_clone(Path(work))],
         ):
             found = measure()
@@ -85,7 +86,8 @@ def main() -> int:
     return 0
 
 
-def _figure(name: str, samples: list[float], unit: str, must: str, aim: str, note: str) -> Figure:
+def figure(name: str, samples: list[float], unit: str, must: str, aim: str, note: str) -> Figure:
+    """A figure whose value is the median of its samples."""
     return Figure(name, statistics.median(samples), unit, must, aim, tuple(samples), note)
 
 
@@ -112,6 +114,12 @@ def _text(work: Path) -> list[Figure]:
     return bench_text.figures(work / "text")
 
 
+def _course_run(work: Path) -> list[Figure]:
+    from course_lib import bench_step
+
+    return bench_step.course_run(work / "course-run")
+
+
 def _processor_seconds(code: str) -> float:
     """User and system time of a fresh Python that runs some code."""
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONDONTWRITEBYTECODE", "TORCHDYNAMO_DISABLE")}
@@ -131,7 +139,7 @@ def _import_ratio() -> Figure:
     for code in ("import torch", rank):
         _processor_seconds(code)  # writes the bytecode that is missing
     ratios = [_processor_seconds(rank) / _processor_seconds("import torch") for _ in range(REPEATS)]
-    return _figure(
+    return figure(
         "import of a rank / import torch", ratios, "x", "at most 4.0", "3", "processor time, compiled bytecode"
     )
 
@@ -193,7 +201,7 @@ def _launches(config: Path) -> list[Figure]:
     long = _changed(config, train__train_iters=20)
     steps = [launch.run(long, ranks=8, name="steps", show=None).metrics.elapsed_ms[3:].median() for _ in range(REPEATS)]
     return [
-        _figure(
+        figure(
             "8 ranks, 5 tiny steps: torchrun / warm",
             [c / warm_median for c, _ in cold],
             "x",
@@ -201,9 +209,9 @@ def _launches(config: Path) -> list[Figure]:
             "20",
             "end to end",
         ),
-        _figure("8 ranks, 5 tiny steps, warm", [w for w, _ in warm], "s", "-", "-", "end to end"),
-        _figure("ranks alive after a warm launch", alive, "s", "at most 1", "0.5", "the last of 8 ranks"),
-        _figure("one 8-rank step, TP=2 DP=4", steps, "ms", "report", "0.8 of the prototype", "the prototype's shape"),
+        figure("8 ranks, 5 tiny steps, warm", [w for w, _ in warm], "s", "-", "-", "end to end"),
+        figure("ranks alive after a warm launch", alive, "s", "at most 1", "0.5", "the last of 8 ranks"),
+        figure("one 8-rank step, TP=2 DP=4", steps, "ms", "report", "0.8 of the prototype", "the prototype's shape"),
     ]
 
 
@@ -218,22 +226,20 @@ def _recorder_overhead(config: Path) -> Figure:
         return float(run.metrics.elapsed_ms[3:].median())
 
     ratios = [step_ms(True) / step_ms(False) for _ in range(2 * REPEATS)]
-    return _figure(
+    return figure(
         "an 8-rank step recorded / not recorded", ratios, "x", "at most 1.05", "1.02", "TP=2 DP=4, every collective"
     )
 
 
-def _against_hugging_face(work: Path) -> Figure:
-    from course_lib import warm
+def _against_hugging_face(config: Path) -> Figure:
+    from course_lib import bench_step
 
-    warm.call(
-        "course_lib.bench:compare_with_hugging_face", str(work), ranks=1, log=work / "compare.txt", limit_seconds=900
-    )
-    answer = work / "compare.json"
-    if not answer.exists():
-        raise RuntimeError(f"the comparison failed:\n{(work / 'compare.txt').read_text()[-2000:]}")
-    ratios = json.loads(answer.read_text())
-    return _figure(
+    path = _changed(config, train__train_iters=60, train__global_batch_size=4, model__tensor_model_parallel_size=1)
+    seconds = bench_step.in_one_rank(path, threads=1)
+    pairs = list(zip(seconds["bridge"], seconds["hugging face"], strict=False))
+    groups = [pairs[i : i + 10] for i in range(0, len(pairs) - 9, 10)]
+    ratios = [statistics.median(b for b, _ in g) / statistics.median(h for _, h in g) for g in groups]
+    return figure(
         "one step of a 1-rank Bridge run / Hugging Face Llama",
         ratios,
         "x",
@@ -241,67 +247,6 @@ def _against_hugging_face(work: Path) -> Figure:
         "1.15",
         "same size, interleaved",
     )
-
-
-def compare_with_hugging_face(work: str) -> None:
-    """In one rank: after each Bridge step, one step of a Hugging Face Llama of the same size on the same number of tokens.
-
-    Bridge's step is everything from the end of one Hugging Face step to the start of the next: data, forward, backward,
-    gradient reduction, clipping, AdamW, logging.  Hugging Face's is forward, backward, clipping and AdamW on ready data.
-    """
-    import torch
-    from megatron.bridge.training.callbacks import Callback
-    from megatron.bridge.training.gpt_step import forward_step
-    from megatron.bridge.training.pretrain import pretrain
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from course_lib import devices, train
-
-    path = _changed(Path(work) / "tiny.yaml", train__train_iters=60, train__global_batch_size=4)
-    cfg = train.read_config(path)
-    cfg.model.tensor_model_parallel_size = 1
-    devices.apply(cfg)
-    torch.set_num_threads(1)
-    reference = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=1024,
-            hidden_size=128,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            intermediate_size=256,
-            max_position_embeddings=128,
-            tie_word_embeddings=cfg.model.share_embeddings_and_output_weights is not False,
-        )
-    )
-    optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-3, fused=False)
-    tokens = torch.randint(0, 1024, (2, 128))
-    times: dict[str, list[float]] = {"bridge": [], "hugging face": []}
-
-    def step_of_hugging_face() -> None:
-        optimizer.zero_grad()
-        for _ in range(2):  # two micro-batches of two, as Bridge
-            (reference(input_ids=tokens, labels=tokens).loss / 2).backward()
-        torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
-        optimizer.step()
-
-    class Interleave(Callback):
-        since = 0.0
-
-        def on_train_step_start(self, context: object) -> None:
-            if self.since:
-                now = time.perf_counter()
-                times["bridge"].append(now - self.since)
-            begin = time.perf_counter()
-            step_of_hugging_face()
-            self.since = time.perf_counter()
-            times["hugging face"].append(self.since - begin)
-
-    pretrain(cfg, forward_step, callbacks=[Interleave()])
-    pairs = list(zip(times["bridge"], times["hugging face"], strict=False))[10:]
-    groups = [pairs[i : i + 10] for i in range(0, len(pairs) - 9, 10)]
-    ratios = [statistics.median(b for b, _ in g) / statistics.median(h for _, h in g) for g in groups]
-    (Path(work) / "compare.json").write_text(json.dumps(ratios))
 
 
 def _shared_memory(config: Path) -> Figure:
@@ -315,7 +260,7 @@ def _shared_memory(config: Path) -> Figure:
     for _ in range(REPEATS):
         eight = total_bytes(8, {"model__tensor_model_parallel_size": 2})
         ratios.append(eight / (8 * total_bytes(1, {"model__tensor_model_parallel_size": 1})))
-    return _figure(
+    return figure(
         "memory of 8 ranks / 8 times one rank",
         ratios,
         "x",
@@ -366,7 +311,7 @@ def _launch_against_ranks() -> Figure:
     for _ in range(REPEATS):
         seconds = [float(hello.ranks(count).seconds.max()) for count in counts]
         slopes.append(float(np.polyfit(counts, seconds, 1)[0]) * 1e3)
-    return _figure(
+    return figure(
         "launch time for each further rank", slopes, "ms", "linear", "at most 50", "fit over 1, 2, 4, 8, 16 ranks"
     )
 
@@ -394,6 +339,4 @@ def _fresh_clone(work: Path) -> Figure:
             if process.poll() is None:
                 os.killpg(process.pid, 15)
                 process.wait()
-    return _figure(
-        "fresh clone to the first loss of `make run`", [seconds], "s", "at most 120", "60", "packages cached"
-    )
+    return figure("fresh clone to the first loss of `make run`", [seconds], "s", "at most 120", "60", "packages cached")

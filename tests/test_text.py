@@ -70,6 +70,40 @@ def test_a_unigram_model_is_as_good_as_the_entropy():
     assert evaluate.unigram_loss(tokens, tokens, vocab_size=2) == pytest.approx(entropy, abs=1e-3)
 
 
+def test_a_bigram_model_is_one_whose_chances_sum_to_one():
+    """Counted by hand: 0 was followed by 1 twice and by 2 once, so two of five parts stay with the unigram model."""
+    train = np.array([[0, 1], [0, 1], [0, 2]])
+    unigram = {0: 1 / 7, 1: 3 / 7, 2: 2 / 7, 3: 1 / 7}
+    counted = {1: 2, 2: 1}
+    chances = {token: (counted.get(token, 0) + 2 * unigram[token]) / 5 for token in unigram}
+    assert sum(chances.values()) == pytest.approx(1)
+    for token, chance in chances.items():
+        one = np.array([[0, token]])
+        assert evaluate.bigram_loss(train, one, vocab_size=4) == pytest.approx(-math.log(chance))
+    unseen = evaluate.bigram_loss(train, np.array([[3, 1]]), vocab_size=4)
+    assert unseen == pytest.approx(-math.log(unigram[1])), "a token that never came first has only the unigram model"
+
+
+def test_a_bigram_model_sees_the_order_and_a_unigram_model_does_not():
+    """On shuffled labels both are worth the same; on a counting sequence only the bigram model is."""
+    ids = np.arange(4000) % 16
+    straight = np.stack([ids, (ids + 1) % 16], axis=1)
+    shuffled = np.stack([ids, np.random.default_rng(0).permutation(ids)], axis=1)
+    unigram = evaluate.unigram_loss(ids.tolist(), ids.tolist(), vocab_size=16)
+    assert evaluate.bigram_loss(straight, straight, vocab_size=16) < 0.05 < unigram
+    assert evaluate.bigram_loss(shuffled, shuffled, vocab_size=16) == pytest.approx(unigram, rel=0.03)
+
+
+@pytest.mark.parametrize("wrong", [np.zeros((0, 2), int), np.zeros(4, int), np.array([[0, 9]]), np.array([[-1, 0]])])
+def test_pairs_that_are_none_are_refused(wrong):
+    """The message says what was given."""
+    good = np.array([[0, 1]])
+    with pytest.raises(ValueError, match="validation has"):
+        evaluate.bigram_loss(good, wrong, vocab_size=4)
+    with pytest.raises(ValueError, match="train has"):
+        evaluate.bigram_loss(wrong, good, vocab_size=4)
+
+
 def test_generating_without_a_checkpoint_is_refused(tmp_path):
     """The message says how to get one."""
     with pytest.raises(FileNotFoundError, match="save=True"):
