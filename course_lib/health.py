@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["memory_growth", "smoothed", "symptoms"]
 
 SPIKE_NATS = 1.0
-"""A loss may lie this far above the lowest loss before it; batches differ by a few tenths."""
+"""The average of ten losses may lie this far above its lowest value so far; single batches differ more."""
 
 GRADIENT_RATIO = 5.0
 """A gradient norm may be this many times that of step 1, where the weights are still random."""
@@ -83,7 +83,8 @@ def symptoms(run: Run, *, vocab_size: int) -> pd.DataFrame:
     metrics = run.metrics
     losses = metrics["loss"].astype(float)
     start = abs(losses.iloc[0] / math.log(vocab_size) - 1)
-    above = losses - losses.cummin()
+    calm = smoothed(losses)
+    above = calm - calm.cummin()
     norms = metrics["grad_norm"].astype(float) / float(metrics["grad_norm"].iloc[0])
     growth = memory_growth(run)
     worst = growth["share_per_step"].idxmax()

@@ -94,7 +94,7 @@ def test_a_healthy_run_has_no_symptom(tmp_path):
 
 SICK = [
     ("first loss away from ln(V)", {"loss": [9.0 - 0.1 * i for i in range(20)]}),
-    ("loss above its lowest so far", {"loss": [6.9] * 10 + [8.5] + [6.9] * 9}),
+    ("loss above its lowest so far", {"loss": [6.9] * 10 + [10.0] * 4 + [6.9] * 6}),
     ("gradient norm against step 1", {"grad_norm": [1.0] * 10 + [9.0] * 10}),
     ("steps skipped or not a number", {"loss": [6.9] * 19 + [math.nan]}),
     ("steps skipped or not a number", {"skipped": [False] * 19 + [True]}),
