@@ -1,12 +1,11 @@
 """Tensor and data parallelism by hand, a few lines each, beside Megatron Core's own: run in ranks, compared by number.
 
-The functions of the first two parts are what lessons 11 and 12 print.  The rest runs them in CPU ranks next to Megatron
-Core's layers and optimizers, with the same weights and the same data.
+The functions of the first two parts are what lessons 11 and 12 print.  The rest lets ranks run them next to Megatron
+Core's layers and optimizers, with the same weights and the same data; what a rank does then is in `by_hand_ranks`.
 """
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,7 +110,7 @@ def compare_tensor_parallel(*, ranks: int = 4, hidden_size: int = 64, ffn_hidden
     """
     if ffn_hidden_size % ranks:
         raise ValueError(f"ffn_hidden_size={ffn_hidden_size} is not a multiple of {ranks} ranks: change one of them")
-    return _compare("_tensor_parallel_rank", ranks, hidden_size=hidden_size, ffn_hidden_size=ffn_hidden_size)
+    return _compare("tensor_parallel", ranks, hidden_size=hidden_size, ffn_hidden_size=ffn_hidden_size)
 
 
 def compare_data_parallel(*, ranks: int = 4, features: int = 64, steps: int = 3) -> pd.DataFrame:
@@ -126,7 +125,7 @@ def compare_data_parallel(*, ranks: int = 4, features: int = 64, steps: int = 3)
         One row a way of training: `largest difference` of the weights, over all ranks, from those of one process, and
         `optimizer state (bytes)` that one rank holds.
     """
-    return _compare("_data_parallel_rank", ranks, features=features, steps=steps)
+    return _compare("data_parallel", ranks, features=features, steps=steps)
 
 
 def optimizer_bytes(*, ranks: int = 4, features: int = 128) -> pd.DataFrame:
@@ -139,11 +138,11 @@ def optimizer_bytes(*, ranks: int = 4, features: int = 128) -> pd.DataFrame:
     Returns:
         One row an optimizer: bytes per parameter on one rank, the largest over the ranks.
     """
-    return _compare("_optimizer_bytes_rank", ranks, features=features)
+    return _compare("optimizer_bytes", ranks, features=features)
 
 
 def _compare(target: str, ranks: int, **sizes: int) -> pd.DataFrame:
-    """Run a function of this module in so many ranks; the largest value over the ranks of each cell."""
+    """Run a function of `by_hand_ranks` in so many ranks; the largest value over the ranks of each cell."""
     import json
 
     import pandas as pd
@@ -151,180 +150,10 @@ def _compare(target: str, ranks: int, **sizes: int) -> pd.DataFrame:
     with tempfile.TemporaryDirectory(prefix="course-by-hand-") as work:
         log = Path(work) / "log.txt"
         runs.write_json(Path(work) / "sizes.json", sizes)
-        warm.call(f"course_lib.by_hand:{target}", work, ranks=ranks, log=log)
+        warm.call(f"course_lib.by_hand_ranks:{target}", work, ranks=ranks, log=log)
         answers = [json.loads(path.read_text()) for path in Path(work).glob("rank_*.json")]
         if len(answers) != ranks:
             tail = log.read_text(errors="replace")[-1500:] if log.exists() else ""
             raise RuntimeError(f"{len(answers)} of {ranks} ranks answered. The end of the launcher's log:\n{tail}")
     frames = [pd.DataFrame.from_dict(answer, orient="index") for answer in answers]
     return pd.concat(frames).groupby(level=0, sort=False).max()
-
-
-def _begin(work: str, *, tensor_parallel: bool) -> dict[str, int]:
-    """Start Megatron Core in a rank, and read what was asked."""
-    import json
-
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    parallel_state.initialize_model_parallel(dist.get_world_size() if tensor_parallel else 1)
-    model_parallel_cuda_manual_seed(1)
-    return json.loads((Path(work) / "sizes.json").read_text())
-
-
-def _end(work: str, answer: dict[str, dict[str, float]]) -> None:
-    runs.write_json(Path(work) / f"rank_{os.environ['RANK']}.json", answer)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def _tensor_parallel_rank(work: str) -> None:
-    """In each rank: forward and backward three times, and the distances from the plain result."""
-    from megatron.core.model_parallel_config import ModelParallelConfig
-    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-
-    sizes = _begin(work, tensor_parallel=True)
-    hidden, middle = sizes["hidden_size"], sizes["ffn_hidden_size"]
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    generator = torch.Generator().manual_seed(1)
-    a = torch.randn(middle, hidden, generator=generator) / hidden**0.5  # W of the first layer, [out, in]
-    b = torch.randn(hidden, middle, generator=generator) / middle**0.5
-    x = torch.randn(16, 2, hidden, generator=generator)  # [sequence, batch, hidden]
-    mine = slice(rank * middle // ranks, (rank + 1) * middle // ranks)
-
-    def trained(layers: Any, weights: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Output, and gradients of the input and of both weights, of the mean square of the output."""
-        own_x = x.clone().requires_grad_()
-        output = layers(own_x, *weights)
-        output.square().mean().backward()
-        return [output.detach(), own_x.grad, *(weight.grad for weight in weights)]
-
-    def leaf(weight: torch.Tensor) -> torch.Tensor:
-        return weight.clone().requires_grad_()
-
-    plain = trained(lambda x, a, b: torch.relu(x @ a.T) @ b.T, [leaf(a), leaf(b)])
-    plain = [*plain[:2], plain[2][mine], plain[3][:, mine]]
-    hand = trained(
-        lambda x, a, b: row_parallel(torch.relu(column_parallel(x, a)), b), [leaf(a[mine]), leaf(b[:, mine])]
-    )
-    config = ModelParallelConfig(
-        tensor_model_parallel_size=ranks, use_cpu_initialization=True, gradient_accumulation_fusion=False
-    )
-    options = {"config": config, "init_method": torch.nn.init.zeros_, "bias": False, "skip_bias_add": False}
-    column = ColumnParallelLinear(hidden, middle, gather_output=False, **options)
-    row = RowParallelLinear(middle, hidden, input_is_parallel=True, **options)
-    column.weight.data.copy_(a[mine])
-    row.weight.data.copy_(b[:, mine])
-    core = trained(lambda x, a, b: row(torch.relu(column(x)[0]))[0], [column.weight, row.weight])
-    names = ("output", "gradient of x", "gradient of A", "gradient of B")
-    _end(
-        work,
-        {
-            name: {
-                "largest value": float(p.abs().max()),
-                "by hand": float((h - p).abs().max()),
-                "Megatron Core": float((c - p).abs().max()),
-            }
-            for name, p, h, c in zip(names, plain, hand, core, strict=True)
-        },
-    )
-
-
-def _data_parallel_rank(work: str) -> None:
-    """In each rank: the same training five times, and the distance of the weights from those of one process."""
-    sizes = _begin(work, tensor_parallel=False)
-    features, rank, ranks = sizes["features"], dist.get_rank(), dist.get_world_size()
-    generator = torch.Generator().manual_seed(1)
-    start = torch.randn(features, features, generator=generator) / features**0.5
-    batches = torch.randn(sizes["steps"], 8 * ranks, features, generator=generator)
-    adam = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
-
-    def loss(weight: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
-        return (batch @ weight.T - batch.roll(1, dims=1)).square().mean()
-
-    def train(weight: torch.Tensor, held: torch.Tensor, step: Any, slices: int) -> tuple[torch.Tensor, int]:
-        """Train `weight`, of which the optimizer holds `held`; returns the weight and the bytes of Adam's moments."""
-        optimizer = torch.optim.AdamW([held], **adam)
-        for batch in batches:
-            weight.grad = None
-            loss(weight, batch.chunk(slices)[rank % slices]).backward()
-            step(optimizer)
-        return weight.detach(), _bytes_of(optimizer)
-
-    alone = start.clone().requires_grad_()
-    reference, state_bytes = train(alone, alone, lambda optimizer: optimizer.step(), 1)
-    answer = {"one process, whole batch": {"largest difference": 0.0, "optimizer state (bytes)": state_bytes}}
-    weight = start.clone().requires_grad_()
-    found = {"by hand": train(weight, weight, lambda optimizer: data_parallel_step(weight, optimizer), ranks)}
-    sharded = start.clone().requires_grad_()
-    shard = sharded.detach().view(-1).chunk(ranks)[rank].clone().requires_grad_()
-    found["by hand, sharded"] = train(sharded, shard, lambda opt: sharded_step(sharded, shard, opt), ranks)
-    for name, distributed in (("Megatron Core", False), ("Megatron Core, distributed optimizer", True)):
-        model, optimizer = _core(start, adam, distributed=distributed)
-        for batch in batches:
-            model.zero_grad_buffer()
-            optimizer.zero_grad()
-            loss(model.module.weight, batch.chunk(ranks)[rank]).backward()
-            model.finish_grad_sync()
-            optimizer.step()
-        found[name] = (model.module.weight.detach(), _bytes_of(optimizer.chained_optimizers[0].optimizer))
-    for name, (trained, state_bytes) in found.items():
-        difference = float((trained - reference).abs().max())
-        answer[name] = {"largest difference": difference, "optimizer state (bytes)": state_bytes}
-    _end(work, answer)
-
-
-def _optimizer_bytes_rank(work: str) -> None:
-    """In each rank: one step of a bf16 matrix, and the fp32 bytes that the optimizer holds for it."""
-    features = _begin(work, tensor_parallel=False)["features"]
-    start = torch.randn(features, features, generator=torch.Generator().manual_seed(1)) / features**0.5
-    answer = {}
-    for name, distributed in (("optimizer", False), ("distributed optimizer", True)):
-        model, optimizer = _core(start.bfloat16(), {"lr": 1e-2}, distributed=distributed)
-        batch = torch.ones(8, features, dtype=torch.bfloat16)
-        (batch @ model.module.weight.T).square().mean().backward()
-        model.finish_grad_sync()
-        optimizer.step()
-        inner = optimizer.chained_optimizers[0].optimizer
-        held_bytes = _bytes_of(inner) + sum(p.nbytes for group in inner.param_groups for p in group["params"])
-        answer[name] = {"bytes per parameter": held_bytes / features**2}
-    _end(work, answer)
-
-
-def _bytes_of(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of Adam's two moments; its step counter, one number for each parameter tensor, is left out."""
-    return sum(
-        state[name].nbytes for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq") if name in state
-    )
-
-
-def _core(start: torch.Tensor, adam: dict[str, Any], *, distributed: bool) -> tuple[Any, Any]:
-    """A one-matrix model in Megatron Core's DistributedDataParallel, and Megatron Core's optimizer for it."""
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-    from megatron.core.transformer import MegatronModule, TransformerConfig
-
-    half = start.dtype == torch.bfloat16
-    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, bf16=half)
-
-    class Matrix(MegatronModule):
-        def __init__(self) -> None:
-            super().__init__(config)
-            self.weight = torch.nn.Parameter(start.clone())
-
-    options = DistributedDataParallelConfig(use_distributed_optimizer=distributed, grad_reduce_in_fp32=True)
-    model = DistributedDataParallel(config, options, Matrix())
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=adam["lr"],
-            weight_decay=0.0,
-            bf16=half,
-            clip_grad=0.0,
-            use_distributed_optimizer=distributed,
-        ),
-        [model],
-    )
-    return model, optimizer

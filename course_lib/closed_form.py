@@ -1,4 +1,4 @@
-"""What a training step sends, by closed form: tensor, pipeline and data parallelism of a Llama-shaped model.
+"""What a training step sends, by closed form: tensor, pipeline, context and data parallelism of a Llama-shaped model.
 
 `course_lib.collectives` holds it against what a run recorded.
 """
@@ -28,11 +28,14 @@ class NotCounted(ValueError):
 def expected(cfg: Any, *, ranks: int, rank: int = 0, element_bytes: int = 4, gradient_bytes: int = 4) -> pd.DataFrame:
     """What one rank takes part in during one step, the first excepted, by closed form.
 
-    Let A = sequence x micro batch x hidden x `element_bytes`, the size of the residual stream.  For every layer and
+    Let A = sequence / CP x micro batch x hidden x `element_bytes`, the size of the residual stream.  For every layer and
     microbatch, tensor parallelism all-reduces A twice forward and twice backward; the embedding and the output layer add
     one each, and the loss three small ones.  With sequence parallelism each becomes a reduce-scatter and an all-gather,
-    and backward gathers the inputs of the column-parallel layers once more.  In its first step the optimizer asks once more
-    whether every rank has a gradient norm.
+    and backward gathers the inputs of the column-parallel layers once more.
+
+    Context parallelism gathers keys and values of the whole sequence once a layer and microbatch, and scatters the sums
+    of their gradients; on GPUs Transformer Engine gathers them again for the backward pass instead of keeping them, which
+    is not counted.  In its first step the optimizer asks once more whether every rank has a gradient norm.
 
     Args:
         cfg: A Bridge `ConfigContainer`, or `config.yaml` read back (`run.config`).
@@ -45,11 +48,11 @@ def expected(cfg: Any, *, ranks: int, rank: int = 0, element_bytes: int = 4, gra
         Rows `phase, operation, group, group_size, bytes, count, why`: `bytes` is the size of one operation.
 
     Raises:
-        NotCounted: For experts, context parallelism, recomputation, other layers than Llama's, or an optimizer whose
-            state is divided into several instances.
+        NotCounted: For experts, recomputation, other layers than Llama's, a `cp_comm_type` other than `"all_gather"`, which
+            is what a CPU rank does, or an optimizer whose state is divided into several instances.
 
     Source: megatron-core tensor_parallel/layers.py, mappings.py, cross_entropy.py, distributed/finalize_model_grads.py,
-    pipeline_parallel/schedules.py @ 0.19.2
+    pipeline_parallel/schedules.py @ 0.19.2; for keys and values course_lib/cpu/context.py.
     """
     import pandas as pd
 
@@ -70,27 +73,24 @@ def _refuse_what_is_not_counted(fields: Fields, layout: Layout) -> None:
         "multi_latent_attention": False,
         "qk_layernorm": False,
     }
+    if layout.context_parallel_size > 1 and (kind := fields.model("cp_comm_type", None)) not in (None, "all_gather"):
+        raise NotCounted(f"cp_comm_type={kind!r} runs inside Transformer Engine, which no CPU rank can record")
     defaults = {"add_bias_linear": True, "normalization": "LayerNorm", "position_embedding_type": "learned_absolute"}
     for name, value in wanted.items():
         found = fields.model(name, defaults.get(name, value))
         if found != value:
             raise NotCounted(f"{name}={found!r} sends other things than this closed form counts (it wants {value!r})")
-    if layout.context_parallel_size > 1:
-        raise NotCounted(
-            f"CP={layout.context_parallel_size} runs inside Transformer Engine's attention, which no CPU rank can record: "
-            "set context_parallel_size to 1"
-        )
 
 
 def _rows(fields: Fields, layout: Layout, rank: int, element_bytes: int, gradient_bytes: int) -> Iterator[tuple]:
     """Rows (phase, operation, group, group size, bytes, count, why); those without partners are left in."""
-    tp, pp, dp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.data_parallel_size
-    sequence, micro = fields.model("seq_length"), fields.get("train", "micro_batch_size")
+    tp, pp, cp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.context_parallel_size
+    sequence, micro = fields.model("seq_length") // cp, fields.get("train", "micro_batch_size")
     hidden = fields.model("hidden_size")
-    stage = rank // (tp * dp)
+    stage = rank * pp // layout.world_size
     layers = sum(stage_layers(fields)[stage])
     first, last = int(stage == 0), int(stage == pp - 1)
-    m = fields.get("train", "global_batch_size") // (micro * dp)
+    m = fields.get("train", "global_batch_size") // (micro * layout.data_parallel_size)
     stream = sequence * micro * hidden * element_bytes
     split_in, split_out = 2 * layers + last, 2 * layers + first  # column-parallel inputs, row-parallel outputs
     if layout.sequence_parallel:
@@ -113,6 +113,10 @@ def _rows(fields: Fields, layout: Layout, rank: int, element_bytes: int, gradien
         yield "forward", "all_reduce", "tp", tp, stream, m * split_out, "row-parallel outputs and the embedding"
         yield "backward", "all_reduce", "tp", tp, stream, m * split_in, "gradients of column-parallel inputs"
     yield "forward", "all_reduce", "tp", tp, 4 * sequence * micro, 3 * m * last, "loss: maximum, target logit, sum"
+    _, groups, channels = _attention(fields)
+    keys = cp * sequence * micro * groups * channels // tp * element_bytes
+    yield "forward", "all_gather", "cp", cp, keys, 2 * m * layers, "keys, and values, of the whole sequence"
+    yield "backward", "reduce_scatter", "cp", cp, keys, 2 * m * layers, "their gradients, to the rank that has them"
     yield from _pipeline_rows(layout, stage, m, stream // (tp if layout.sequence_parallel else 1))
     yield from _update_rows(fields, layout, stage, element_bytes, gradient_bytes)
 
@@ -130,7 +134,8 @@ def _pipeline_rows(layout: Layout, stage: int, m: int, size_bytes: int) -> Itera
 def _update_rows(
     fields: Fields, layout: Layout, stage: int, element_bytes: int, gradient_bytes: int
 ) -> Iterator[tuple]:
-    tp, pp, dp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.data_parallel_size
+    tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
+    dp = layout.data_parallel_size * layout.context_parallel_size  # ranks that hold the same weights
     sharded = bool(fields.get("ddp", "use_distributed_optimizer", False))
     tied = bool(fields.model("share_embeddings_and_output_weights", True))
     for count in _buckets(fields, layout, stage, sharded=sharded):
@@ -189,12 +194,18 @@ def _vocabulary(fields: Fields, layout: Layout) -> int:
     return padded_vocab_size(given, tensor_model_parallel_size=tp, divisible_by=divisible_by) // tp
 
 
+def _attention(fields: Fields) -> tuple[int, int, int]:
+    """Query heads, heads of keys and values, and channels of each."""
+    heads = fields.model("num_attention_heads")
+    channels = fields.model("kv_channels", fields.model("hidden_size") // heads)
+    return heads, fields.model("num_query_groups", heads), channels
+
+
 def _parameters(fields: Fields, layout: Layout, stage: int, chunk: int) -> int:
     """Parameters of one model chunk on one rank."""
     tp, chunks = layout.tensor_model_parallel_size, stage_layers(fields)[stage]
-    hidden, heads = fields.model("hidden_size"), fields.model("num_attention_heads")
-    groups = fields.model("num_query_groups", heads)
-    channels = fields.model("kv_channels", hidden // heads)
+    hidden = fields.model("hidden_size")
+    heads, groups, channels = _attention(fields)
     matrices = 3 if fields.model("gated_linear_unit", False) else 2
     cut = hidden * channels * (2 * heads + 2 * groups) + matrices * hidden * fields.model("ffn_hidden_size", 4 * hidden)
     begins = stage == 0 and chunk == 0

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from course_lib.credentials import secrets
 from course_lib.runs import ConfigError
 
 if TYPE_CHECKING:
@@ -82,6 +83,9 @@ def write_config(cfg: ConfigContainer, path: Path, places: dict[str, str | None]
         cfg: Bridge's configuration.
         path: The run directory.
         places: Where to `save` checkpoints and from where to `load`; `None` for neither.
+
+    Raises:
+        ConfigError: If an access token stands in it; no file is left then.
     """
     mine = copy.copy(cfg)
     mine.checkpoint, mine.logger = copy.copy(cfg.checkpoint), copy.copy(cfg.logger)
@@ -89,7 +93,7 @@ def write_config(cfg: ConfigContainer, path: Path, places: dict[str, str | None]
     mine.logger.tensorboard_dir = None  # the run directory records the same numbers
     temporary = path / ".config.yaml"
     mine.to_yaml(str(temporary))
-    os.replace(temporary, path / "config.yaml")
+    _put_in_place(temporary, path)
 
 
 def write_content(content: dict, path: Path, places: dict[str, str | None]) -> None:
@@ -102,4 +106,15 @@ def write_content(content: dict, path: Path, places: dict[str, str | None]) -> N
         mine["logger"]["tensorboard_dir"] = None
     temporary = path / ".config.yaml"
     temporary.write_text(yaml.safe_dump(mine, sort_keys=False))
+    _put_in_place(temporary, path)
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    """Rename a written configuration to `config.yaml`, unless an access token stands in it."""
+    if found := secrets(temporary.read_text()):
+        temporary.unlink()
+        raise ConfigError(
+            f"config.yaml would hold an access token ({found[0].removeprefix('text, ')}), and everybody who may read a run "
+            "may read that: take it out of cfg, and set it as an environment variable of the process that needs it"
+        )
     os.replace(temporary, path / "config.yaml")

@@ -67,6 +67,7 @@ FIELDS: tuple[Field, ...] = (
     Field("model.transformer_impl", "local", _NO_TE),
     Field("model.transformer_layer_spec", _layer_spec, _NO_TE),
     Field("model.attention_backend", lambda cfg: _local_attention(), "flash and fused attention need CUDA"),
+    Field("model.cp_comm_type", lambda cfg: _context(cfg), "the ring is inside Transformer Engine; keys are gathered"),
     Field("model.gradient_accumulation_fusion", False, _NO_FUSION),
     Field("model.masked_softmax_fusion", False, _NO_FUSION),
     Field("model.bias_activation_fusion", False, _NO_FUSION),
@@ -106,6 +107,11 @@ def _local_attention() -> object:
     from megatron.core.transformer.enums import AttnBackend
 
     return AttnBackend.unfused
+
+
+def _context(cfg: object) -> object:
+    """How context-parallel ranks share keys and values; without context parallelism it does not matter."""
+    return "all_gather" if (cfg.model.context_parallel_size or 1) > 1 else cfg.model.cp_comm_type
 
 
 def _holder(cfg: object, path: str) -> tuple[object, str] | None:

@@ -28,6 +28,9 @@ _LOST_PEER = re.compile(
     re.IGNORECASE,
 )
 
+_WRITE_ERROR = re.compile(r"Local worker \d+ encountered an error: (.+)")
+"""Source: megatron-core dist_checkpointing/strategies/filesystem_async.py @ 0.19.2"""
+
 _HINTS = (
     (
         r"/dev/shm|sem_open|SemLock|multiprocessing/synchronize",
@@ -66,6 +69,11 @@ _HINTS = (
         "cfg.optimizer has another lr, min_lr or weight decay than the checkpoint, and Megatron Core finds its parameter "
         "groups by these: set them back, or start the optimizer and its schedule anew with cfg.checkpoint.load_optim = "
         "False.",
+    ),
+    (
+        r"OptimizerParamScheduler: class input value",
+        "The schedule of cfg is not that of the checkpoint: cfg.scheduler.override_opt_param_scheduler = True takes the "
+        "new one, use_checkpoint_opt_param_scheduler = True keeps the old one.",
     ),
     (
         r"unexpected keyword argument|extra keys|not a field",
@@ -155,7 +163,8 @@ def _decide(run: runs.Run, dead: dict[int, int]) -> runs.Outcome:
     if len(ranks) == world and all(r["stage"] == "done" for r in ranks.values()) and not dead:
         return runs.Outcome("succeeded")
     if causes:
-        return _raised(min(causes.values(), key=lambda r: r["time"]))
+        first = min(causes.values(), key=lambda r: r["time"])
+        return (first["exception"] == "CheckpointException" and _could_not_write(run)) or _raised(first)
     if killed:
         return _killed(run, min(killed), killed[min(killed)])
     if unexplained := [rank for rank in dead if rank not in failed]:
@@ -175,6 +184,15 @@ def _raised(entry: dict) -> runs.Outcome:
     if entry["lost_a_peer"]:
         hint = "It lost another rank; that rank's log ends where the trouble began."
     return runs.Outcome("failed", entry["rank"], cause[:500], entry["exception"], entry["tail"], hint)
+
+
+def _could_not_write(run: runs.Run) -> runs.Outcome | None:
+    """Megatron Core's exception of a failed save loses the reason, which stands in the log of the rank that met it."""
+    for rank in sorted(run.ranks()):
+        if found := _WRITE_ERROR.findall(run.log(rank)):
+            cause = f"rank {rank} could not write its part of a checkpoint: {found[-1]}"
+            return runs.Outcome("failed", rank, cause[:500], "CheckpointException", _tail(run, rank), hint_for(cause))
+    return None
 
 
 def _killed(run: runs.Run, rank: int, code: int) -> runs.Outcome:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from course_lib import checkpoints, configuration, failures, runs, stack, warm
+from course_lib import checkpoints, configuration, failures, runs, stack, torchrun, warm
 from course_lib.configuration import FieldError
 from course_lib.runs import ConfigError
+from course_lib.torchrun import command, settings, start_process
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -111,7 +111,7 @@ def run(
     Raises:
         LayoutError: If the model, batch and ranks do not fit together; nothing was started.
         FieldError: If `cfg` carries an attribute that is no field of Bridge's, such as `cfg.train.save_interval`.
-        ConfigError: If a file is no YAML, or a rank finds that it does not fit Bridge.
+        ConfigError: If a file is no YAML or holds an access token, or a rank finds that it does not fit Bridge.
         NoCheckpoint: If there is nothing to load where `load` points; Bridge would start from random weights.
         RunFailed: If a rank failed; names the first one and its cause.
         RunInterrupted: If the learner interrupted; no rank is left.
@@ -121,7 +121,7 @@ def run(
     run_ = prepare(cfg, ranks=ranks, name=name, save=save, load=load, launcher=launcher, record=record)
     (run_.path / ".reserve").write_bytes(b"\0" * RESERVE_BYTES)
     warm_start = functools.partial(_start_warm, target=target)
-    start = warm_start if run_.launch["launcher"] == "warm" else _start_torchrun
+    start = warm_start if run_.launch["launcher"] == "warm" else torchrun.start
     return _start_and_wait(run_, ranks, start, _view(show, run_.launch["train_iters"], run_.path), watch)
 
 
@@ -148,6 +148,10 @@ def prepare(
 
     Returns:
         The run, with `config.yaml` and `launch.json`; its outcome is `None` until ranks have run.
+
+    Raises:
+        ConfigError: If `config.yaml` would hold an access token; nothing is left on disk then.
+        LayoutError: As `run()`, like `FieldError` and `NoCheckpoint`.
     """
     from course_lib import layout
 
@@ -164,26 +168,18 @@ def prepare(
         "save": str(path / "checkpoints") if save else None,
         "load": str(source) if source else None,
     }
-    if isinstance(cfg, (str, Path)):
-        configuration.write_content(content, path, places)
-    else:
-        configuration.write_config(cfg, path, places)
-        content = runs.Run(path).config
+    try:
+        if isinstance(cfg, (str, Path)):
+            configuration.write_content(content, path, places)
+        else:
+            configuration.write_config(cfg, path, places)
+            content = runs.Run(path).config
+    except ConfigError:
+        shutil.rmtree(path)
+        raise
     launcher = launcher or ("torchrun" if device == "cuda" else "warm")
     runs.write_json(path / "launch.json", _about(content, path, ranks, device, launcher, plan, record))
     return runs.Run(path)
-
-
-def command(run: runs.Run | Path, *, ranks: int = 8) -> list[str]:
-    """The command that starts the same run by hand, here or on a GPU node.
-
-    Example:
-        >>> " ".join(command(Path("runs/smoke"), ranks=8)[1:])
-        '-m torch.distributed.run --standalone --nproc-per-node 8 -m course_lib.train runs/smoke/config.yaml'
-    """
-    path = run.path if isinstance(run, runs.Run) else Path(run)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return [*torchrun, "-m", "course_lib.train", str(path / "config.yaml")]
 
 
 def _about(content: dict, path: Path, ranks: int, device: str, launcher: str, plan: Layout, record: bool) -> dict:
@@ -306,9 +302,6 @@ def _is_rank(pid: int) -> bool:
         return False
 
 
-# ------------------------------------------------------------------------------------------------------- two launchers
-
-
 def _start_warm(run: runs.Run, ranks: int, *, target: str) -> warm.Launched:
     threads = os.environ.get("COURSE_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // ranks))
     environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
@@ -320,53 +313,3 @@ def _start_warm(run: runs.Run, ranks: int, *, target: str) -> warm.Launched:
         env=environment,
         prepare="course_lib.train:prepare" if target == TRAIN else None,
     )
-
-
-class _Torchrun:
-    """A torchrun process, with the same three methods as a warm launch."""
-
-    def __init__(self, process: subprocess.Popen) -> None:
-        self._process = process
-
-    def wait(self, seconds: float) -> dict | None:
-        try:
-            self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return None
-        return {"dead": {}}
-
-    def stop(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGTERM)
-
-    def close(self) -> None:
-        if self._process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-
-
-def settings(run: runs.Run) -> dict[str, str]:
-    """The environment variables that a rank needs and a fresh shell does not have; none of them is a secret.
-
-    Args:
-        run: A prepared run; its device decides.
-    """
-    root = str(Path(__file__).resolve().parent.parent)
-    found = {"PYTHONPATH": os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)}
-    if run.launch["device"] == "cpu":
-        found |= {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    return found
-
-
-def start_process(run: runs.Run, words: list[str]) -> subprocess.Popen:
-    """Start a launcher's command in a session of its own; what it writes goes to the run's `logs/launcher.log`."""
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | settings(run)
-    with open(run.path / "logs" / "launcher.log", "a") as log:
-        return subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
-        )
-
-
-def _start_torchrun(run: runs.Run, ranks: int) -> _Torchrun:
-    return _Torchrun(start_process(run, command(run, ranks=ranks)))

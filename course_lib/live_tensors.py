@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,39 +53,27 @@ def read(run: Run) -> pd.DataFrame:
 
 
 def rank_main(run_directory: str, cfg: Any = None) -> None:
-    """One rank: `course_lib.train.rank_main`, whose recorder also measures tensors."""
+    """One rank: `course_lib.train.rank_main`, and a callback that measures tensors."""
     from course_lib import train
 
-    recorder = train.recorder
-
-    def measuring(path: Path, rank: int, *others: Any) -> Any:
-        callback = recorder(path, rank, *others)
-        return _measuring(type(callback), path, rank)()
-
-    train.recorder = measuring  # this process runs nothing else
-    train.rank_main(run_directory, cfg)
+    train.rank_main(run_directory, cfg, callbacks=[_Measuring(Path(run_directory), int(os.environ["RANK"]))])
 
 
-def _measuring(recorder: type, path: Path, rank: int) -> type:
-    """A recorder that also measures, in the second step: the buffers exist then, and the optimizer has its states."""
+class _Measuring:
+    """Measures in the second step: the buffers exist then, and the optimizer has its states."""
 
-    class Measuring(recorder):
-        found: dict[str, int]
+    def __init__(self, path: Path, rank: int) -> None:
+        self.path, self.found = path, {"rank": rank}
 
-        def on_train_step_start(self, context: Any) -> None:
-            if context.state.train_state.step == 1:
-                self.found = {"rank": rank}
-                _watch_one_forward(_as_list(context.model), self.found)
-            super().on_train_step_start(context)
+    def on_train_step_start(self, context: Any) -> None:
+        if context.state.train_state.step == 1:
+            _watch_one_forward(_as_list(context.model), self.found)
 
-        def on_train_step_end(self, context: Any) -> None:
-            super().on_train_step_end(context)
-            if context.state.train_state.step == 1:
-                self.found |= _states(_as_list(context.model), context.optimizer)
-                self.found["live_bytes"] = _bytes(item for item in gc.get_objects() if _is_tensor(item))
-                (path / "ranks" / f"{rank}.tensors").write_text(json.dumps(self.found))
-
-    return Measuring
+    def on_train_step_end(self, context: Any) -> None:
+        if context.state.train_state.step == 1:
+            self.found |= _states(_as_list(context.model), context.optimizer)
+            self.found["live_bytes"] = _bytes(item for item in gc.get_objects() if _is_tensor(item))
+            (self.path / "ranks" / f"{self.found['rank']}.tensors").write_text(json.dumps(self.found))
 
 
 def _states(chunks: list[Any], optimizer: Any) -> dict[str, int]:

@@ -19,92 +19,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from course_lib.process_groups import GROUPS, METHODS
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from megatron.bridge.training.callbacks import Callback
 
-__all__ = ["METHODS", "Recorder", "callback"]
-
-GROUPS = (
-    ("tp", "_TENSOR_MODEL_PARALLEL_GROUP"),
-    ("pp", "_PIPELINE_MODEL_PARALLEL_GROUP"),
-    ("cp", "_CONTEXT_PARALLEL_GROUP"),
-    ("dp", "_DATA_PARALLEL_GROUP"),
-    ("dp-cp", "_DATA_PARALLEL_GROUP_WITH_CP"),
-    ("dp-cp", "_INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP"),
-    ("embedding", "_EMBEDDING_GROUP"),
-    ("embedding", "_POSITION_EMBEDDING_GROUP"),
-    ("tp-pp", "_MODEL_PARALLEL_GROUP"),
-    ("tp-cp", "_TENSOR_AND_CONTEXT_PARALLEL_GROUP"),
-    ("tp-dp", "_TENSOR_AND_DATA_PARALLEL_GROUP"),
-    ("tp-dp-cp", "_TENSOR_AND_DATA_PARALLEL_GROUP_WITH_CP"),
-    ("ep", "_EXPERT_MODEL_PARALLEL_GROUP"),
-    ("expert-tp", "_EXPERT_TENSOR_PARALLEL_GROUP"),
-    ("expert-tp-ep", "_EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP"),
-    ("expert-dp", "_EXPERT_DATA_PARALLEL_GROUP"),
-    ("expert-dp", "_INTRA_PARTIAL_EXPERT_DATA_PARALLEL_GROUP"),
-    ("optimizer", "_INTRA_DISTRIBUTED_OPTIMIZER_INSTANCE_GROUP"),
-)
-"""Kinds of groups and the variables of `megatron.core.parallel_state` that hold them.
-
-Source: megatron-core parallel_state.py @ 0.19.2
-"""
-
-
-def _first(arguments: tuple) -> list[list]:
-    return [[tensor] for tensor in arguments[0]]
-
-
-def _parts_out(arguments: tuple) -> list[list]:
-    return list(arguments[0])
-
-
-def _parts_in(arguments: tuple) -> list[list]:
-    return list(arguments[1])
-
-
-def _out(arguments: tuple) -> list[list]:
-    return [[arguments[0]]]
-
-
-def _in(arguments: tuple) -> list[list]:
-    return [[arguments[1]]]
-
-
-def _many_in(arguments: tuple) -> list[list]:
-    return [[tensor] for tensor in arguments[1]]
-
-
-METHODS: dict[str, tuple[str, Callable[[tuple], list[list]]]] = {
-    "allreduce": ("all_reduce", _first),
-    "allreduce_coalesced": ("all_reduce", _first),
-    "broadcast": ("broadcast", _first),
-    "reduce": ("reduce", _first),
-    "allgather": ("all_gather", _parts_out),
-    "all_gather_single": ("all_gather", _out),
-    "_allgather_base": ("all_gather", _out),
-    "all_gather_single_coalesced": ("all_gather", _first),
-    "allgather_into_tensor_coalesced": ("all_gather", _first),
-    "reduce_scatter": ("reduce_scatter", _parts_in),
-    "reduce_scatter_single": ("reduce_scatter", _in),
-    "_reduce_scatter_base": ("reduce_scatter", _in),
-    "reduce_scatter_single_coalesced": ("reduce_scatter", _many_in),
-    "reduce_scatter_tensor_coalesced": ("reduce_scatter", _many_in),
-    "alltoall": ("all_to_all", lambda arguments: [arguments[1]]),
-    "all_to_all_single": ("all_to_all", _in),
-    "alltoall_base": ("all_to_all", _in),
-    "gather": ("gather", _many_in),
-    "scatter": ("scatter", _first),
-    "send": ("send", _first),
-    "recv": ("recv", _first),
-    "barrier": ("barrier", lambda arguments: [[]]),
-}
-"""Methods of `torch.distributed.ProcessGroup`: the operation's name, and which tensors are the whole that it moves.
-
-The whole is what all ranks of the group hold together afterwards or before: the output of a gather, the input of a
-scatter, the tensor of an all-reduce.
-"""
+__all__ = ["Recorder", "callback"]
 
 
 class Recorder:
@@ -124,6 +46,9 @@ class Recorder:
         self.sent: list[tuple] = []
         self.worked: list[tuple] = []
         self.kinds: dict[str, str] = {}
+        self.groups: dict[int, tuple[Any, str, int]] = {}
+        self.callers: dict[Any, str | None] = {}
+        self.texts: dict[tuple, str] = {}
         self.directions: dict[int, str] = {}
         self.microbatches: dict[int, tuple[int, int]] = {}
         self.chunks: dict[int, int] = {}
@@ -150,29 +75,49 @@ class Recorder:
     def _noted(self, original: Callable, operation: str, whole: Callable[[tuple], list[list]]) -> Callable:
         @functools.wraps(original)
         def method(group: Any, *args: Any, **kwargs: Any) -> Any:
-            if self.step is not None and group.size() > 1:
-                self._note(group, operation, whole(args), args)
+            if self.step is not None:
+                known = self.groups.get(id(group)) or self._group(group)
+                if known[2] > 1:
+                    self._note(known, operation, whole(args), args)
             return original(group, *args, **kwargs)
 
         return method
 
-    def _note(self, group: Any, operation: str, messages: list[list], args: tuple) -> None:
+    def _group(self, group: Any) -> tuple[Any, str, int]:
+        """A group with its name and size; kept, so that no other gets its id."""
+        known = self.groups[id(group)] = (group, group.group_name, group.size())
+        return known
+
+    def _note(self, known: tuple[Any, str, int], operation: str, messages: list[list], args: tuple) -> None:
+        """Remember one call.  This is on the path of every message: what can wait is done in `write`."""
         now = time.time()
         phase, peer = self.phase, None
         if operation in ("send", "recv"):
-            from torch.distributed import get_global_rank
-
-            peer = get_global_rank(group, args[1])
+            peer = args[1]
             phase = self.directions.get(id(messages[0][0]), phase)
         node = self._node()
         module = (self.stack[-1] if self.stack else "") if node is None else node.metadata.get("module", "")
-        caller = _caller()
+        caller = self._caller(sys._getframe(2))
         for tensors in messages:
-            size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-            dtype = str(tensors[0].dtype).removeprefix("torch.") if tensors else ""
-            self.sent.append(
-                (now, phase, operation, group.group_name, group.size(), dtype, size_bytes, peer, module, caller)
-            )
+            size_bytes, dtype = 0, None
+            for tensor in tensors:
+                size_bytes += tensor.nbytes
+                dtype = tensor.dtype
+            self.sent.append((now, (phase, operation, known, dtype, size_bytes, peer, module, caller)))
+
+    def _caller(self, frame: Any) -> str:
+        """The function outside torch and this course that asked for the operation, as `module.function`."""
+        callers = self.callers
+        while frame is not None:
+            code = frame.f_code
+            if code not in callers:
+                module = frame.f_globals.get("__name__", "")
+                own = module.startswith(("torch.", "course_lib.", "contextlib", "typing_extensions"))
+                callers[code] = None if own else f"{module}.{code.co_qualname}"
+            if (name := callers[code]) is not None:
+                return name
+            frame = frame.f_back
+        return ""
 
     def _with_directions(self, original: Callable) -> Callable:
         """Activations travel to the next stage and gradients to the previous one, also where both are the same rank."""
@@ -240,11 +185,10 @@ class Recorder:
         for number, chunk in enumerate(model):
             self.chunks[id(chunk)] = number
             for name, module in chunk.named_modules():
-                if not any(True for _ in module.parameters(recurse=False)):
-                    continue  # a container; hooks on all of them would cost more than all the rest of the recorder
-                self.modules[id(module)] = ".".join(part for part in name.split(".") if part != "module")
-                module.register_forward_pre_hook(self._enter)
-                module.register_forward_hook(self._leave, always_call=True)
+                if _sends(module):
+                    self.modules[id(module)] = ".".join(part for part in name.split(".") if part != "module")
+                    module.register_forward_pre_hook(self._enter)
+                    module.register_forward_hook(self._leave)
 
     def _enter(self, module: Any, _: Any) -> None:
         self.stack.append(self.modules[id(module)])
@@ -261,37 +205,54 @@ class Recorder:
 
     def write(self) -> None:
         """Append the step's rows; one call each, so that ranks do not cut each other's lines."""
-        common = {"rank": self.rank, "step": self.step}
-        columns = "time phase operation group group_size dtype bytes peer module caller".split()
-        rows = [common | dict(zip(columns, row, strict=True)) for row in self.sent]
-        for row in rows:
-            row["group"] = self.kinds.get(row["group"], row["group"])
+        head = f'{{"rank": {self.rank}, "step": {self.step}, '
+        texts = self.texts
+        rows = [f'{head}"time": {now!r}, {texts.get(what) or self._text(what)}}}\n' for now, what in self.sent]
         _append(self.path / "collectives.jsonl", rows)
         columns = "kind microbatch chunk begin end busy_seconds".split()
-        _append(self.path / "timeline.jsonl", [common | dict(zip(columns, row, strict=True)) for row in self.worked])
+        common = {"rank": self.rank, "step": self.step}
+        rows = [json.dumps(common | dict(zip(columns, row, strict=True))) + "\n" for row in self.worked]
+        _append(self.path / "timeline.jsonl", rows)
         self.sent.clear()
         self.worked.clear()
         self.microbatches.clear()
 
+    def _text(self, what: tuple) -> str:
+        """The part of a line that many calls share, made once: all but rank, step and time."""
+        from torch.distributed import get_global_rank
 
-def _caller() -> str:
-    """The function outside torch and this course that asked for the operation, as `module.function`."""
-    frame = sys._getframe(3)
-    while frame is not None:
-        module = frame.f_globals.get("__name__", "")
-        if not module.startswith(("torch.", "course_lib.", "contextlib", "typing_extensions")):
-            return f"{module}.{frame.f_code.co_qualname}"
-        frame = frame.f_back
-    return ""
+        phase, operation, (group, name, size), dtype, size_bytes, peer, module, caller = what
+        row = {
+            "phase": phase,
+            "operation": operation,
+            "group": self.kinds.get(name, name),
+            "group_size": size,
+            "dtype": str(dtype).removeprefix("torch.") if dtype else "",
+            "bytes": size_bytes,
+            "peer": None if peer is None else get_global_rank(group, peer),
+            "module": module,
+            "caller": caller,
+        }
+        text = self.texts[what] = json.dumps(row)[1:-1]
+        return text
 
 
-def _append(path: Path, rows: list[dict]) -> None:
+def _sends(module: Any) -> bool:
+    """True for a module that may send: one with a matrix of its own, or attention that shares a sequence.
+
+    Hooks on all modules would cost more than all the rest of the recorder.
+    """
+    if any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
+        return True
+    return hasattr(module, "scale_mask_softmax") and module.config.context_parallel_size > 1
+
+
+def _append(path: Path, rows: list[str]) -> None:
     if not rows:
         return
-    text = "".join(json.dumps(row) + "\n" for row in rows)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        os.write(descriptor, text.encode())
+        os.write(descriptor, "".join(rows).encode())
     finally:
         os.close(descriptor)
 

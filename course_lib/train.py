@@ -14,7 +14,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -180,12 +180,27 @@ def prepare(run_directory: str) -> ConfigContainer:
     return read_config(Path(run_directory) / "config.yaml")
 
 
-def rank_main(run_directory: str, cfg: ConfigContainer | None = None) -> None:
+def rank_main(
+    run_directory: str,
+    cfg: ConfigContainer | None = None,
+    *,
+    callbacks: Sequence[object] = (),
+    forward_step: Callable | None = None,
+) -> None:
     """Run one rank from start to end; `RANK` and `WORLD_SIZE` are in the environment.
+
+    A launch target that wants more than training calls this with what it adds, and changes nothing else:
+
+        def rank_main(run_directory, cfg=None):
+            train.rank_main(run_directory, cfg, callbacks=[Watching()])
 
     Args:
         run_directory: A directory with `config.yaml`, and `launch.json` if a launcher made it.
         cfg: This rank's own copy of what `prepare()` returned; `None` reads the file.
+        callbacks: Further listeners, called after this module's own.  Each has methods named as Bridge's events
+            (`on_train_step_end(context)` and so on); it need not inherit from Bridge's `Callback`.
+        forward_step: The function that takes a batch and computes the loss, for Bridge's `pretrain()`; `None` is
+            Bridge's GPT step.
 
     Raises:
         SystemExit: With code 1 after a failure, which then stands in `ranks/N.json` and `outcome.json`.
@@ -194,7 +209,7 @@ def rank_main(run_directory: str, cfg: ConfigContainer | None = None) -> None:
     with _output_to(path / "logs" / f"rank_{rank}.log"):
         try:
             stage(path, rank, "reading the configuration")
-            _train(path, rank, world, cfg)
+            _train(path, rank, world, cfg, callbacks, forward_step)
             stage(path, rank, "done")
         except BaseException as error:
             failures.record(path, rank, error)
@@ -210,7 +225,14 @@ def rank_main(run_directory: str, cfg: ConfigContainer | None = None) -> None:
             os._exit(1)  # no destructor may wait for peers that are gone
 
 
-def _train(path: Path, rank: int, world: int, cfg: ConfigContainer | None) -> None:
+def _train(
+    path: Path,
+    rank: int,
+    world: int,
+    cfg: ConfigContainer | None,
+    further: Sequence[object],
+    forward_step: Callable | None,
+) -> None:
     launch = runs.Run(path).launch
     device = launch.get("device") or stack.device(world)
     if device == "cpu":
@@ -221,7 +243,7 @@ def _train(path: Path, rank: int, world: int, cfg: ConfigContainer | None) -> No
         cpu.activate(allow_untested=os.environ.get("COURSE_ALLOW_UNTESTED") == "1")
     import torch
     from megatron.bridge.training.finetune import finetune
-    from megatron.bridge.training.gpt_step import forward_step
+    from megatron.bridge.training.gpt_step import forward_step as gpt_step
     from megatron.bridge.training.pretrain import pretrain
 
     from course_lib import devices, layout
@@ -240,7 +262,7 @@ def _train(path: Path, rank: int, world: int, cfg: ConfigContainer | None) -> No
 
         callbacks.append(recording.callback(path, rank))
     try:
-        train(cfg, forward_step, callbacks=callbacks)
+        train(cfg, forward_step or gpt_step, callbacks=[*callbacks, *further])
     except SystemExit as leaving:  # Bridge leaves this way when a limit of time or a signal ends a run
         if leaving.code not in (None, 0):
             raise RuntimeError(f"Bridge ended the run with exit code {leaving.code}") from None

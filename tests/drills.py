@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from course_lib import train
@@ -12,26 +13,21 @@ from course_lib import train
 FAILING_RANK = 3
 
 
-def _at_step(step: int, action: object, *, rank: int = FAILING_RANK) -> None:
-    """Let one rank do something at the end of a step of the run that this process is about to train."""
-    if int(os.environ["RANK"]) != rank:
-        return
-    original = train.recorder
+class _AtStep:
+    """Does something at the end of one step."""
 
-    def recorder(*args: object, **kwargs: object) -> object:
-        callback = original(*args, **kwargs)
-        kind = type(callback)
-        before = kind.on_train_step_end
+    def __init__(self, step: int, action: Callable[[], object]) -> None:
+        self.step, self.action = step, action
 
-        def on_train_step_end(self: object, context: object) -> None:
-            before(self, context)
-            if context.state.train_state.step + 1 == step:
-                action()
+    def on_train_step_end(self, context: object) -> None:
+        if context.state.train_state.step + 1 == self.step:  # Bridge counts the step after this event
+            self.action()
 
-        kind.on_train_step_end = on_train_step_end
-        return callback
 
-    train.recorder = recorder
+def _train(run_directory: str, step: int, action: Callable[[], object], *, rank: int = FAILING_RANK) -> None:
+    """Train, and let one rank do something at the end of a step."""
+    mine = int(os.environ["RANK"]) == rank
+    train.rank_main(run_directory, callbacks=[_AtStep(step, action)] if mine else [])
 
 
 def raises(run_directory: str) -> None:
@@ -40,14 +36,12 @@ def raises(run_directory: str) -> None:
     def fail() -> None:
         raise ValueError("a loss of minus seven is impossible")
 
-    _at_step(2, fail)
-    train.rank_main(run_directory)
+    _train(run_directory, 2, fail)
 
 
 def is_killed(run_directory: str) -> None:
     """Rank 3 is killed in its second step, as the kernel's out-of-memory killer would do it."""
-    _at_step(2, lambda: os.kill(os.getpid(), signal.SIGKILL))
-    train.rank_main(run_directory)
+    _train(run_directory, 2, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def runs_out_of_memory(run_directory: str) -> None:
@@ -62,14 +56,12 @@ def runs_out_of_memory(run_directory: str) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))
         torch.ones(2**30)
 
-    _at_step(2, fill)
-    train.rank_main(run_directory)
+    _train(run_directory, 2, fill)
 
 
 def never_ends(run_directory: str) -> None:
     """Rank 3 sleeps in its second step, and its peers wait for it."""
-    _at_step(2, lambda: time.sleep(600))
-    train.rank_main(run_directory)
+    _train(run_directory, 2, lambda: time.sleep(600))
 
 
 def writes_what_it_would_train_with(run_directory: str) -> None:
@@ -93,8 +85,7 @@ def fills_the_disk(run_directory: str) -> None:
             while True:
                 filler.write(b"0" * 1024)
 
-    _at_step(2, fill, rank=1)
-    train.rank_main(run_directory)
+    _train(run_directory, 2, fill, rank=1)
 
 
 def leaves(run_directory: str) -> None:
@@ -107,8 +98,7 @@ def leaves(run_directory: str) -> None:
 
 def is_killed_mid_step(run_directory: str) -> None:
     """Rank 1 is killed in its third step, one step after a save."""
-    _at_step(3, lambda: os.kill(os.getpid(), signal.SIGKILL), rank=1)
-    train.rank_main(run_directory)
+    _train(run_directory, 3, lambda: os.kill(os.getpid(), signal.SIGKILL), rank=1)
 
 
 def is_killed_mid_save(run_directory: str) -> None:

@@ -150,6 +150,40 @@ def test_a_killed_rank_costs_at_most_the_steps_since_the_last_save(whole, runs_d
     assert checkpoints.compare(checkpoints.latest(whole), checkpoints.latest(again)).largest_difference.max() == 0
 
 
+def test_a_full_disk_during_a_save_costs_no_checkpoint(whole, runs_directory):
+    """Rank 1 finds no space for its shard: told as such, the save before is whole and tracked, and resumes equally."""
+
+    def fill(run):
+        shard = run.path / "checkpoints" / "iter_0000004" / "__1_0.distcp"
+        if not shard.is_symlink():
+            shard.parent.mkdir(parents=True, exist_ok=True)
+            shard.symlink_to("/dev/full")
+
+    with pytest.raises(launch.RunFailed, match="rank 1 could not write .*No space left on device") as caught:
+        launch.run(config(), ranks=2, name="full", save=True, show=None, watch=fill)
+    full = caught.value.run
+    assert caught.value.outcome.hint.startswith("The disk is full")
+    assert all("No space" not in rank["message"] for rank in full.ranks().values()), "upstream now says why: simplify"
+    assert checkpoints.latest(full).step == 2 and checkpoints.listing(full).missing[2] == ""
+    assert checkpoints.listing(full).missing[4].startswith(".metadata")
+    again = launch.run(config(), ranks=2, name="again", load=full, show=None)
+    assert later(again, 2) == later(whole, 2)
+
+
+def test_a_changed_schedule_is_taken_refused_or_ignored_as_asked(whole, runs_directory):
+    """The recipe overrides the checkpoint's schedule; without that Megatron Core stops, or keeps the old one if told so."""
+    start = {"ranks": 2, "load": checkpoints.at(whole, 4).path, "show": None}
+    longer = {"scheduler__lr_decay_iters": 60}
+    assert config().scheduler.override_opt_param_scheduler
+    taken = launch.run(config(**longer), name="taken", **start).metrics.learning_rate
+    strict = longer | {"scheduler__override_opt_param_scheduler": False}
+    with pytest.raises(launch.RunFailed, match="override_opt_param_scheduler = True takes the new"):
+        launch.run(config(**strict), name="refused", **start)
+    kept = strict | {"scheduler__use_checkpoint_opt_param_scheduler": True}
+    ignored = launch.run(config(**kept), name="ignored", **start).metrics.learning_rate
+    assert ignored.tolist() == whole.metrics.learning_rate[4:].tolist() and (taken > ignored).all()
+
+
 def test_only_the_newest_checkpoints_are_kept_if_asked(bridge, runs_directory):
     """most_recent_k is Bridge's retention: older directories go after a save has ended."""
     run = launch.run(config(checkpoint__most_recent_k=1), ranks=2, name="kept", save=True, show=None)

@@ -19,6 +19,11 @@ LAYOUTS = {
     "TP=2 DP=4, distributed optimizer": (8, {"tp": 2, **SHARDED}),
     "PP=2 interleaved": (2, {"tp": 1, "pp": 2, "model__virtual_pipeline_model_parallel_size": 2}),
     "PP=4 DP=2": (8, {"tp": 1, "pp": 4}),
+    "TP=2 CP=2 DP=2": (8, {"tp": 2, "model__context_parallel_size": 2}),
+    "TP=2 PP=2 CP=2, sequence parallel, sharded": (
+        8,
+        {"tp": 2, "pp": 2, "model__context_parallel_size": 2, "model__sequence_parallel": True, **SHARDED},
+    ),
 }
 
 
@@ -66,13 +71,14 @@ def test_nothing_is_recorded_unless_asked(bridge, runs_directory):
     [
         ("num_moe_experts", 4),
         ("recompute_granularity", "full"),
-        ("context_parallel_size", 2),
+        ("cp_comm_type", "p2p"),
         ("add_bias_linear", True),
     ],
 )
 def test_what_is_not_counted_is_refused(field, value, bridge):
     """The closed form does not answer for a model that sends other things."""
-    cfg = config()
+    cfg = config(model__context_parallel_size=2)
+    assert len(collectives.expected(cfg, ranks=8))
     setattr(cfg.model, field, value)
     with pytest.raises(collectives.NotCounted):
         collectives.expected(cfg, ranks=8)

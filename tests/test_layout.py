@@ -489,7 +489,7 @@ def test_sequence_refusals_are_megatrons(bridge: Any) -> None:
 
 
 def test_local_attention_refuses_context_parallelism(bridge: Any) -> None:
-    """Without Transformer Engine there is no context parallelism, so a CPU run is refused before it starts."""
+    """Without Transformer Engine upstream has no context parallelism; a CPU run gathers the keys, and is let through."""
     from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.enums import AttnMaskType
 
@@ -498,6 +498,9 @@ def test_local_attention_refuses_context_parallelism(bridge: Any) -> None:
     theirs = refused(DotProductAttention, model, 1, AttnMaskType.causal, "self")
     assert "Context parallelism is only supported by TEDotProductAttention" in theirs
     assert reasons(LLAMA | sizes(context=2), 2) == []
+    local = LLAMA | sizes(context=2) | {"transformer_impl": "local"}
+    for backend, found in (("nccl", 1), ("gloo", 0)):
+        assert len(layout.check({"model": local, "dist": {"distributed_backend": backend}}, 2)) == found
 
 
 def test_batch_refusals_are_megatrons(bridge: Any) -> None:

@@ -112,6 +112,24 @@ def test_a_run_writes_no_secret(bridge, runs_directory, monkeypatch):
     assert not any("hf_" in value for value in launch.settings(prepared).values())
 
 
+@pytest.mark.parametrize("secret", ["hf_" + "z" * 30, "correct-horse-battery"])
+def test_a_token_in_a_configuration_is_refused(bridge, runs_directory, monkeypatch, secret):
+    """By its look or by the environment: config.yaml is not written, no directory is left, the value is not shown."""
+    monkeypatch.setenv("MY_SERVICE_TOKEN", "correct-horse-battery")
+    monkeypatch.setenv("TOKENIZER_DIRECTORY", "somewhere-in-the-model")
+    cfg = small.config()
+    cfg.logger.wandb_exp_name = "somewhere-in-the-model"
+    kept = launch.prepare(cfg, ranks=8, name="kept")
+    cfg.logger.wandb_exp_name = secret
+    path = kept.path / "config.yaml"
+    path.write_text(path.read_text().replace("somewhere-in-the-model", secret))
+    for source in (cfg, path):
+        with pytest.raises(launch.ConfigError, match="would hold an access token") as caught:
+            launch.prepare(source, ranks=8, name="leaky")
+        assert secret not in str(caught.value)
+    assert [place.name for place in runs_directory.iterdir()] == ["kept"]
+
+
 def test_ports_are_free_when_asked_for():
     """A port that was given out can be bound."""
     import socket

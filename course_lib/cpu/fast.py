@@ -53,6 +53,7 @@ def _flash_attention(original: Callable) -> Callable:
             and self.softmax_offset is None
             and not (self.training and self.attention_dropout.p)
             and query.shape[0] == key.shape[0]
+            and self.config.context_parallel_size == 1
         )
         if not plain:
             return original(self, query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from course_lib.cpu import rng
+from course_lib.cpu import context, gloo, rng
 from course_lib.cpu.redirection import Redirection
 
 __all__ = ["redirections"]
@@ -81,133 +81,6 @@ def _own_step_each(original: Callable) -> Callable:
     return load_state_dict
 
 
-def _int_splits(original: Callable) -> Callable:
-    @functools.wraps(original)
-    def all_to_all_single(
-        output: object,
-        input: object,
-        output_split_sizes: object = None,
-        input_split_sizes: object = None,
-        group: object = None,
-        async_op: bool = False,
-    ) -> object:
-        def ints(sizes: object) -> list[int] | None:
-            return None if sizes is None else [int(size) for size in sizes]
-
-        return original(
-            output,
-            input.contiguous(),
-            ints(output_split_sizes),
-            ints(input_split_sizes),
-            group=group,
-            async_op=async_op,
-        )
-
-    return all_to_all_single
-
-
-def _average_before(original: Callable) -> Callable:
-    """Wrap `all_reduce`: divide by the group's size, then sum, which an asynchronous call allows too."""
-
-    @functools.wraps(original)
-    def all_reduce(tensor: object, op: object = None, group: object = None, async_op: bool = False) -> object:
-        import torch.distributed as dist
-
-        if op == dist.ReduceOp.AVG:
-            _divide(tensor, dist.get_world_size(group))
-            op = dist.ReduceOp.SUM
-        return original(tensor, dist.ReduceOp.SUM if op is None else op, group, async_op)
-
-    return all_reduce
-
-
-def _average_before_scatter(original: Callable) -> Callable:
-    @functools.wraps(original)
-    def reduce_scatter_tensor(
-        output: object, input: object, op: object = None, group: object = None, async_op: bool = False
-    ) -> object:
-        import torch.distributed as dist
-
-        if op == dist.ReduceOp.AVG:
-            if output.untyped_storage().data_ptr() != input.untyped_storage().data_ptr():
-                input = input.clone()  # in place only where the caller gave up the input anyway
-            _divide(input, dist.get_world_size(group))
-            op = dist.ReduceOp.SUM
-        return original(output, input, dist.ReduceOp.SUM if op is None else op, group, async_op)
-
-    return reduce_scatter_tensor
-
-
-def _gather_flat(original: Callable) -> Callable:
-    """Wrap `all_gather_into_tensor`: NCCL looks at memory only, gloo at shapes too."""
-
-    @functools.wraps(original)
-    def all_gather_into_tensor(
-        output_tensor: object, input_tensor: object, group: object = None, async_op: bool = False
-    ) -> object:
-        if output_tensor.shape[1:] != input_tensor.shape[1:]:
-            output_tensor, input_tensor = output_tensor.view(-1), input_tensor.contiguous().view(-1)
-        return original(output_tensor, input_tensor, group, async_op)
-
-    return all_gather_into_tensor
-
-
-def _gather_uneven(original: Callable) -> Callable:
-    """Wrap `all_gather`: pad to the largest part, gather, and cut; NCCL takes parts of different sizes as they are."""
-
-    @functools.wraps(original)
-    def all_gather(tensor_list: list, tensor: object, group: object = None, async_op: bool = False) -> object:
-        import torch
-
-        if async_op or all(part.shape == tensor_list[0].shape for part in tensor_list):
-            return original(tensor_list, tensor, group, async_op)
-        longest = max(part.numel() for part in tensor_list)
-        mine = tensor.new_zeros(longest)
-        mine[: tensor.numel()] = tensor.detach().reshape(-1)
-        padded = [torch.empty_like(mine) for _ in tensor_list]
-        original(padded, mine, group)
-        with torch.no_grad():
-            for part, whole in zip(tensor_list, padded, strict=True):
-                part.copy_(whole[: part.numel()].view(part.shape))
-        return None
-
-    return all_gather
-
-
-def _scatter_uneven(original: Callable) -> Callable:
-    """Wrap `reduce_scatter`: as `_gather_uneven`, the other way round."""
-
-    @functools.wraps(original)
-    def reduce_scatter(
-        output: object, input_list: list, op: object = None, group: object = None, async_op: bool = False
-    ) -> object:
-        import torch
-        import torch.distributed as dist
-
-        op = dist.ReduceOp.SUM if op is None else op
-        if async_op or all(part.shape == input_list[0].shape for part in input_list):
-            return original(output, input_list, op, group, async_op)
-        longest = max(part.numel() for part in input_list)
-        padded = output.new_zeros(len(input_list), longest)
-        mine = output.new_empty(longest)
-        with torch.no_grad():
-            for row, part in zip(padded, input_list, strict=True):
-                row[: part.numel()] = part.reshape(-1)
-            dist.reduce_scatter_tensor(mine, padded.view(-1), op=op, group=group)
-            output.copy_(mine[: output.numel()].view(output.shape))
-        return None
-
-    return reduce_scatter
-
-
-def _divide(tensor: object, count: int) -> None:
-    import torch
-
-    if count > 1:
-        with torch.no_grad():
-            tensor.div_(count, rounding_mode=None if tensor.is_floating_point() else "trunc")
-
-
 def _fp8_if_asked(original: Callable) -> Callable:
     @functools.wraps(original)
     def init(self: object, fp8: object = None) -> None:
@@ -255,7 +128,6 @@ def redirections() -> list[Redirection]:
     optimizer = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
     without_te = "torch's AdamW keeps `step` per parameter, which upstream loses on resume without Transformer Engine"
     prebuilt = "the wheel ships helpers_cpp built but no Makefile: `make` fails and rank 0 exits, on GPUs too"
-    no_average = "gloo has no averaging reduction; MoE's and MTP's logging ask for one"
     return [
         Redirection("megatron.core.datasets.utils.compile_helpers", _no_compile, "no effect", prebuilt),
         Redirection("megatron.bridge.training.initialize.compile_helpers", _no_compile, "no effect", prebuilt),
@@ -291,54 +163,8 @@ def redirections() -> list[Redirection]:
             "upstream shares one tensor, which every parameter then increments: the loss drifts silently",
             ("self", "state_dict"),
         ),
-        Redirection("torch.distributed.all_to_all_single", _int_splits, "split sizes as ints", "gloo refuses tensors"),
-        Redirection(
-            "torch.distributed.all_reduce",
-            _average_before,
-            "an average is a sum of shares",
-            no_average,
-            ("tensor", "op", "group", "async_op"),
-        ),
-        *(
-            Redirection(
-                name,
-                _average_before_scatter,
-                "an average is a sum of shares",
-                no_average,
-                ("output", "input", "op", "group", "async_op"),
-            )
-            for name in (
-                "torch.distributed.reduce_scatter_tensor",
-                "megatron.core.distributed.param_and_grad_buffer.dist_reduce_scatter_func",
-            )
-        ),
-        Redirection(
-            "torch.distributed.all_gather",
-            _gather_uneven,
-            "parts may differ in size",
-            "gloo wants equal parts; MoE with tensor parallelism gathers what the router gave each rank",
-            ("tensor_list", "tensor", "group", "async_op"),
-        ),
-        Redirection(
-            "torch.distributed.reduce_scatter",
-            _scatter_uneven,
-            "parts may differ in size",
-            "as torch.distributed.all_gather",
-            ("output", "input_list", "op", "group", "async_op"),
-        ),
-        *(
-            Redirection(
-                name,
-                _gather_flat,
-                "gathers into any shape",
-                "gloo compares shapes where NCCL compares sizes",
-                ("output_tensor", "input_tensor", "group", "async_op"),
-            )
-            for name in (
-                "torch.distributed.all_gather_into_tensor",
-                "megatron.core.tensor_parallel.utils.dist_all_gather_func",
-            )
-        ),
+        *gloo.redirections(),
+        *context.redirections(),
         Redirection(
             "megatron.core.tensor_parallel.random.CheckpointWithoutOutput.__init__",
             _fp8_if_asked,

@@ -1,0 +1,77 @@
+"""Start a run by torchrun: the command, the environment, the process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from course_lib import runs
+
+__all__ = ["Started", "command", "settings", "start", "start_process"]
+
+
+def command(run: runs.Run | Path, *, ranks: int = 8) -> list[str]:
+    """The command that starts the same run by hand, here or on a GPU node.
+
+    Example:
+        >>> " ".join(command(Path("runs/smoke"), ranks=8)[1:])
+        '-m torch.distributed.run --standalone --nproc-per-node 8 -m course_lib.train runs/smoke/config.yaml'
+    """
+    path = run.path if isinstance(run, runs.Run) else Path(run)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [*torchrun, "-m", "course_lib.train", str(path / "config.yaml")]
+
+
+def settings(run: runs.Run) -> dict[str, str]:
+    """The environment variables that a rank needs and a fresh shell does not have; none of them is a secret.
+
+    Args:
+        run: A prepared run; its device decides.
+    """
+    root = str(Path(__file__).resolve().parent.parent)
+    found = {"PYTHONPATH": os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)}
+    if run.launch["device"] == "cpu":
+        found |= {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    return found
+
+
+def start_process(run: runs.Run, words: list[str]) -> subprocess.Popen:
+    """Start a launcher's command in a session of its own; what it writes goes to the run's `logs/launcher.log`."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | settings(run)
+    with open(run.path / "logs" / "launcher.log", "a") as log:
+        return subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+        )
+
+
+def start(run: runs.Run, ranks: int) -> Started:
+    """Start the run on one node, and return at once."""
+    return Started(start_process(run, command(run, ranks=ranks)))
+
+
+class Started:
+    """A torchrun process, with the same three methods as a warm launch."""
+
+    def __init__(self, process: subprocess.Popen) -> None:
+        self._process = process
+
+    def wait(self, seconds: float) -> dict | None:
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        return {"dead": {}}
+
+    def stop(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGTERM)
+
+    def close(self) -> None:
+        if self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
