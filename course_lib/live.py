@@ -19,6 +19,7 @@ from math import ceil, floor, isfinite, log10
 from typing import TYPE_CHECKING, Any
 
 from course_lib import plots
+from course_lib.progress import where as _where
 
 if TYPE_CHECKING:
     from course_lib.runs import Run
@@ -382,13 +383,3 @@ def duration(seconds: float, *, rough: bool = False) -> str:
 def _sentences(run: Run) -> list[str]:
     """Put the three panels into words, by letting the plain figures write theirs."""
     return [draw(run).get_label() for draw in (plots.loss, plots.memory, plots.throughput)]
-
-
-def _where() -> str:
-    """Tell a notebook from a terminal from neither, without importing IPython."""
-    if "IPython" in sys.modules:
-        from IPython import get_ipython
-
-        if getattr(get_ipython(), "kernel", None) is not None:
-            return "notebook"
-    return "terminal" if sys.stderr is not None and sys.stderr.isatty() else "nowhere"

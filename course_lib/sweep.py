@@ -8,17 +8,14 @@ difference beyond that is called one.
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import math
 import statistics
-import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from course_lib import launch, layout, recipes, runs, stack
+from course_lib import finished, launch, layout, live, progress, recipes, runs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -135,11 +132,22 @@ def seeded(cfg: Any, seed: int) -> Any:
     return mine
 
 
-def repeat(cfg: Any, *, seeds: Sequence[int], name: str, ranks: int = 8, show: str | None = None) -> list[runs.Run]:
+def repeat(
+    cfg: Any,
+    *,
+    seeds: Sequence[int],
+    name: str,
+    ranks: int = 8,
+    show: str | None = None,
+    watch: Callable[[runs.Run], object] | None = None,
+) -> list[runs.Run]:
     """Train a configuration once for each seed; a run that was finished before is read instead of run again.
 
-    Finished means: the same configuration, ranks, versions and data files, and the run succeeded.  So a sweep that was
-    stopped goes on where it stopped, and a configuration shared by two comparisons is trained once.
+    Finished means: the same configuration, ranks, versions and data, and the run succeeded.  So a sweep that was
+    stopped, or whose notebook was closed, goes on where it stopped: a run that failed or was interrupted is trained
+    again from its first step.  A configuration shared by two comparisons is trained once.
+
+    While it waits, one line says which run of how many it is at, which step, and how long the rest will take.
 
     Args:
         cfg: Bridge's `ConfigContainer`.
@@ -147,25 +155,69 @@ def repeat(cfg: Any, *, seeds: Sequence[int], name: str, ranks: int = 8, show: s
         name: Beginning of the run directories' names.
         ranks: World size.
         show: As for `launch.run`.
+        watch: As for `launch.run`.
 
     Returns:
         One run a seed, in the order of `seeds`.
     """
     if len(set(seeds)) != len(seeds) or min(seeds, default=0) < 1:
         raise ValueError(f"seeds={list(seeds)}: give different whole numbers from 1 up")
-    found = []
-    for seed in seeds:
-        mine = seeded(cfg, seed)
-        digest = _digest(mine, ranks)
-        run = _finished(digest)
-        if run is None:
-            run = launch.run(mine, ranks=ranks, name=f"{name}-seed{seed}", show=show)
-            runs.write_json(run.path / "sweep.json", {"digest": digest, "seed": seed})
-            print(f"{run.name}: trained, held-out loss {held_out(run):.3f}")
-        else:
-            print(f"{run.name}: finished before, held-out loss {held_out(run):.3f}")
-        found.append(run)
-    return found
+    digests = {seed: finished.digest(seeded(cfg, seed), ranks) for seed in seeds}
+    found = {seed: run for seed in seeds if (run := finished.find(digests[seed])) is not None}
+    for seed, run in found.items():
+        print(f"{name}, seed {seed}: finished before as {run.name}, held-out loss {held_out(run):.3f}")
+    waiting = _Waiting(name, missing=len(seeds) - len(found))
+    try:
+        for seed in [seed for seed in seeds if seed not in found]:
+            waiting.begins(seed)
+            run = launch.run(
+                seeded(cfg, seed),
+                ranks=ranks,
+                name=f"{name}-seed{seed}",
+                show=show,
+                watch=lambda run: (waiting.watch(run), watch and watch(run)),
+            )
+            loss = held_out(run)
+            finished.note(run, digest=digests[seed], seed=seed)
+            found[seed] = run
+            waiting.ends(f"{name}, seed {seed}: trained as {run.name}, held-out loss {loss:.3f}")
+    finally:
+        waiting.close()
+    return [found[seed] for seed in seeds]
+
+
+class _Waiting:
+    """What a waiting learner reads: run, step, and an estimate from the runs that have ended."""
+
+    def __init__(self, name: str, *, missing: int) -> None:
+        self._name, self._missing, self._ended = name, missing, 0
+        self._line, self._seed, self._first = progress.Line(), 0, time.monotonic()
+        self._last = self._first
+
+    def begins(self, seed: int) -> None:
+        self._seed = seed
+        self._line.say(self._words("starting ranks"), now=True)
+
+    def watch(self, run: runs.Run) -> None:
+        steps = len(run.metrics)
+        self._line.say(self._words(f"step {steps} of {run.launch['train_iters']}" if steps else run.stage()))
+
+    def ends(self, words: str) -> None:
+        self._ended, self._last = self._ended + 1, time.monotonic()
+        print(words)
+
+    def close(self) -> None:
+        if self._missing:
+            spent = live.duration(time.monotonic() - self._first)
+            self._line.close(f"{self._name}: {self._ended} of {self._missing} runs trained in {spent}")
+
+    def _words(self, doing: str) -> str:
+        left = "time left not known yet"
+        if self._ended:
+            each = (self._last - self._first) / self._ended
+            seconds = each * (self._missing - self._ended) - (time.monotonic() - self._last)
+            left = f"about {live.duration(seconds, rough=True)} left" if seconds > 0 else "longer than the others"
+        return f"{self._name}: run {self._ended + 1} of {self._missing} (seed {self._seed}), {doing}, {left}"
 
 
 def compare(
@@ -237,37 +289,3 @@ def _half_width(one: Sequence[float], other: Sequence[float]) -> float:
         return 0.0
     freedom = total**2 / sum(s**2 / (len(g) - 1) for s, g in zip(shares, (one, other), strict=True))
     return float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(total)
-
-
-def _digest(cfg: Any, ranks: int) -> str:
-    """A number that is equal for runs that must give the same result."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.yaml"
-        cfg.to_yaml(str(path))
-        text = path.read_text()
-    data = [
-        _stamp(value) for value in sorted({str(leaf) for leaf in _leaves(recipes.flatten(cfg)) if "/" in str(leaf)})
-    ]
-    whole = json.dumps([text, data, ranks, stack.device(ranks), stack.versions()])
-    return hashlib.sha256(whole.encode()).hexdigest()
-
-
-def _leaves(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [leaf for item in value for leaf in _leaves(item)] if isinstance(value, list) else [value]
-
-
-def _stamp(name: str) -> list[Any]:
-    """Size and time of the files behind a path or a data prefix, so that new data means a new run."""
-    files = [Path(name), Path(f"{name}.bin"), Path(f"{name}.idx")]
-    files += sorted(files[0].iterdir()) if files[0].is_dir() else []
-    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
-
-
-def _finished(digest: str) -> runs.Run | None:
-    for run in runs.listing():
-        note = run.path / "sweep.json"
-        if note.exists() and json.loads(note.read_text())["digest"] == digest:
-            return run  # the note is written after success only
-    return None

@@ -171,7 +171,7 @@ def test_a_finished_run_is_not_run_again(bridge, runs_directory, tmp_path, monke
     """A sweep goes on where it stopped; a changed field, or changed data behind a path, means a new run."""
     started = []
 
-    def train(cfg: object, *, ranks: int, name: str, show: object) -> runs.Run:
+    def train(cfg: object, *, ranks: int, name: str, show: object, watch: object) -> runs.Run:
         path = runs.create(name)
         (path / "config.yaml").write_text("train: {}\n")
         (path / "validation.jsonl").write_text('{"step": 1, "time": 0, "loss": 5.0}\n')
