@@ -14,11 +14,12 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 @app.command()
 def doctor(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Look for packages without importing any.")] = False,
 ) -> None:
     """Look at this machine: what runs live here, what does not, and how to mend it."""
     from course_lib import doctor as module
 
-    raise typer.Exit(module.main(json=json))
+    raise typer.Exit(module.main(json=json, quick=quick))
 
 
 @app.command()

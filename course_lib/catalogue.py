@@ -19,8 +19,11 @@ from course_lib import recipes
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Entry", "describe", "entries", "table"]
+__all__ = ["Entry", "entries", "table"]
 
+_ROOT = "megatron.bridge.recipes"
+# How a recipe asks for the shape of a model: AutoBridge with weights in mind, AutoConfig without.
+_ASKS = ("from_hf_pretrained", "from_pretrained")
 _TASKS = ("pretrain", "sft", "peft")
 _SIZES = {
     "tensor_model_parallel_size": "TP",
@@ -28,32 +31,6 @@ _SIZES = {
     "context_parallel_size": "CP",
     "expert_model_parallel_size": "EP",
 }
-_HEADLINES = (
-    "model.num_layers",
-    "model.hybrid_layer_pattern",
-    "model.hidden_size",
-    "model.num_attention_heads",
-    "model.num_query_groups",
-    "model.ffn_hidden_size",
-    "model.num_moe_experts",
-    "model.moe_router_topk",
-    "model.seq_length",
-    "model.vocab_size",
-    "model.tensor_model_parallel_size",
-    "model.pipeline_model_parallel_size",
-    "model.context_parallel_size",
-    "model.expert_model_parallel_size",
-    "train.train_iters",
-    "train.global_batch_size",
-    "train.micro_batch_size",
-    "optimizer.lr",
-    "optimizer.min_lr",
-    "scheduler.lr_decay_style",
-    "scheduler.lr_warmup_iters",
-    "mixed_precision",
-    "tokenizer.tokenizer_type",
-    "tokenizer.tokenizer_model",
-)
 
 
 @dataclass(frozen=True)
@@ -98,12 +75,12 @@ def entries(*, directory: Path | None = None) -> tuple[Entry, ...]:
     Source: megatron-bridge 0.6.2 `recipes/`.
     """
     directory = directory or _installed()
-    return tuple(
-        sorted(
-            (entry for path in directory.rglob("*.py") for entry in _read(path, directory)),
-            key=lambda entry: (entry.module, entry.name),
-        )
-    )
+    sources = {
+        ".".join(path.relative_to(directory).with_suffix("").parts).removesuffix(".__init__"): _source(path, directory)
+        for path in directory.rglob("*.py")
+    }
+    found = (entry for module in sources for entry in _read(module, sources))
+    return tuple(sorted(found, key=lambda entry: (entry.module, entry.name)))
 
 
 def table(*, directory: Path | None = None) -> pd.DataFrame:
@@ -127,25 +104,6 @@ def table(*, directory: Path | None = None) -> pd.DataFrame:
     return frame.astype({"GPUs": "Int64"})
 
 
-def describe(cfg: Any) -> pd.DataFrame:
-    """The settings that a reader asks for first, of a configuration of some 800.
-
-    Args:
-        cfg: A Bridge `ConfigContainer` or nested mappings.
-
-    Returns:
-        Columns `field` and `value`; fields that the configuration lacks, or that are None, are left out.
-
-    >>> describe({"train": {"train_iters": 10}, "model": {"num_layers": 4, "vocab_size": None}}).values.tolist()
-    [['model.num_layers', 4], ['train.train_iters', 10]]
-    """
-    import pandas as pd
-
-    flat = recipes.flatten(cfg)
-    rows = [(name, flat[name]) for name in _HEADLINES if flat.get(name) is not None]
-    return pd.DataFrame(rows, columns=["field", "value"], dtype=object)
-
-
 def _shape(model_id: str | None, known: dict[str, recipes.ModelFacts]) -> str:
     if model_id is None:
         return "in the recipe or in one that it calls"
@@ -161,7 +119,16 @@ def _installed() -> Path:
     return folder
 
 
-def _read(path: Path, root: Path) -> Iterator[Entry]:
+@dataclass(frozen=True)
+class _Source:
+    """What one file of recipes defines and imports."""
+
+    functions: dict[str, ast.FunctionDef]
+    constants: dict[str, Any]
+    imports: dict[str, str]  # name -> module below `megatron.bridge.recipes`
+
+
+def _source(path: Path, root: Path) -> _Source:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     constants = {
         target.id: node.value.value
@@ -171,9 +138,19 @@ def _read(path: Path, root: Path) -> Iterator[Entry]:
         if isinstance(target, ast.Name)
     }
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
-    module = ".".join(path.relative_to(root).with_suffix("").parts)
-    for name, function in functions.items():
-        if name.endswith("_config") and not name.startswith("_") and "/" in str(path.relative_to(root)):
+    folder = ".".join((_ROOT, *path.relative_to(root).parent.parts))
+    imports = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            module = importlib.util.resolve_name("." * node.level + (node.module or ""), folder)
+            if module.startswith(f"{_ROOT}."):
+                imports |= {alias.asname or alias.name: module.removeprefix(f"{_ROOT}.") for alias in node.names}
+    return _Source(functions, constants, imports)
+
+
+def _read(module: str, sources: dict[str, _Source]) -> Iterator[Entry]:
+    for name, function in sources[module].functions.items():
+        if name.endswith("_config") and not name.startswith("_") and "." in module:
             gpus = re.search(r"_(\d+)gpu_([a-z0-9]+)", name)
             yield Entry(
                 name=name,
@@ -183,7 +160,7 @@ def _read(path: Path, root: Path) -> Iterator[Entry]:
                 gpus=int(gpus[1]) if gpus else None,
                 hardware=gpus[2] if gpus else "",
                 layout=dict(_layout(function)),
-                asks_hub_for=_model_id(function, functions, constants),
+                asks_hub_for=_model_id(name, module, sources),
             )
 
 
@@ -210,20 +187,25 @@ def _local(function: ast.FunctionDef) -> dict[str, Any]:
     return found
 
 
-def _model_id(
-    function: ast.FunctionDef, functions: dict[str, ast.FunctionDef], constants: dict[str, Any], depth: int = 3
-) -> str | None:
-    """The first argument of `from_hf_pretrained`, here or in a helper of the same file."""
+def _model_id(name: str, module: str, sources: dict[str, _Source], depth: int = 4) -> str | None:
+    """The model whose configuration a function asks for, itself or through a recipe function that it calls."""
+    source = sources.get(module)
+    if source is None or not depth:
+        return None
+    if name not in source.functions:
+        return _model_id(name, source.imports[name], sources, depth - 1) if name in source.imports else None
+    function = source.functions[name]
     for node in ast.walk(function):
         if not isinstance(node, ast.Call):
             continue
-        if isinstance(node.func, ast.Attribute) and node.func.attr == "from_hf_pretrained" and node.args:
+        if isinstance(node.func, ast.Attribute) and node.func.attr in _ASKS and node.args:
             argument = node.args[0]
             if isinstance(argument, ast.Constant):
                 return str(argument.value)
-            return str({**constants, **_local(function)}.get(getattr(argument, "id", ""), ast.unparse(argument)))
-        if isinstance(node.func, ast.Name) and node.func.id in functions and depth:
-            found = _model_id(functions[node.func.id], functions, constants, depth - 1)
+            values = {**source.constants, **_local(function)}
+            return str(values.get(getattr(argument, "id", ""), ast.unparse(argument)))
+        if isinstance(node.func, ast.Name):
+            found = _model_id(node.func.id, module, sources, depth - 1)
             if found:
                 return found
     return None

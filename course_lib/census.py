@@ -1,8 +1,9 @@
 """Count the parameters of the model that a recipe really builds, by part, without its memory.
 
-Megatron builds the whole model on PyTorch's meta device, where a tensor has a shape and no bytes.  That happens in a
-child process, because a hybrid model asks for CUDA and for the Mamba kernels while it is built; the notebook's kernel
-never fakes either.
+Megatron builds what each rank of a layout holds, on PyTorch's meta device, where a tensor has a shape and no bytes, and
+in a process group that is made up (`course_lib.meta_model`).  The ranks of a model with experts share the experts among
+them, so the total is a sum over ranks.  All this happens in a child process, because a hybrid model asks for CUDA and
+for the Mamba kernels while it is built; the notebook's kernel never fakes either.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ __all__ = ["Census", "CensusFailed", "count", "part_of"]
 
 _MARK = "census: "
 _LIMIT_S = 300
+_SHARED_OUT = "routed experts"
 
 
 class CensusFailed(RuntimeError):
@@ -31,15 +33,19 @@ class Census:
 
     Attributes:
         recipe: The recipe's function.
-        parts: Number of parameters by part, in the order of the model.
+        parts: Number of parameters by part, in the order of the model, each counted once.
         experts: Routed experts of a layer, 0 for a dense model.
         chosen: Routed experts that one token uses.
+        ranks: Ranks of the layout that was built.
+        on_rank: Parameters that one of these ranks holds.
     """
 
     recipe: str
     parts: dict[str, int]
     experts: int
     chosen: int
+    ranks: int = 1
+    on_rank: int = 0
 
     @property
     def total(self) -> int:
@@ -53,7 +59,7 @@ class Census:
         >>> Census("x", {"routed experts": 128, "attention": 10}, experts=128, chosen=6).active
         16
         """
-        routed = self.parts.get("routed experts", 0)
+        routed = self.parts.get(_SHARED_OUT, 0)
         return self.total - (routed // self.experts * (self.experts - self.chosen) if self.experts else 0)
 
     @property
@@ -62,21 +68,29 @@ class Census:
         return self.active - self.parts["input embedding"]
 
 
-def count(recipes: Iterable[str], *, vocab_size: int | None = None) -> dict[str, Census]:
+def count(
+    recipes: Iterable[str], *, vocab_size: int | None = None, ranks: int = 1, only_first: bool = False
+) -> dict[str, Census]:
     """Build the models of some recipes in a child process and count.
+
+    The layout is TP=1 PP=1, and EP=`ranks` for a model with experts: every rank holds its share of the experts and all
+    the rest.
 
     Args:
         recipes: Functions as `module:function` below `megatron.bridge.recipes`.
-        vocab_size: Rows of the embedding; the recipe's own if None.
+        vocab_size: Rows of the embedding; those of the published model if None.
+        ranks: World size of the process group that is made up.
+        only_first: Build the first rank alone, and take its number of experts for that of the others.
 
     Returns:
         One census a recipe, by the name of its function.
 
     Raises:
-        CensusFailed: If a recipe or its model cannot be built.
+        CensusFailed: If a recipe or its model cannot be built, or if two ranks disagree about what both hold.
     """
     names = list(recipes)
-    command = [sys.executable, "-W", "ignore", "-m", __name__, json.dumps({"recipes": names, "vocab_size": vocab_size})]
+    asked = {"recipes": names, "vocab_size": vocab_size, "ranks": ranks, "only_first": only_first}
+    command = [sys.executable, "-W", "ignore", "-m", __name__, json.dumps(asked)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_LIMIT_S)
     lines = [line.removeprefix(_MARK) for line in done.stdout.splitlines() if line.startswith(_MARK)]
     if done.returncode or len(lines) != len(names):
@@ -102,9 +116,24 @@ def part_of(name: str) -> str:
         ".router.": "router",
         ".self_attention.": "attention",
         ".mlp.": "dense feed-forward",
+        "latent_proj": "latent projections",
+        "eh_proj": "multi-token prediction",
         "norm": "norms",
     }
     return next((part for sign, part in rules.items() if sign in name), "other")
+
+
+def _sum_over_ranks(held: Sequence[Mapping[str, int]], *, times: int = 1) -> dict[str, int]:
+    """What a model has, from what its ranks hold: experts are shared among them, everything else is on each of them.
+
+    >>> _sum_over_ranks([{"norms": 3, "routed experts": 8}, {"norms": 3, "routed experts": 8}])
+    {'norms': 3, 'routed experts': 16}
+    """
+    rest = [{part: size for part, size in parts.items() if part != _SHARED_OUT} for parts in held]
+    if any(parts != rest[0] for parts in rest):
+        raise CensusFailed(f"the ranks hold different parts besides the experts: {rest}")
+    experts = sum(parts.get(_SHARED_OUT, 0) for parts in held) * times
+    return {part: experts if part == _SHARED_OUT else size for part, size in held[0].items()}
 
 
 def _child(asked: Mapping[str, Any]) -> None:
@@ -114,24 +143,55 @@ def _child(asked: Mapping[str, Any]) -> None:
     stack.prepare_imports()
     import importlib
 
-    import torch.distributed as dist
-    from torch.testing._internal.distributed.fake_pg import FakeStore
+    from course_lib import meta_model
 
     _make_hybrid_models_buildable()
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     for name in asked["recipes"]:
         module, function = name.split(":")
         with offline_recipes.offline():
             cfg = getattr(importlib.import_module(f"megatron.bridge.recipes.{module}"), function)()
-        model = cfg.model
-        if asked["vocab_size"]:
-            model.vocab_size = asked["vocab_size"]
-        parts: Counter[str] = Counter()
-        for parameter, value in _build(model).named_parameters():
-            parts[part_of(parameter)] += value.numel()
-        experts, chosen = getattr(model, "num_moe_experts", None) or 0, getattr(model, "moe_router_topk", 0)
-        row = {"recipe": function, "parts": parts, "experts": experts, "chosen": chosen if experts else 0}
+        _lay_out(cfg, asked["ranks"], asked["vocab_size"])
+        experts, chosen = getattr(cfg.model, "num_moe_experts", None) or 0, getattr(cfg.model, "moe_router_topk", 0)
+        alone = asked["only_first"] or not experts  # without experts every rank holds the same
+        held: list[Counter[str]] = []
+        for rank in range(1 if alone else asked["ranks"]):
+            held.append(Counter())
+            with meta_model.built(cfg, ranks=asked["ranks"], rank=rank) as (model,):
+                for parameter, value in model.named_parameters():
+                    held[-1][part_of(parameter)] += value.numel()
+        row = {
+            "recipe": function,
+            "parts": _sum_over_ranks(held, times=asked["ranks"] if alone else 1),
+            "experts": experts,
+            "chosen": chosen if experts else 0,
+            "ranks": asked["ranks"],
+            "on_rank": held[0].total(),
+        }
         print(_MARK + json.dumps(row), flush=True)
+
+
+def _lay_out(cfg: Any, ranks: int, vocab_size: int | None) -> None:
+    """TP=1 PP=1 and the experts over all ranks, of Megatron's own unfused layers: the same parameters."""
+    from megatron.core.post_training.modelopt.hybrid.model_specs import get_hybrid_stack_modelopt_spec
+
+    model = cfg.model
+    model.vocab_size = vocab_size or model.vocab_size
+    if not model.vocab_size:
+        raise CensusFailed("the recipe leaves its vocabulary to a tokenizer: give vocab_size")
+    cfg.tokenizer.use_tokenizer_vocab_size = False  # the model as published, not the recipe's stand-in tokenizer
+    if hasattr(model, "hybrid_stack_spec"):
+        model.hybrid_stack_spec = get_hybrid_stack_modelopt_spec(local_core_attention=True)
+    for size in ("tensor_model", "pipeline_model", "context", "expert_model", "expert_tensor"):
+        setattr(model, f"{size}_parallel_size", 1)
+    model.virtual_pipeline_model_parallel_size, model.pipeline_model_parallel_layout = None, None
+    model.sequence_parallel, model.transformer_impl = False, "local"
+    if getattr(model, "num_moe_experts", None):
+        model.expert_model_parallel_size = ranks
+        model.moe_token_dispatcher_type, model.moe_flex_dispatcher_backend = "allgather", None
+        model.moe_shared_expert_overlap = False
+    model.recompute_granularity = model.recompute_modules = None
+    cfg.dataset.seq_length = model.seq_length
+    cfg.train.micro_batch_size, cfg.train.global_batch_size = 1, ranks
 
 
 def _make_hybrid_models_buildable() -> None:
@@ -143,6 +203,7 @@ def _make_hybrid_models_buildable() -> None:
     from megatron.core.models.hybrid import hybrid_block
     from megatron.core.post_training.modelopt.hybrid import model_specs
     from megatron.core.ssm import mamba_mixer
+    from megatron.core.transformer.moe import moe_layer
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     class GatedNorm(torch.nn.Module):
@@ -152,41 +213,18 @@ def _make_hybrid_models_buildable() -> None:
             super().__init__()
             self.weight = torch.nn.Parameter(torch.empty(channels, device=device))
 
+    class Duplicated(torch.nn.Module):
+        """The shape of Transformer Engine's linear layer, which Megatron demands around experts in a latent space."""
+
+        def __init__(self, inputs: int, outputs: int, **_: object) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.empty(outputs, inputs))
+
+    moe_layer.HAVE_TE, moe_layer.TELinear = True, Duplicated
     mamba_mixer.HAVE_MAMBA_SSM = True
     mamba_mixer.ExtendedRMSNorm = GatedNorm
     mamba_mixer.get_cuda_rng_tracker = lambda: SimpleNamespace(fork=nullcontext)
-    torch.cuda.current_device = lambda: "meta"
     model_specs.Norm = hybrid_block.TENorm = WrappedTorchNorm
-
-
-def _build(model: Any) -> Any:
-    """The whole model on one rank, on the meta device, of Megatron's own unfused layers: the same parameters."""
-    from types import SimpleNamespace
-
-    import torch
-    import torch.distributed as dist
-    from megatron.bridge.models.gpt_provider import local_layer_spec
-    from megatron.core.post_training.modelopt.hybrid.model_specs import get_hybrid_stack_modelopt_spec
-
-    model.transformer_impl = "local"
-    if hasattr(model, "hybrid_stack_spec"):
-        model.hybrid_stack_spec = get_hybrid_stack_modelopt_spec(local_core_attention=True)
-    else:
-        model.transformer_layer_spec = local_layer_spec
-    for size in ("tensor_model", "pipeline_model", "context", "expert_model"):
-        setattr(model, f"{size}_parallel_size", 1)
-    model.sequence_parallel = False
-    for fused in ("gradient_accumulation_fusion", "apply_rope_fusion", "persist_layer_norm", "bias_activation_fusion"):
-        setattr(model, fused, False)
-    model.cross_entropy_loss_fusion = model.moe_grouped_gemm = model.moe_permute_fusion = False
-    model.moe_token_dispatcher_type, model.moe_flex_dispatcher_backend = "allgather", None
-    model.moe_shared_expert_overlap, model.cuda_graph_impl = False, "none"
-    model.init_model_with_meta_device, model.use_cpu_initialization, model.perform_initialization = True, True, False
-    names = "tp pp cp dp dp_cp tp_cp tp_dp_cp ep tp_ep tp_ep_pp expt_tp expt_dp intra_expt_dp embd pos_embd mp".split()
-    model._pg_collection = SimpleNamespace(**dict.fromkeys(names, dist.group.WORLD))
-    model.finalize()
-    with torch.device("meta"):
-        return model.provide(pre_process=True, post_process=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What can this machine run, and what is wrong with it? `course doctor`.
 
-The checks are those of `course_lib.machine` and `course_lib.installation`. The whole report takes about a second.
+The checks are those of `course_lib.machine` and `course_lib.installation`.  Looking takes about a second; importing the
+packages beside the engine, in processes of their own, takes several more, and `report(imports=False)` leaves it out.
 """
 
 from __future__ import annotations
@@ -54,10 +55,16 @@ class Report:
         return int(stopped or any(finding.status == "fail" for finding in self.findings))
 
 
-def report() -> Report:
-    """Look at this machine: every finding, package, stand-in and lesson."""
+def report(*, imports: bool = True) -> Report:
+    """Look at this machine: every finding, package, stand-in and lesson.
+
+    Args:
+        imports: Import NeMo Run, NeMo Curator and AutoModel, too, instead of only looking for them.
+    """
     device = stack.device(machine.GPUS_FOR_A_LESSON)
     findings = (*machine.findings(), *installation.findings(has_gpus=stack.gpu_count() > 0))
+    if imports:
+        findings = (*findings, *installation.imports())
     lessons = lessons_that_run(findings, device=device)
     return Report(findings, installation.packages(), tuple(stack.stand_ins()), lessons)
 
@@ -142,9 +149,13 @@ def _grid(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
     return grid
 
 
-def main(*, json: bool = False) -> int:
+def main(*, json: bool = False, quick: bool = False) -> int:
     """Entry of `course doctor`; returns 1 if a lesson could not run."""
-    result = report()
+    if not (json or quick):
+        print(
+            f"Looking, and importing {', '.join(installation.IMPORTED)} (some seconds) ...", file=sys.stderr, flush=True
+        )
+    result = report(imports=not quick)
     if json:
         print(as_json(result))
     else:

@@ -9,6 +9,9 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
@@ -25,6 +28,7 @@ __all__ = [
     "findings",
     "foreign_megatron",
     "helpers",
+    "imports",
     "leptonai",
     "one_installation",
     "packages",
@@ -54,6 +58,13 @@ PACKAGES = {
 }
 # What starts runs, what feeds them, and the path beside Bridge: lesson 01 shows them, no rank imports them.
 BESIDE_THE_ENGINE = ("nemo-run", "nemo-curator", "nemo-automodel")
+# What the doctor imports of each: the modules of which lesson 01 shows an object, or their package where that takes long.
+IMPORTED = {
+    "nemo-run": "nemo_run",
+    "nemo-curator": "nemo_curator.stages.text.filters.heuristic.string",
+    "nemo-automodel": "nemo_automodel",
+}
+IMPORT_LIMIT_S = 120.0  # on two idle cores all three take under ten
 CONTAINER_VARIABLES = ("NVIDIA_PRODUCT_NAME", "NEMO_VERSION", "NVIDIA_PYTORCH_VERSION")
 SET_UP = "Run `make setup`, then use `.venv/bin/python`."
 
@@ -109,6 +120,42 @@ def beside_the_engine(found: Mapping[str, str | None]) -> Finding:
     missing = [name for name, installed in found.items() if installed is None or not places(PACKAGES[name])]
     value = f"not importable: {', '.join(missing)}" if missing else ", ".join(f"{n} {v}" for n, v in found.items())
     return warn_unless(not missing, "beside the engine", value, SET_UP)
+
+
+def imports(modules: Mapping[str, str] = IMPORTED, *, seconds_limit: float = IMPORT_LIMIT_S) -> list[Finding]:
+    """Import each package beside the engine in a process of its own, all at the same time.
+
+    That a version is installed does not say that its module can be run: only importing it does.  A process of its own
+    keeps a broken package, and the seconds and the memory of a whole one, away from this process.
+
+    Args:
+        modules: What to import, by distribution name; a package that is not installed is left out.
+        seconds_limit: How long all of them may take together.
+    """
+    began = time.monotonic()
+    command = [sys.executable, "-W", "ignore", "-c"]
+    started = {
+        name: subprocess.Popen([*command, f"import {module}"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        for name, module in modules.items()
+        if version(name)
+    }
+    found = []
+    for name, process in started.items():
+        try:
+            _, said = process.communicate(timeout=max(0.0, began + seconds_limit - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            fix = f"Try `{sys.executable} -c 'import {modules[name]}'`, and again when the machine is less busy."
+            found.append(Finding(f"import of {name}", "warn", f"not over within {seconds_limit:.0f} s", fix))
+            continue
+        if process.returncode == 0:
+            found.append(Finding(f"import of {name}", "ok", f"{version(name)}, {modules[name]}"))
+            continue
+        lines = said.decode(errors="replace").strip().splitlines() or [f"ended with {process.returncode}"]
+        fix = f"Run `uv pip install --reinstall {name}=={version(name)}`, or `make setup`."
+        found.append(Finding(f"import of {name}", "warn", f"{modules[name]} cannot be imported: {lines[-1]}", fix))
+    return found
 
 
 def places(module: str) -> list[Path]:

@@ -50,13 +50,14 @@ def precision(cfg: Any) -> Precision:
 
 
 @contextmanager
-def built(cfg: Any, *, ranks: int, stage: int = 0) -> Iterator[list[torch.nn.Module]]:
+def built(cfg: Any, *, ranks: int, stage: int = 0, rank: int | None = None) -> Iterator[list[torch.nn.Module]]:
     """Build what one rank of a pipeline stage would hold, and forget it at the end of the block.
 
     Args:
         cfg: A Bridge ``ConfigContainer``; it is not changed.
         ranks: World size.
         stage: Pipeline stage, from 0.
+        rank: Which rank to be; the first of the stage if None.
 
     Yields:
         The rank's model chunks: one, or VPP of them.
@@ -75,9 +76,8 @@ def built(cfg: Any, *, ranks: int, stage: int = 0) -> Iterator[list[torch.nn.Mod
     layout = require(cfg, ranks)
     model = _without_devices(cfg)
     excepthook = sys.excepthook  # each process group would put its rank before every line of a traceback
-    dist.init_process_group(
-        "fake", store=FakeStore(), rank=stage * ranks // layout.pipeline_model_parallel_size, world_size=ranks
-    )
+    me = stage * ranks // layout.pipeline_model_parallel_size if rank is None else rank
+    dist.init_process_group("fake", store=FakeStore(), rank=me, world_size=ranks)
     try:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tensor_model_parallel_size,

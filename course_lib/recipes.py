@@ -1,23 +1,19 @@
-"""NVIDIA's recipes without the Hub: load one, flatten it, compare two, make one small.
+"""NVIDIA's recipes as data: flatten one, describe it, compare two, make one small.
 
-``offline()`` is the whole trick.  A recipe such as ``llama32_1b_pretrain_config`` calls
-``AutoBridge.from_hf_pretrained("meta-llama/Llama-3.2-1B")`` for the *shape* of the model, and that file is gated.
-Inside the context the same call is answered from ``data/models/*.json``; everything else is NVIDIA's own code.
+``offline()`` lets a recipe be called without the Hub; it and the closed forms are kept in modules of their own
+(:mod:`course_lib.model_facts`, :mod:`course_lib.parameters`) and offered here, because a lesson needs them together.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from course_lib.layout_sizes import Fields
+from course_lib.model_facts import ModelFacts, UnknownModel, known_models, offline
+from course_lib.parameters import initial_loss, parameter_count
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ModelFacts",
     "UnknownModel",
+    "describe",
     "diff",
     "flatten",
     "initial_loss",
@@ -34,103 +31,33 @@ __all__ = [
     "shrink",
 ]
 
-_MODELS = Path(__file__).resolve().parent.parent / "data" / "models"
 _ABSENT = "(absent)"
-
-
-class UnknownModel(ValueError):
-    """A recipe asked for a model whose values are not in ``data/models``."""
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """The shape of one model, kept in the project with its source.
-
-    Attributes:
-        model_id: The name under which a recipe asks for it.
-        config: Values under the names that Hugging Face uses.
-        source: Where each value was read.
-        path: The file.
-    """
-
-    model_id: str
-    config: dict[str, Any]
-    source: dict[str, Any]
-    path: Path
-
-
-def known_models(*, directory: Path = _MODELS) -> dict[str, ModelFacts]:
-    """Which models can be built without the Hub?
-
-    Args:
-        directory: Where the ``*.json`` files are.
-
-    Returns:
-        The facts by model id.
-
-    Raises:
-        ValueError: If a file lacks a key or two files claim one id.
-
-    >>> known_models()["meta-llama/Llama-3.2-1B"].config["num_hidden_layers"]
-    16
-    """
-    found: dict[str, ModelFacts] = {}
-    for path in sorted(directory.glob("*.json")):
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if missing := [key for key in ("model_id", "config", "source") if key not in data]:
-            raise ValueError(f"{path} has no {' and no '.join(missing)}: see data/README.md for the three keys")
-        facts = ModelFacts(data["model_id"], data["config"], data["source"], path)
-        if facts.model_id in found:
-            raise ValueError(f"{path} and {found[facts.model_id].path} both describe {facts.model_id}: remove one")
-        found[facts.model_id] = facts
-    return found
-
-
-@contextmanager
-def offline(*, directory: Path = _MODELS) -> Iterator[None]:
-    """Answer ``AutoBridge.from_hf_pretrained`` from ``data/models`` instead of the Hub, inside this block only.
-
-    A path to a local directory still goes to Bridge.  Weights are never made up: asking for them fails in Bridge.
-
-    Args:
-        directory: Where the ``*.json`` files are.
-
-    Raises:
-        UnknownModel: By the recipe inside, if it asks for a model that has no file.
-
-    Example::
-
-        with recipes.offline():
-            cfg = llama32_1b_pretrain_config()
-
-    Source: megatron-bridge 0.6.2 ``models/conversion/auto_bridge.py``, ``from_hf_pretrained`` and ``from_hf_config``.
-    """
-    from megatron.bridge import AutoBridge
-    from transformers import AutoConfig
-
-    known = known_models(directory=directory)
-    original = AutoBridge.__dict__["from_hf_pretrained"]
-
-    def from_facts(cls: type, path: str | Path, **kwargs: Any) -> Any:
-        if Path(path).is_dir():
-            return original.__get__(None, cls)(path, **kwargs)
-        if str(path) not in known:
-            raise UnknownModel(
-                f"no values for {str(path)!r} in {directory}: known are {', '.join(sorted(known)) or 'none'}. "
-                f"Write {str(path).rsplit('/', 1)[-1].lower().replace('.', '').replace('-', '_')}.json there with "
-                f'"model_id": "{path}" (see data/README.md), or call the recipe outside recipes.offline() '
-                "with a network and, for a gated model, a Hugging Face login"
-            )
-        config = dict(known[str(path)].config)
-        config = AutoConfig.for_model(config.pop("model_type"), **config)
-        config.name_or_path = str(path)  # Bridge keeps it as hf_model_id, as if the Hub had answered
-        return cls.from_hf_config(config)
-
-    AutoBridge.from_hf_pretrained = classmethod(from_facts)
-    try:
-        yield
-    finally:
-        AutoBridge.from_hf_pretrained = original
+_HEADLINES = (
+    "model.num_layers",
+    "model.hybrid_layer_pattern",
+    "model.hidden_size",
+    "model.num_attention_heads",
+    "model.num_query_groups",
+    "model.ffn_hidden_size",
+    "model.num_moe_experts",
+    "model.moe_router_topk",
+    "model.seq_length",
+    "model.vocab_size",
+    "model.tensor_model_parallel_size",
+    "model.pipeline_model_parallel_size",
+    "model.context_parallel_size",
+    "model.expert_model_parallel_size",
+    "train.train_iters",
+    "train.global_batch_size",
+    "train.micro_batch_size",
+    "optimizer.lr",
+    "optimizer.min_lr",
+    "scheduler.lr_decay_style",
+    "scheduler.lr_warmup_iters",
+    "mixed_precision",
+    "tokenizer.tokenizer_type",
+    "tokenizer.tokenizer_model",
+)
 
 
 def flatten(cfg: Any) -> dict[str, Any]:
@@ -176,29 +103,53 @@ def diff(before: Any, after: Any) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["field", "before", "after"], dtype=object)
 
 
+def describe(cfg: Any) -> pd.DataFrame:
+    """The settings that a reader asks for first, of a configuration of some 800.
+
+    Args:
+        cfg: A Bridge ``ConfigContainer`` or nested mappings.
+
+    Returns:
+        Columns ``field`` and ``value``; fields that the configuration lacks, or that are None, are left out.
+
+    >>> describe({"train": {"train_iters": 10}, "model": {"num_layers": 4, "vocab_size": None}}).values.tolist()
+    [['model.num_layers', 4], ['train.train_iters', 10]]
+    """
+    import pandas as pd
+
+    flat = flatten(cfg)
+    rows = [(name, flat[name]) for name in _HEADLINES if flat.get(name) is not None]
+    return pd.DataFrame(rows, columns=["field", "value"], dtype=object)
+
+
 def shrink(
     cfg: Any,
     *,
     num_layers: int | None = None,
+    hybrid_layer_pattern: str | None = None,
     hidden_size: int | None = None,
     num_attention_heads: int | None = None,
     num_query_groups: int | None = None,
     ffn_hidden_size: int | None = None,
+    num_moe_experts: int | None = None,
     seq_length: int | None = None,
     vocab_size: int | None = None,
 ) -> pd.DataFrame:
     """Make the model of a recipe small, in place, keeping the settings equal that Bridge wants equal.
 
     ``seq_length`` is set on the model and on the data; ``vocab_size`` on the model and on the tokenizer;
-    ``kv_channels``, which a recipe fixes at the head size of the big model, becomes hidden size / heads.
+    ``kv_channels``, which a recipe fixes at the head size of the big model, becomes hidden size / heads;
+    ``hybrid_layer_pattern`` brings its number of layers along.
 
     Args:
         cfg: A Bridge ``ConfigContainer``.
-        num_layers: Transformer layers.
+        num_layers: Transformer layers, of a model without a layer pattern.
+        hybrid_layer_pattern: One letter a layer, of a model that has a pattern.
         hidden_size: Width of the residual stream.
         num_attention_heads: Query heads.
         num_query_groups: Key and value heads.
         ffn_hidden_size: Width of the feed-forward layer.
+        num_moe_experts: Routed experts of a layer, of a model that has them.
         seq_length: Tokens in a sequence.
         vocab_size: Ids of the tokenizer.
 
@@ -206,18 +157,32 @@ def shrink(
         The settings that changed, as :func:`diff` shows them.
 
     Raises:
-        ValueError: If the heads do not divide the hidden size; nothing is changed then.
+        ValueError: If the sizes do not fit each other or the model; nothing is changed then.
     """
     model, before = cfg.model, flatten(cfg)
     hidden, heads = hidden_size or model.hidden_size, num_attention_heads or model.num_attention_heads
+    groups = num_query_groups or model.num_query_groups or heads
+    pattern, experts = getattr(model, "hybrid_layer_pattern", None), getattr(model, "num_moe_experts", None)
+    chosen = getattr(model, "moe_router_topk", 1)
     if hidden % heads:
         raise ValueError(f"hidden_size={hidden} is not a multiple of num_attention_heads={heads}: change one of them")
+    if heads % groups:
+        raise ValueError(f"num_attention_heads={heads} is not a multiple of num_query_groups={groups}: change one")
+    if pattern and num_layers is not None:
+        raise ValueError(f"the layers are those of the pattern {pattern}: give hybrid_layer_pattern, not num_layers")
+    if hybrid_layer_pattern and not pattern:
+        raise ValueError("the model has no layer pattern: give num_layers, not hybrid_layer_pattern")
+    if num_moe_experts is not None and (not experts or num_moe_experts < chosen):
+        kept = f"a token chooses {chosen} experts" if experts else "the model has no experts"
+        raise ValueError(f"num_moe_experts={num_moe_experts} does not fit, because {kept}")
     given = {
-        "num_layers": num_layers,
+        "num_layers": len(hybrid_layer_pattern) if hybrid_layer_pattern else num_layers,
+        "hybrid_layer_pattern": hybrid_layer_pattern,
         "hidden_size": hidden_size,
         "num_attention_heads": num_attention_heads,
         "num_query_groups": num_query_groups,
         "ffn_hidden_size": ffn_hidden_size,
+        "num_moe_experts": num_moe_experts,
         "seq_length": seq_length,
         "vocab_size": vocab_size,
         "kv_channels": hidden // heads if hidden_size or num_attention_heads else None,
@@ -230,81 +195,6 @@ def shrink(
     if vocab_size is not None:
         cfg.tokenizer.vocab_size = vocab_size
     return diff(before, cfg)
-
-
-def parameter_count(model: Any, *, vocab_size: int | None = None) -> int:
-    """How many parameters has a dense Llama-shaped model (RMSNorm, no biases, rotary positions)?
-
-    With hidden size h, heads of c channels, a query heads, g key-value heads, feed-forward width f, L layers, V rows::
-
-        V h  +  L (h c (2 a + 2 g)  +  3 h f  +  2 h)  +  h  [+ V h if input and output embeddings differ]
-
-    (2 h f instead of 3 h f without a gate.)
-
-    Args:
-        model: A Bridge model provider, a ``ConfigContainer``, or a mapping with Megatron's field names.
-        vocab_size: Rows of the embedding, padded already (``layout.padded_vocab_size``); default the model's.
-
-    Returns:
-        The number of parameters, each counted once however many ranks hold it.
-
-    Raises:
-        ValueError: If the model has parts that this formula does not count.
-
-    >>> llama = dict(num_layers=16, hidden_size=2048, num_attention_heads=32, num_query_groups=8, ffn_hidden_size=8192)
-    >>> llama |= dict(normalization="RMSNorm", gated_linear_unit=True, add_bias_linear=False)
-    >>> llama |= dict(position_embedding_type="rope", share_embeddings_and_output_weights=True)
-    >>> parameter_count(llama, vocab_size=128256)
-    1235814400
-    """
-    get = Fields.of(model).model
-    wanted = {
-        "normalization": ("RMSNorm", "LayerNorm"),
-        "add_bias_linear": (False, True),
-        "add_qkv_bias": (False, False),
-        "qk_layernorm": (False, False),
-        "multi_latent_attention": (False, False),
-        "num_moe_experts": (None, None),
-        "mtp_num_layers": (None, None),
-        "hybrid_layer_pattern": (None, None),
-        "position_embedding_type": ("rope", "learned_absolute"),
-    }
-    for name, (counted, default) in wanted.items():
-        if (value := get(name, default)) != counted:
-            raise ValueError(
-                f"{name}={value!r} adds or removes parameters that this formula does not count (it wants {counted!r}): "
-                "count the built model instead"
-            )
-    hidden, heads, layers = get("hidden_size"), get("num_attention_heads"), get("num_layers")
-    groups, width = get("num_query_groups", heads), get("ffn_hidden_size", 4 * hidden)
-    rows = vocab_size if vocab_size is not None else get("vocab_size")
-    if rows is None:
-        raise ValueError("the model has no vocab_size: give vocab_size=")
-    channels = get("kv_channels", hidden // heads)
-    attention = hidden * channels * (2 * heads + 2 * groups)
-    feed_forward = hidden * width * (3 if get("gated_linear_unit", False) else 2)
-    embeddings = rows * hidden * (1 if get("share_embeddings_and_output_weights", True) else 2)
-    return embeddings + layers * (attention + feed_forward + 2 * hidden) + hidden
-
-
-def initial_loss(vocab_size: int) -> float:
-    """The loss of a model that knows nothing: every id is equally likely.
-
-    Args:
-        vocab_size: Number of ids among which the model chooses.
-
-    Returns:
-        ln(vocab_size), in nats a token.
-
-    Raises:
-        ValueError: If it is not positive.
-
-    >>> round(initial_loss(32000), 2)
-    10.37
-    """
-    if vocab_size < 1:
-        raise ValueError(f"vocab_size={vocab_size} must be at least 1")
-    return math.log(vocab_size)
 
 
 def _children(value: Any) -> Iterator[tuple[str, Any]]:

@@ -35,7 +35,7 @@ def test_the_foreign_megatron_fails_the_command(tmp_path: Path) -> None:
     """`course doctor` ends with exit code 1 where a lesson could not run."""
     (tmp_path / "megatron").mkdir()
     (tmp_path / "megatron/__init__.py").touch()
-    done = beside(tmp_path, "import sys; from course_lib import doctor; sys.exit(doctor.main())")
+    done = beside(tmp_path, "import sys; from course_lib import doctor; sys.exit(doctor.main(quick=True))")
     assert done.returncode == 1, done.stderr
     assert "megatron namespace" in done.stdout
 
@@ -132,3 +132,23 @@ def test_a_missing_part_beside_the_engine_is_named() -> None:
     finding = installation.beside_the_engine(installed | {"nemo-curator": None})
     assert (finding.status, finding.value) == ("warn", "not importable: nemo-curator")
     assert "make setup" in finding.fix
+
+
+def test_a_broken_package_is_named_with_its_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package that is installed but cannot be imported is named with its last words and a fix; a good one is ok."""
+    (tmp_path / "nemo_run.py").write_text("raise RuntimeError('planted: a part of it is missing')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    broken, whole = installation.imports({"nemo-run": "nemo_run", "nemo-curator": "json"}, seconds_limit=120)
+    assert (broken.name, broken.status) == ("import of nemo-run", "warn")
+    assert "RuntimeError: planted: a part of it is missing" in broken.value
+    assert f"--reinstall nemo-run=={installation.version('nemo-run')}" in broken.fix
+    assert (whole.name, whole.status) == ("import of nemo-curator", "ok")
+
+
+def test_an_import_that_does_not_end_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package that hangs costs the limit and no more, and the doctor says how to look at it alone."""
+    (tmp_path / "nemo_run.py").write_text("import time; time.sleep(600)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (finding,) = installation.imports({"nemo-run": "nemo_run"}, seconds_limit=1)
+    assert (finding.status, finding.value) == ("warn", "not over within 1 s")
+    assert "import nemo_run" in finding.fix
