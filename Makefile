@@ -22,8 +22,8 @@ run: setup ## train on 8 ranks: lesson 03 without a browser, on mock data, then 
 test: setup ## run every test
 	@.venv/bin/python -m pytest
 
-lab: setup ## open JupyterLab on lesson 00
-	@.venv/bin/jupyter lab --LabApp.app_settings_dir="$(CURDIR)/course_lib/lab/settings" $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/00_check_your_setup.ipynb
+lab: setup ## open JupyterLab on lesson 00, and import the stack for its first run meanwhile
+	@$(COURSE) lab
 
 book: setup ## build the book as HTML
 	@$(COURSE) book
@@ -44,4 +44,4 @@ environment: ## write environment.yml again from uv.lock (needs uv)
 	@mv .environment.yml environment.yml && rm .environment.new
 
 clean: ## delete runs, executed lessons and the built book; keeps .venv
-	rm -rf runs book/_build book/lessons book/assets bench .pytest_cache .ruff_cache
+	rm -rf runs .lab book/_build book/lessons book/assets bench .pytest_cache .ruff_cache

@@ -7,12 +7,13 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from course_lib import desk
 
 PROJECT = Path(__file__).resolve().parent.parent
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -116,10 +117,9 @@ def lab(root: Path, runs: Path) -> Iterator[Lab]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [Path(sys.executable).with_name("jupyter"), "lab", "--allow-root", "--no-browser", f"--port={port}"]
-    command += [f"--LabApp.app_settings_dir={PROJECT / 'course_lib/lab/settings'}"]
-    command += ["--IdentityProvider.token=", "--ServerApp.password=", f"--ServerApp.root_dir={root}"]
-    environment = {**os.environ, "COURSE_RUNS": str(runs), "JUPYTERLAB_SETTINGS_DIR": str(root / "settings")}
+    options = ["--no-browser", f"--port={port}", "--IdentityProvider.token=", "--ServerApp.password="]
+    command = desk.command(str(root), options=options, root=root)
+    environment = {**desk.environment(), "COURSE_RUNS": str(runs), "JUPYTERLAB_SETTINGS_DIR": str(root / "settings")}
     environment |= {"JUPYTERLAB_WORKSPACES_DIR": str(root / "workspaces"), "COURSE_LEDGER": str(root / "ledger.json")}
     with open(root / "lab.log", "w") as log, sync_playwright() as playwright:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
