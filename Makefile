@@ -8,10 +8,10 @@ unexport PYTHONDONTWRITEBYTECODE
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lab book bench doctor lock-check environment clean
+.PHONY: help setup run test test-changed lab book archive bench doctor lock-check environment clean
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 setup: ## find or install uv and Python packages into this folder, nothing else
 	@"$(PYTHON)" course_lib/bootstrap.py
@@ -21,6 +21,9 @@ run: setup ## train on 8 ranks: lesson 03 without a browser, on mock data, then 
 
 test: setup ## run every test
 	@.venv/bin/python -m pytest
+
+test-changed: setup ## run the tests, without lessons that passed with the same content; never in CI
+	@.venv/bin/python -m pytest --changed-only
 
 lab: setup ## open JupyterLab on lesson 00, and import the stack for its first run meanwhile
 	@$(COURSE) lab
