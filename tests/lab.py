@@ -57,12 +57,12 @@ class Lab:
     root: Path
     elsewhere: list[str] = field(default_factory=list)
 
-    def open(self, notebook: str) -> None:
-        """Open a notebook and wait for its kernel."""
+    def open(self, notebook: str, *, reset: bool = True) -> None:
+        """Open a notebook and wait for its kernel; without a reset, in the workspace that was left."""
         end = time.monotonic() + 60
         while True:
             try:
-                self.page.goto(f"{self.base}/lab/tree/{notebook}?reset", timeout=5000)
+                self.page.goto(f"{self.base}/lab/tree/{notebook}{'?reset' if reset else ''}", timeout=5000)
                 break
             except Exception:
                 if time.monotonic() > end:
@@ -102,6 +102,25 @@ class Lab:
         self.page.wait_for_selector(
             ".jp-mod-current .jp-DirtyIndicator, .lm-mod-current.jp-mod-dirty", state="detached"
         )
+
+    def select(self, cell: int) -> None:
+        """Make the cell of this index the active one."""
+        place = self.page.locator(".jp-Notebook .jp-Cell").nth(cell)
+        place.scroll_into_view_if_needed()
+        place.locator(".jp-InputPrompt").click()
+
+    def dark(self, notebook: str) -> None:
+        """Open a saved notebook again, in JupyterLab's dark theme."""
+        settings = self.root / "settings" / "@jupyterlab" / "apputils-extension" / "themes.jupyterlab-settings"
+        settings.parent.mkdir(parents=True, exist_ok=True)
+        settings.write_text('{"theme": "JupyterLab Dark"}')
+        self.open(notebook)
+        self.page.wait_for_selector('body[data-jp-theme-light="false"]', timeout=60_000)
+
+    def show(self, selector: str) -> None:
+        """Scroll to the last thing of this kind, and wait until it stands still."""
+        self.page.locator(selector).last.scroll_into_view_if_needed()
+        self.page.wait_for_timeout(500)
 
     def shot(self, path: Path) -> None:
         """Save a picture of the page."""

@@ -29,6 +29,8 @@ def copy_book(tmp_path: Path) -> Path:
     generated = shutil.ignore_patterns("_build", "lessons", "assets")
     shutil.copytree(PROJECT / "book", root / "book", ignore=generated)
     (root / "notebooks").mkdir()
+    shutil.copytree(PROJECT / "data", root / "data")
+    shutil.copy(PROJECT / "uv.lock", root)
     assets = book_assets.vendor(PROJECT / "book" / "assets")
     (root / "book" / "assets").symlink_to(assets, target_is_directory=True)
     return root
