@@ -31,6 +31,9 @@ lab: setup ## open JupyterLab on lesson 00, and import the stack for its first r
 book: setup ## build the book as HTML
 	@$(COURSE) book
 
+archive: setup ## build the book and pack it into one zip file, to read without a network
+	@$(COURSE) book --archive
+
 bench: setup ## measure the engine's speed
 	@$(COURSE) bench
 

@@ -46,11 +46,19 @@ def lesson(
 
 
 @app.command()
-def book() -> None:
+def book(
+    archive: Annotated[bool, typer.Option("--archive", help="Pack the pages into one zip file as well.")] = False,
+) -> None:
     """Build the book from the executed lessons, with no request to the network's pages."""
     from course_lib import book as module
 
-    typer.echo(f"book              {_shown(module.build())}")
+    page = module.build()
+    typer.echo(f"book              {_shown(page)}")
+    if archive:
+        from course_lib import book_archive
+
+        packed = book_archive.pack(page.parent, page.parent.parent / f"{book_archive.FOLDER}-book.zip")
+        typer.echo(f"archive           {_shown(packed)}   (unpack it and open index.html; no server, no network)")
 
 
 @app.command()

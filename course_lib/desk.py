@@ -19,6 +19,10 @@ PROJECT = Path(__file__).resolve().parent.parent
 STATE = PROJECT / ".lab"
 """What JupyterLab remembers of this course; the learner's own settings and workspaces stay as they are."""
 
+CONTENTS = "@jupyterlab/toc:plugin"
+SIDEBAR = ("filebrowser", "running-sessions", CONTENTS, "extensionmanager.main-view")
+"""JupyterLab's own names of what stands on the left."""
+
 
 def command(notebook: str, *, options: Sequence[str] = (), root: Path = PROJECT) -> list[str]:
     """The command that opens JupyterLab on a notebook.
@@ -61,7 +65,7 @@ def prepare_workspace(folder: Path, notebook: str) -> Path | None:
     widget = f"notebook:{notebook}"
     layout = {
         "main": {"dock": {"type": "tab-area", "currentIndex": 0, "widgets": [widget]}, "current": widget},
-        "left": {"collapsed": False, "visible": True, "current": "table-of-contents"},
+        "left": {"collapsed": False, "visible": True, "current": CONTENTS, "widgets": list(SIDEBAR)},
     }
     data = {"layout-restorer:data": layout, widget: {"data": {"path": notebook, "factory": "Notebook"}}}
     content = {"data": data, "metadata": {"id": "default"}}

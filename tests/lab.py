@@ -19,6 +19,8 @@ PROJECT = Path(__file__).resolve().parent.parent
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 QUIET = ("--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
 QUIET += ("--disable-component-update", "--disable-sync", "--no-sandbox")
+PATIENCE_MS = 180_000
+"""How long a page may take to do one thing: two busy cores are slow, and a wait that ends early proves nothing."""
 
 
 class NoBrowser(RuntimeError):
@@ -59,17 +61,17 @@ class Lab:
 
     def open(self, notebook: str, *, reset: bool = True) -> None:
         """Open a notebook and wait for its kernel; without a reset, in the workspace that was left."""
-        end = time.monotonic() + 60
+        end = time.monotonic() + PATIENCE_MS / 1000
         while True:
             try:
-                self.page.goto(f"{self.base}/lab/tree/{notebook}{'?reset' if reset else ''}", timeout=5000)
+                self.page.goto(f"{self.base}/lab/tree/{notebook}{'?reset' if reset else ''}", timeout=30_000)
                 break
             except Exception:
                 if time.monotonic() > end:
                     raise
                 time.sleep(0.5)
-        self.page.wait_for_selector(".jp-Notebook", timeout=60_000)
-        self.page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=60_000)
+        self.page.wait_for_selector(".jp-Notebook", timeout=PATIENCE_MS)
+        self.page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=PATIENCE_MS)
         # JupyterLab says "idle" before it is connected, and asks which kernel is meant if somebody is quicker.
         self.page.wait_for_timeout(2000)
 
@@ -84,7 +86,7 @@ class Lab:
         self.page.wait_for_timeout(500)
         if self.page.locator(".jp-Dialog").count():
             self.page.locator(".jp-Dialog button.jp-mod-accept").click()
-        self.page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="busy"]', timeout=30_000)
+        self.page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="busy"]', timeout=PATIENCE_MS)
 
     def wait(self, *, seconds: float) -> None:
         """Wait until the kernel has been idle for a second."""
@@ -115,7 +117,7 @@ class Lab:
         settings.parent.mkdir(parents=True, exist_ok=True)
         settings.write_text('{"theme": "JupyterLab Dark"}')
         self.open(notebook)
-        self.page.wait_for_selector('body[data-jp-theme-light="false"]', timeout=60_000)
+        self.page.wait_for_selector('body[data-jp-theme-light="false"]', timeout=PATIENCE_MS)
 
     def show(self, selector: str) -> None:
         """Scroll to the last thing of this kind, and wait until it stands still."""
@@ -145,6 +147,7 @@ def lab(root: Path, runs: Path) -> Iterator[Lab]:
         try:
             chromium = playwright.chromium.launch(executable_path=browser(), args=list(QUIET))
             page = chromium.new_page(viewport={"width": 1400, "height": 1000})
+            page.set_default_timeout(PATIENCE_MS)
             here = Lab(page, f"http://127.0.0.1:{port}", root)
             own = (here.base, here.base.replace("http", "ws"), "data:", "blob:")
             page.on("request", lambda r: None if r.url.startswith(own) else here.elsewhere.append(r.url))
