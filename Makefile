@@ -8,10 +8,10 @@ unexport PYTHONDONTWRITEBYTECODE
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lab book bench doctor lock-check environment clean
+.PHONY: help setup run test test-changed lab book archive bench doctor lock-check environment clean
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 setup: ## find or install uv and Python packages into this folder, nothing else
 	@"$(PYTHON)" course_lib/bootstrap.py
@@ -22,11 +22,17 @@ run: setup ## train on 8 ranks: lesson 03 without a browser, on mock data, then 
 test: setup ## run every test
 	@.venv/bin/python -m pytest
 
-lab: setup ## open JupyterLab on lesson 00
-	@.venv/bin/jupyter lab --LabApp.app_settings_dir="$(CURDIR)/course_lib/lab/settings" $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/00_check_your_setup.ipynb
+test-changed: setup ## run the tests, without lessons that passed with the same content; never in CI
+	@.venv/bin/python -m pytest --changed-only
+
+lab: setup ## open JupyterLab on lesson 00, and import the stack for its first run meanwhile
+	@$(COURSE) lab
 
 book: setup ## build the book as HTML
 	@$(COURSE) book
+
+archive: setup ## build the book and pack it into one zip file, to read without a network
+	@$(COURSE) book --archive
 
 bench: setup ## measure the engine's speed
 	@$(COURSE) bench
@@ -44,4 +50,4 @@ environment: ## write environment.yml again from uv.lock (needs uv)
 	@mv .environment.yml environment.yml && rm .environment.new
 
 clean: ## delete runs, executed lessons and the built book; keeps .venv
-	rm -rf runs book/_build book/lessons book/assets bench .pytest_cache .ruff_cache
+	rm -rf runs .lab book/_build book/lessons book/assets bench .pytest_cache .ruff_cache

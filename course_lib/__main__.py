@@ -47,11 +47,50 @@ def lesson(
 
 
 @app.command()
-def book() -> None:
+def book(
+    archive: Annotated[bool, typer.Option("--archive", help="Pack the pages into one zip file as well.")] = False,
+) -> None:
     """Build the book from the executed lessons, with no request to the network's pages."""
     from course_lib import book as module
 
-    typer.echo(f"book              {_shown(module.build())}")
+    page = module.build()
+    typer.echo(f"book              {_shown(page)}")
+    if archive:
+        from course_lib import book_archive
+
+        packed = book_archive.pack(page.parent, page.parent.parent / f"{book_archive.FOLDER}-book.zip")
+        typer.echo(f"archive           {_shown(packed)}   (unpack it and open index.html; no server, no network)")
+
+
+@app.command()
+def lab(
+    notebook: Annotated[str, typer.Argument(help="The notebook to open.")] = "notebooks/00_check_your_setup.ipynb",
+    options: Annotated[list[str] | None, typer.Option("--option", help="Handed on to JupyterLab.")] = None,
+) -> None:
+    """Open JupyterLab on a lesson, while the stack is imported for its first run."""
+    from course_lib import desk as module
+
+    module.start(notebook, options=options or [])
+
+
+@app.command()
+def ledger(
+    lesson: Annotated[str | None, typer.Option(help="Only this lesson, for example 03.")] = None,
+    history: Annotated[bool, typer.Option("--history", help="All attempts, not only the latest.")] = False,
+    reset: Annotated[bool, typer.Option("--reset", help="Forget what is shown, after a question.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Forget without a question.")] = False,
+) -> None:
+    """Show your predictions beside what was measured, and your exercises."""
+    from course_lib import ledger as module
+    from course_lib import ledger_page
+
+    try:
+        typer.echo(ledger_page.text(lesson=lesson, history=history))
+        if reset and (yes or typer.confirm("Forget all of this?")):
+            module.reset(lesson=lesson)
+    except module.LedgerError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
 
 
 @app.command()

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from course_lib import lessons
+from course_lib import book_facts, lessons
 from course_lib.book_assets import vendor
 from course_lib.book_loads import external_loads
 
@@ -42,6 +42,7 @@ def build(*, root: Path = PROJECT, execute: bool = True) -> Path:
 
     Raises:
         BookError: Sphinx warned, or a page would load something from elsewhere.
+        book_facts.FactError: A page asks for a table that nobody makes.
         book_assets.AssetError: A JavaScript package is missing.
         lessons.LessonFailed: A lesson that had to be executed failed.
     """
@@ -81,7 +82,8 @@ def _executed(root: Path, *, execute: bool) -> list[Path]:
 def _stage(book: Path, pages: list[Path]) -> Path:
     """Put the pages together for Sphinx; a file that did not change keeps its time, so that Sphinx skips it."""
     source = book / "_build" / "source"
-    wanted = {path.name: path.read_text(encoding="utf-8") for path in [*book.glob("*.md"), *book.glob("_*.yml")]}
+    texts = {path.name: path.read_text(encoding="utf-8") for path in [*book.glob("*.md"), *book.glob("_*.yml")]}
+    wanted = {name: book_facts.fill(text, root=book.parent) for name, text in texts.items()}
     wanted |= {f"lessons/{path.name}": _page(path) for path in pages}
     old = {
         path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file() and not path.is_symlink()

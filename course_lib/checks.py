@@ -1,26 +1,20 @@
-"""Checks that a learner meets: claims, exercises, expected errors, and the ledger of predictions.
+"""Checks that a learner meets: claims, exercises, expected errors, and the ledger's three functions.
 
 A claim that holds prints one line; a claim that fails raises with a message that teaches.
 An attempt at an exercise never fails a notebook: ``answer = None`` and a wrong answer both get a friendly line.
-The ledger is one JSON file on this machine; it is never sent anywhere.
+Predictions and attempts go to the learner's ledger, see ``course_lib.ledger``.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
-import math
-import os
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from pandas import DataFrame
+from course_lib.ledger import LedgerError, attempted, measured, predict
+from course_lib.ledger import reset as reset_ledger
+from course_lib.ledger import table as ledger
+from course_lib.units import format_number
 
 __all__ = [
     "ClaimFailed",
@@ -39,10 +33,6 @@ __all__ = [
 
 class ClaimFailed(AssertionError):
     """A claim of a lesson, or the answer to an exercise, does not hold."""
-
-
-class LedgerError(RuntimeError):
-    """The ledger of predictions cannot be read or written."""
 
 
 def claim(condition: object, message: str, *, otherwise: str = "") -> None:
@@ -100,18 +90,19 @@ def close(
         )
     measured, expected = float(measured), float(expected)
     tolerance = max(atol, rtol * abs(expected))
-    shown = f"{what} is {_number(measured)} {unit}, expected {_number(expected)} within {_number(tolerance)} {unit}"
+    shown = f"{what} is {format_number(measured)} {unit}, "
+    shown += f"expected {format_number(expected)} within {format_number(tolerance)} {unit}"
     difference = abs(measured - expected)
     if not difference <= tolerance:  # written this way round, so that NaN fails
         raise ClaimFailed(
-            f"does not hold: {shown} (they differ by {_number(difference)} {unit})"
+            f"does not hold: {shown} (they differ by {format_number(difference)} {unit})"
             + (f"\n{otherwise}" if otherwise else "")
         )
     print(f"holds: {shown}")
 
 
 def exercise(answer: object, check: Callable[[Any], object]) -> bool:
-    """Look at a learner's attempt without ever failing the notebook.
+    """Look at a learner's attempt without ever failing the notebook, and enter the result in the ledger.
 
     Args:
         answer: What the learner wrote; ``None`` means that nothing was tried yet.
@@ -136,9 +127,15 @@ def exercise(answer: object, check: Callable[[Any], object]) -> bool:
         solved(answer, check)
     except ClaimFailed as error:
         print(f"not yet: {error}")
-        return False
-    print("right")
-    return True
+        right = False
+    else:
+        print("right")
+        right = True
+    try:
+        attempted(right)
+    except LedgerError as error:  # the answer was judged; that it is not remembered is worth a line, and no more
+        print(error)
+    return right
 
 
 def solved(answer: object, check: Callable[[Any], object]) -> None:
@@ -188,183 +185,3 @@ def expect_error(kind: type[Exception], *, contains: str = "") -> Iterator[None]
         print(f"expected {type(error).__name__}: {error}")
     else:
         raise ClaimFailed(f"{kind.__name__} was expected, but the block raised no error")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One prediction and, once it is known, what was measured."""
-
-    lesson: str
-    name: str
-    unit: str
-    predicted: float | None
-    measured: float | None = None
-    predicted_at: float = 0.0
-    measured_at: float | None = None
-
-
-def predict(lesson: str, name: str, value: float | None, unit: str) -> None:
-    """Enter a prediction in the ledger, before the run that tests it.
-
-    Running the cell again with another value adds a new attempt; earlier ones stay.
-
-    Args:
-        lesson: The lesson's number, such as "03".
-        name: The quantity, such as "loss at step 1".
-        value: Your estimate in ``unit``, or None if you would rather not.
-        unit: Its unit, such as "nats/token".
-    """
-    value = None if value is None else float(value)
-    with _open_ledger() as entries:
-        new = Entry(lesson=lesson, name=name, unit=unit, predicted=value, predicted_at=time.time())
-        last = next(
-            (i for i in reversed(range(len(entries))) if (entries[i].lesson, entries[i].name) == (lesson, name)), None
-        )
-        # An attempt that no run has tested yet may be corrected; a tested one is history.
-        if last is not None and entries[last].measured is None:
-            entries[last] = new
-        else:
-            entries.append(new)
-    print(f"no prediction of {name}" if value is None else f"predicted: {name} = {_number(value)} {unit}")
-
-
-def measured(name: str, value: float, *, lesson: str | None = None) -> None:
-    """Compare a measured value with the latest prediction of that name.
-
-    Args:
-        name: The quantity, as it was named in ``predict``.
-        value: What was measured, in the unit of the prediction.
-        lesson: The lesson's number, if two lessons predict a quantity of this name.
-
-    Raises:
-        ValueError: Nothing was predicted under this name.
-    """
-    value = float(value)
-    with _open_ledger() as entries:
-        fits = [i for i, entry in enumerate(entries) if entry.name == name and lesson in (None, entry.lesson)]
-        if not fits:
-            known = ", ".join(sorted({repr(entry.name) for entry in entries})) or "none"
-            raise ValueError(
-                f"nothing was predicted under the name {name!r}; the ledger knows: {known}. "
-                "Run the cell with checks.predict(...) first, and use the same name."
-            )
-        entry = max((entries[i] for i in fits), key=lambda entry: entry.predicted_at)
-        entries[entries.index(entry)] = Entry(**{**asdict(entry), "measured": value, "measured_at": time.time()})
-    shown = f"measured: {name} = {_number(value)} {entry.unit}"
-    if entry.predicted is None:
-        print(f"{shown} (you made no prediction)")
-    else:
-        print(f"{shown}, predicted {_number(entry.predicted)} {entry.unit}: {_error(entry.predicted, value)}")
-
-
-def ledger(*, lesson: str | None = None, history: bool = False) -> DataFrame:
-    """Show your predictions beside what was measured.
-
-    Args:
-        lesson: Only the predictions of this lesson.
-        history: All attempts; otherwise the latest of each quantity.
-
-    Returns:
-        One row a prediction: lesson, quantity, predicted, measured, unit, error.
-    """
-    from pandas import DataFrame
-
-    entries = [entry for entry in _read(_path()) if lesson in (None, entry.lesson)]
-    if not history:
-        entries = list({(entry.lesson, entry.name): entry for entry in entries}.values())
-    columns = ["lesson", "quantity", "predicted", "measured", "unit", "error"]
-    rows = [
-        (
-            entry.lesson,
-            entry.name,
-            "none" if entry.predicted is None else _number(entry.predicted),
-            "not yet" if entry.measured is None else _number(entry.measured),
-            entry.unit,
-            "" if None in (entry.predicted, entry.measured) else _error(entry.predicted, entry.measured),
-        )
-        for entry in entries
-    ]
-    return DataFrame(rows, columns=columns)
-
-
-def reset_ledger(*, lesson: str | None = None) -> None:
-    """Forget all predictions, or those of one lesson."""
-    with _open_ledger() as entries:
-        kept = [entry for entry in entries if lesson is not None and entry.lesson != lesson]
-        gone = len(entries) - len(kept)
-        entries[:] = kept
-    print(f"forgot {gone} prediction{'' if gone == 1 else 's'}")
-
-
-def _number(value: float) -> str:
-    """Write a number as a person reads it: whole numbers with separators, others with four digits.
-
-    Example:
-        >>> _number(1234567), _number(6.931471), _number(0.00012), _number(float("nan"))
-        ('1,234,567', '6.931', '0.00012', 'nan')
-    """
-    if not math.isfinite(value):
-        return str(value)
-    if float(value).is_integer() and abs(value) < 1e15:
-        return f"{int(value):,}"
-    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
-
-
-def _error(predicted: float, value: float) -> str:
-    if predicted == value:
-        return "exact"
-    if value == 0 or not math.isfinite(value):
-        return f"off by {_number(predicted - value)}"
-    share = 100 * (predicted - value) / abs(value)
-    return (
-        f"{abs(share):.2g}% too {'high' if share > 0 else 'low'}"
-        if abs(share) < 1000
-        else f"{predicted / value:,.3g} times"
-    )
-
-
-def _path() -> Path:
-    """Return the ledger's file: ``COURSE_LEDGER``, or one in the user's state directory (XDG)."""
-    given = os.environ.get("COURSE_LEDGER")
-    if given:
-        return Path(given).expanduser()
-    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-    return Path(state).expanduser() / "nemotron-course" / "ledger.json"
-
-
-def _read(path: Path) -> list[Entry]:
-    try:
-        return [Entry(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))["entries"]]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise LedgerError(
-            f"the ledger {path} cannot be read ({error}). Move the file away to begin a new one, "
-            "or set COURSE_LEDGER to another file."
-        ) from error
-
-
-@contextmanager
-def _open_ledger() -> Iterator[list[Entry]]:
-    """Read, let the caller change, and write: under a lock, and with a rename, so that two notebooks lose nothing."""
-    path = _path()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.with_name(path.name + ".lock").open("a")
-    except OSError as error:
-        raise LedgerError(
-            f"the ledger {path} cannot be written ({error}). Set COURSE_LEDGER to a file in a directory of yours."
-        ) from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        entries = _read(path)
-        yield entries
-        text = json.dumps({"format": 1, "entries": [asdict(entry) for entry in entries]}, indent=1)
-        try:
-            with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-                file.write(text)
-            os.replace(file.name, path)
-        except OSError as error:
-            raise LedgerError(
-                f"the ledger {path} cannot be written ({error}). Set COURSE_LEDGER to another file."
-            ) from error

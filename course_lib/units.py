@@ -6,7 +6,9 @@ vendor states in GB is 10**9.  Convert once, where a number is shown.
 
 from __future__ import annotations
 
-__all__ = ["GB", "GiB", "KiB", "MiB", "format_bytes", "format_count", "gb", "gib"]
+import math
+
+__all__ = ["GB", "GiB", "KiB", "MiB", "format_bytes", "format_count", "format_number", "gb", "gib"]
 
 KiB: int = 2**10
 MiB: int = 2**20
@@ -89,3 +91,19 @@ def format_count(count: float) -> str:
             break
     decimals = 2 if abs(size) < 9.995 else 1 if abs(size) < 99.95 else 0
     return f"{size:.{decimals}f}{unit}"
+
+
+def format_number(value: float) -> str:
+    """A number as a person reads it: whole numbers with separators, others with four digits.
+
+    Args:
+        value: Any number; one that is not finite is named.
+
+    >>> format_number(1234567), format_number(6.931471), format_number(0.00012), format_number(float("nan"))
+    ('1,234,567', '6.931', '0.00012', 'nan')
+    """
+    if not math.isfinite(value):
+        return str(value)
+    if float(value).is_integer() and abs(value) < 1e15:
+        return f"{int(value):,}"
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"

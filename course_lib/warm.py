@@ -82,6 +82,10 @@ class Lease:
         job.sendall((json.dumps(request) + "\n").encode())
         return Launched(job)
 
+    def keep_when_replaced(self) -> None:
+        """Let the lease live on in the program that replaces this one by `exec`; its own children do not get it."""
+        self._connection.set_inheritable(True)
+
     def close(self) -> None:
         """End the lease."""
         self._connection.close()

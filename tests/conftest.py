@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+pytest_plugins = ["lesson_runs"]
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 

@@ -7,17 +7,20 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from course_lib import desk
+
 PROJECT = Path(__file__).resolve().parent.parent
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 QUIET = ("--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
 QUIET += ("--disable-component-update", "--disable-sync", "--no-sandbox")
+PATIENCE_MS = 180_000
+"""How long a page may take to do one thing: two busy cores are slow, and a wait that ends early proves nothing."""
 
 
 class NoBrowser(RuntimeError):
@@ -56,19 +59,19 @@ class Lab:
     root: Path
     elsewhere: list[str] = field(default_factory=list)
 
-    def open(self, notebook: str) -> None:
-        """Open a notebook and wait for its kernel."""
-        end = time.monotonic() + 60
+    def open(self, notebook: str, *, reset: bool = True) -> None:
+        """Open a notebook and wait for its kernel; without a reset, in the workspace that was left."""
+        end = time.monotonic() + PATIENCE_MS / 1000
         while True:
             try:
-                self.page.goto(f"{self.base}/lab/tree/{notebook}?reset", timeout=5000)
+                self.page.goto(f"{self.base}/lab/tree/{notebook}{'?reset' if reset else ''}", timeout=30_000)
                 break
             except Exception:
                 if time.monotonic() > end:
                     raise
                 time.sleep(0.5)
-        self.page.wait_for_selector(".jp-Notebook", timeout=60_000)
-        self.page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=60_000)
+        self.page.wait_for_selector(".jp-Notebook", timeout=PATIENCE_MS)
+        self.page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=PATIENCE_MS)
         # JupyterLab says "idle" before it is connected, and asks which kernel is meant if somebody is quicker.
         self.page.wait_for_timeout(2000)
 
@@ -83,7 +86,7 @@ class Lab:
         self.page.wait_for_timeout(500)
         if self.page.locator(".jp-Dialog").count():
             self.page.locator(".jp-Dialog button.jp-mod-accept").click()
-        self.page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="busy"]', timeout=30_000)
+        self.page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="busy"]', timeout=PATIENCE_MS)
 
     def wait(self, *, seconds: float) -> None:
         """Wait until the kernel has been idle for a second."""
@@ -102,6 +105,25 @@ class Lab:
             ".jp-mod-current .jp-DirtyIndicator, .lm-mod-current.jp-mod-dirty", state="detached"
         )
 
+    def select(self, cell: int) -> None:
+        """Make the cell of this index the active one."""
+        place = self.page.locator(".jp-Notebook .jp-Cell").nth(cell)
+        place.scroll_into_view_if_needed()
+        place.locator(".jp-InputPrompt").click()
+
+    def dark(self, notebook: str) -> None:
+        """Open a saved notebook again, in JupyterLab's dark theme."""
+        settings = self.root / "settings" / "@jupyterlab" / "apputils-extension" / "themes.jupyterlab-settings"
+        settings.parent.mkdir(parents=True, exist_ok=True)
+        settings.write_text('{"theme": "JupyterLab Dark"}')
+        self.open(notebook)
+        self.page.wait_for_selector('body[data-jp-theme-light="false"]', timeout=PATIENCE_MS)
+
+    def show(self, selector: str) -> None:
+        """Scroll to the last thing of this kind, and wait until it stands still."""
+        self.page.locator(selector).last.scroll_into_view_if_needed()
+        self.page.wait_for_timeout(500)
+
     def shot(self, path: Path) -> None:
         """Save a picture of the page."""
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,16 +138,16 @@ def lab(root: Path, runs: Path) -> Iterator[Lab]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [Path(sys.executable).with_name("jupyter"), "lab", "--allow-root", "--no-browser", f"--port={port}"]
-    command += [f"--LabApp.app_settings_dir={PROJECT / 'course_lib/lab/settings'}"]
-    command += ["--IdentityProvider.token=", "--ServerApp.password=", f"--ServerApp.root_dir={root}"]
-    environment = {**os.environ, "COURSE_RUNS": str(runs), "JUPYTERLAB_SETTINGS_DIR": str(root / "settings")}
+    options = ["--no-browser", f"--port={port}", "--IdentityProvider.token=", "--ServerApp.password="]
+    command = desk.command(str(root), options=options, root=root)
+    environment = {**desk.environment(), "COURSE_RUNS": str(runs), "JUPYTERLAB_SETTINGS_DIR": str(root / "settings")}
     environment |= {"JUPYTERLAB_WORKSPACES_DIR": str(root / "workspaces"), "COURSE_LEDGER": str(root / "ledger.json")}
     with open(root / "lab.log", "w") as log, sync_playwright() as playwright:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
             chromium = playwright.chromium.launch(executable_path=browser(), args=list(QUIET))
             page = chromium.new_page(viewport={"width": 1400, "height": 1000})
+            page.set_default_timeout(PATIENCE_MS)
             here = Lab(page, f"http://127.0.0.1:{port}", root)
             own = (here.base, here.base.replace("http", "ws"), "data:", "blob:")
             page.on("request", lambda r: None if r.url.startswith(own) else here.elsewhere.append(r.url))

@@ -10,12 +10,13 @@ import os
 import shutil
 import tarfile
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
 from notebooks_made_here import clean, code, markdown, write
 
-from course_lib import book, book_assets, lessons
+from course_lib import book, book_archive, book_assets, lessons
 from course_lib.book_loads import external_loads
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -29,6 +30,8 @@ def copy_book(tmp_path: Path) -> Path:
     generated = shutil.ignore_patterns("_build", "lessons", "assets")
     shutil.copytree(PROJECT / "book", root / "book", ignore=generated)
     (root / "notebooks").mkdir()
+    shutil.copytree(PROJECT / "data", root / "data")
+    shutil.copy(PROJECT / "uv.lock", root)
     assets = book_assets.vendor(PROJECT / "book" / "assets")
     (root / "book" / "assets").symlink_to(assets, target_is_directory=True)
     return root
@@ -96,6 +99,30 @@ def test_pictures_have_words_and_links_fit(built: Path) -> None:
     page = (built / "lessons" / "07_small.html").read_text()
     assert 'alt="Loss falls."' in page and "720" in page
     assert 'href="../glossary.html#nat"' in page
+
+
+def test_the_archive_is_the_book_and_the_same_twice(built: Path, tmp_path: Path) -> None:
+    """One folder with every page and script, no file's time or build directory, and equal bytes for equal pages."""
+    one = book_archive.pack(built, tmp_path / "one.zip")
+    for path in built.rglob("*"):
+        os.utime(path)
+    two = book_archive.pack(built, tmp_path / "two.zip")
+    assert one.read_bytes() == two.read_bytes()
+    with zipfile.ZipFile(one) as archive:
+        names = set(archive.namelist())
+        archive.extractall(tmp_path / "unpacked")
+    pages = {path.relative_to(built).as_posix() for path in built.rglob("*.html")}
+    pages.add("_sources/lessons/07_small.ipynb")  # behind the page's download button
+    assert {f"{book_archive.FOLDER}/{name}" for name in pages} <= names
+    assert not any(name.endswith(".buildinfo") for name in names)
+    assert external_loads(tmp_path / "unpacked") == []
+
+
+def test_an_archive_of_nothing_is_refused(tmp_path: Path) -> None:
+    """Without a built book the message says how to build it, and no file is left."""
+    with pytest.raises(FileNotFoundError, match="make book"):
+        book_archive.pack(tmp_path, tmp_path / "x.zip")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_solutions_are_folded(built: Path) -> None:

@@ -12,6 +12,7 @@ import psutil
 import pytest
 from lab import PROJECT, browser, lab
 
+from course_lib import desk as course_desk
 from course_lib import runs
 
 SHOTS = PROJECT / "book" / "_build" / "screenshots"
@@ -41,51 +42,84 @@ def saved(desk, name: str) -> list[dict]:
     return [cell for cell in content["cells"] if cell["cell_type"] == "code"]
 
 
+PICTURE = ".jp-OutputArea img"
+
+
+def outputs(cells: list[dict]) -> list[dict]:
+    """The data of every output."""
+    return [output.get("data", {}) for cell in cells for output in cell["outputs"]]
+
+
+def without_words(cells: list[dict]) -> list[str]:
+    """Cells that show a picture without alternative text."""
+    return [
+        cell["id"]
+        for cell in cells
+        for output in cell["outputs"]
+        if "image/png" in output.get("data", {}) and not output["metadata"].get("image/png", {}).get("alt")
+    ]
+
+
 def errors(cells: list[dict]) -> list[str]:
     """Names of the errors that cells ended with."""
     return [output["ename"] for cell in cells for output in cell["outputs"] if output["output_type"] == "error"]
 
 
 def test_lesson_00_runs_in_the_browser(desk):
-    """Run All goes through lesson 00 without an error, shows its figure, and asks no other machine for anything."""
-    desk.open("notebooks/00_check_your_setup.ipynb")
+    """It opens with its table of contents, Run All ends without an error, figures have words, nothing goes elsewhere."""
+    name = "00_check_your_setup.ipynb"
+    course_desk.prepare_workspace(desk.root / "workspaces", f"notebooks/{name}")
+    desk.open(f"notebooks/{name}", reset=False)
+    desk.page.wait_for_selector(".jp-TableOfContents-content >> text=What the doctor sees")
     desk.shot(SHOTS / "00_open.png")
     desk.run_all()
     desk.wait(seconds=300)
-    cells = saved(desk, "00_check_your_setup.ipynb")
+    cells = saved(desk, name)
     assert all(cell["execution_count"] for cell in cells) and not errors(cells)
-    assert any("image/png" in output.get("data", {}) for cell in cells for output in cell["outputs"])
-    desk.shot(SHOTS / "00_done.png")
+    assert without_words(cells) == [] and any("image/png" in data for data in outputs(cells))
+    desk.show(PICTURE)
+    desk.shot(SHOTS / "00_light.png")
+    desk.dark(f"notebooks/{name}")
+    desk.show(PICTURE)
+    desk.shot(SHOTS / "00_dark.png")
     assert desk.elsewhere == []
 
 
-def test_an_interrupted_training_cell_leaves_no_rank(desk):
-    """The stop button ends all ranks of lesson 03's run, and the same cell works when it is run again."""
-    short = desk.root / "notebooks" / "03_smoke_test_with_mock_data.ipynb"
-    content = json.loads(short.read_text())
-    names = [cell["id"] for cell in content["cells"]]
-    content["cells"] = content["cells"][: names.index("run") + 1]
-    for cell in content["cells"]:
-        if cell["id"] == "parameters":
-            cell["source"] = "".join(cell["source"]).replace("steps = 12 ", "steps = 2000 ", 1)
-    short.write_text(json.dumps(content))
+def test_lesson_03_goes_on_after_an_interrupt_to_its_end(desk):
+    """The stop button ends all ranks; the next cell works, and so does the rest of lesson 03 in the same kernel."""
+    name = "03_smoke_test_with_mock_data.ipynb"
+    path = desk.root / "notebooks" / name
+    content = json.loads(path.read_text())
+    place = [cell["id"] for cell in content["cells"]].index("run")
+    source = "cfg_long = copy.deepcopy(cfg)\ncfg_long.train.train_iters = 2000\n"
+    source += 'launch.run(cfg_long, ranks=8, name="long")'
+    content["cells"].insert(place, {**content["cells"][place], "id": "long", "source": source})
+    path.write_text(json.dumps(content))
 
-    desk.open("notebooks/03_smoke_test_with_mock_data.ipynb")
+    desk.open(f"notebooks/{name}")
     desk.run_all()
-    pids = wait_for_training(desk.root / "runs" / "smoke")
-    desk.page.locator(".jp-Notebook-cell.jp-mod-active, .jp-Notebook .jp-Cell").last.scroll_into_view_if_needed()
+    pids = wait_for_training(desk.root / "runs" / "long")
+    desk.show(PICTURE)
     desk.shot(SHOTS / "03_training.png")
     desk.menu("Kernel", "Interrupt Kernel")
-    desk.wait(seconds=60)
+    desk.wait(seconds=180)
     assert not [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
-    assert runs.Run(desk.root / "runs" / "smoke").outcome.status == "interrupted"
-    assert errors(saved(desk, short.name)) == ["RunInterrupted"]
+    assert runs.Run(desk.root / "runs" / "long").outcome.status == "interrupted"
+    assert errors(saved(desk, name)) == ["RunInterrupted"]
 
-    desk.menu("Run", "Run Selected Cell and Do not Advance")
-    wait_for_training(desk.root / "runs" / "smoke-2")
-    desk.menu("Kernel", "Interrupt Kernel")
-    desk.wait(seconds=60)
-    assert len(runs.Run(desk.root / "runs" / "smoke-2").metrics) > 0
+    desk.select(place + 1)
+    desk.menu("Run", "Run Selected Cell and All Below")
+    wait_for_training(desk.root / "runs" / "smoke")
+    desk.wait(seconds=600)
+    cells = saved(desk, name)
+    assert errors(cells) == ["RunInterrupted"] and all(cell["execution_count"] for cell in cells)
+    assert without_words(cells) == []
+    desk.show(PICTURE)
+    desk.shot(SHOTS / "03_light.png")
+    desk.dark(f"notebooks/{name}")
+    desk.show(PICTURE)
+    desk.shot(SHOTS / "03_dark.png")
+    assert desk.elsewhere == []
 
 
 def wait_for_training(path: Path, *, seconds: float = 240.0) -> list[int]:
@@ -97,21 +131,14 @@ def wait_for_training(path: Path, *, seconds: float = 240.0) -> list[int]:
     return [entry["pid"] for entry in runs.Run(path).ranks().values()]
 
 
-def test_the_planner_answers_in_the_browser(desk):
-    """In lesson 06 another tensor parallel size draws another picture, without running a cell."""
-    path = desk.root / "notebooks" / "06_plan_an_8_gpu_run.ipynb"
-    content = json.loads(path.read_text())
-    content["cells"] = [
-        cell
-        for cell in content["cells"]
-        if cell["id"] in ("imports", "parameters", "recipes") or "planner.controls(" in "".join(cell["source"])
-    ]
-    path.write_text(json.dumps(content))
-
-    desk.open("notebooks/06_plan_an_8_gpu_run.ipynb")
+def test_lesson_06_runs_and_its_planner_answers(desk):
+    """Run All ends without an error, and another tensor parallel size draws another picture without running a cell."""
+    name = "06_plan_an_8_gpu_run.ipynb"
+    desk.open(f"notebooks/{name}")
     desk.run_all()
-    desk.wait(seconds=300)
-    assert not errors(saved(desk, path.name))
+    desk.wait(seconds=400)
+    cells = saved(desk, name)
+    assert not errors(cells) and all(cell["execution_count"] for cell in cells) and without_words(cells) == []
     picture = desk.page.locator("img.widget-image, .jupyter-widgets img").last
     picture.scroll_into_view_if_needed()
     before = picture.get_attribute("src")
@@ -121,3 +148,7 @@ def test_the_planner_answers_in_the_browser(desk):
         assert time.monotonic() < end, "the picture stayed the same"
         time.sleep(0.2)
     desk.shot(SHOTS / "06_planner.png")
+    desk.dark(f"notebooks/{name}")
+    desk.show(PICTURE)
+    desk.shot(SHOTS / "06_dark.png")
+    assert desk.elsewhere == []

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 from notebooks_made_here import clean, code, markdown
 
-from course_lib import hygiene
+from course_lib import hygiene, lessons
 
 PROJECT = Path(__file__).resolve().parent.parent
-LESSONS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
+LESSONS = [lesson.path for lesson in lessons.listing()]
 MODULES = sorted((PROJECT / "course_lib").rglob("*.py"))
 Change = Callable[[dict[str, Any]], object]
 
