@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from course_lib.accounting import flops_per_token
 from course_lib.layout import Layout
-from course_lib.units import GB
+from course_lib.units import GB, MiB
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,11 +25,11 @@ _DATA = Path(__file__).resolve().parent.parent / "data"
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU as its data sheet describes it.
+    """One GPU as its data sheet describes it, with the memory that its driver reports.
 
     Attributes:
         name: Its name.
-        memory_bytes: Memory.
+        memory_bytes: Memory, as nvidia-smi shows it.  What the sheet calls 80 GB is 79.6 GiB, not 74.5.
         flops_per_second: Dense BF16 operations a second.
         link_bytes_per_second: What NVLink carries in one direction.
         source: The data sheet.
@@ -63,13 +63,13 @@ def gpus() -> dict[str, Gpu]:
     """The GPUs in ``data/gpus.json`` by name.
 
     >>> round(gpus()["H100 SXM 80GB"].memory_bytes / 2**30, 1)
-    74.5
+    79.6
     """
     rows = json.loads((_DATA / "gpus.json").read_text(encoding="utf-8"))["gpus"]
     return {
         row["name"]: Gpu(
             row["name"],
-            row["memory_gb"] * GB,
+            row["memory_mib"] * MiB,
             row["bf16_tflops"] * 1e12,
             row["nvlink_gb_per_second"] * GB / 2,
             row["source"],
@@ -79,10 +79,16 @@ def gpus() -> dict[str, Gpu]:
 
 
 def published() -> pd.DataFrame:
-    """Training speeds that others published, with their sources (``data/published_runs.json``)."""
+    """Training speeds that others published, one row a run (``data/published/throughput.json``).
+
+    Returns:
+        Columns `name, gpu, ranks, tp, pp, cp, micro_batch_size, global_batch_size, seq_length, precision,
+        tokens_per_second_per_gpu, tflops_per_gpu, peak_memory_gib, source`; what a source does not say is missing.
+    """
     import pandas as pd
 
-    return pd.DataFrame(json.loads((_DATA / "published_runs.json").read_text(encoding="utf-8"))["runs"])
+    data = json.loads((_DATA / "published" / "throughput.json").read_text(encoding="utf-8"))
+    return pd.DataFrame([*data["other_rows"], *data["rows"]]).drop(columns="layout")
 
 
 def counted_flops_per_token(cfg: Any) -> float:
@@ -104,47 +110,61 @@ def counted_flops_per_token(cfg: Any) -> float:
     return 3 * counter.get_total_flops() / losses.numel()
 
 
-def sent_bytes(cfg: Any, *, ranks: int, parameters: int) -> dict[str, float]:
-    """How many bytes does one rank of the first stage send in a step, with ring algorithms?
+def sent_bytes(cfg: Any, *, ranks: int) -> dict[str, float]:
+    """How many bytes does a rank of the first stage send in a step, with ring algorithms?
+
+    The operations are those of `course_lib.closed_form`, which recorded runs are held to.  It leaves out context
+    parallelism and recomputation, so they are added here: CP ranks share their gradients as DP ranks do, their keys and
+    values travel round a ring and back with their gradients, and full recomputation repeats what the forward pass sends.
 
     Args:
-        cfg: A Bridge ``ConfigContainer`` with its layout set; 16-bit activations and fp32 gradients are assumed.
+        cfg: A Bridge ``ConfigContainer`` with its layout set.
         ranks: World size.
-        parameters: Parameters on the rank (``memory.States.parameters``).
 
     Returns:
-        Bytes by kind of group: ``tensor`` (two all-reduces a layer forward, two backward), ``data`` (gradients are
-        reduced, weights gathered), ``pipeline`` (activations forward, their gradients back), ``context`` (keys and
-        values travel round the ring, and back with their gradients).
+        Bytes by kind of group: ``tensor``, ``data``, ``pipeline``, ``context``.
+
+    Raises:
+        NotCounted: For models that the closed form does not cover.
     """
-    layout = Layout.from_config(cfg, ranks=ranks)
-    tp, pp, cp = (
-        layout.tensor_model_parallel_size,
-        layout.pipeline_model_parallel_size,
-        layout.context_parallel_size,
+    import copy
+
+    from course_lib import collectives, meta_model
+
+    layout, formats = Layout.from_config(cfg, ranks=ranks), meta_model.precision(cfg)
+    cp, plain = layout.context_parallel_size, copy.copy(cfg)
+    plain.model, plain.train = copy.copy(cfg.model), copy.copy(cfg.train)
+    plain.model.context_parallel_size, plain.model.recompute_granularity = 1, None
+    plain.model.seq_length = cfg.model.seq_length // cp
+    plain.train.global_batch_size = cfg.train.global_batch_size * cp  # as many micro-batches as before
+    rows = collectives.expected(plain, ranks=ranks, element_bytes=formats.weights, gradient_bytes=formats.gradients)
+    if cfg.model.recompute_granularity == "full":
+        rows = rows.assign(
+            count=rows["count"].where(~((rows.phase == "forward") & (rows.group == "tp")), rows["count"] * 2)
+        )
+    sent = collectives.by_group(rows).sent_bytes
+    model, microbatches = (
+        cfg.model,
+        cfg.train.global_batch_size / (cfg.train.micro_batch_size * layout.data_parallel_size),
     )
-    model, shares = cfg.model, layout.data_parallel_size * cp
-    microbatches = cfg.train.global_batch_size / (cfg.train.micro_batch_size * layout.data_parallel_size)
-    rows = model.seq_length // cp * cfg.train.micro_batch_size
-    layers, hidden = model.num_layers / pp, rows * model.hidden_size * 2
     groups = model.num_query_groups or model.num_attention_heads
-    keys = rows * 2 * groups * model.kv_channels / tp * 2
+    keys = plain.model.seq_length * cfg.train.micro_batch_size * 2 * groups * model.kv_channels * formats.weights
+    layers = model.num_layers / layout.pipeline_model_parallel_size
     return {
-        "tensor": microbatches * layers * 4 * hidden * 2 * (tp - 1) / tp,
-        "data": parameters * (4 + 2) * (shares - 1) / shares,
-        "pipeline": microbatches * hidden / (tp if layout.sequence_parallel else 1) if pp > 1 else 0.0,
-        "context": microbatches * layers * 3 * keys * (cp - 1),
+        "tensor": float(sent.get("tp", 0)),
+        "data": float(sent.get("dp-cp", 0) + sent.get("embedding", 0)),
+        "pipeline": float(sent.get("pp", 0)),
+        "context": microbatches * layers * 3 * keys / layout.tensor_model_parallel_size * (cp - 1),
     }
 
 
-def ceiling(cfg: Any, *, ranks: int, gpu: Gpu, parameters: int, vocab_size: int) -> Ceiling:
+def ceiling(cfg: Any, *, ranks: int, gpu: Gpu, vocab_size: int) -> Ceiling:
     """The best tokens per second that a layout could reach on a GPU.
 
     Args:
         cfg: A Bridge ``ConfigContainer`` with its layout set.
         ranks: Number of GPUs.
         gpu: The GPU.
-        parameters: Parameters on a rank.
         vocab_size: Rows of the output layer.
 
     Returns:
@@ -155,10 +175,26 @@ def ceiling(cfg: Any, *, ranks: int, gpu: Gpu, parameters: int, vocab_size: int)
     microbatches = cfg.train.global_batch_size / (cfg.train.micro_batch_size * layout.data_parallel_size)
     chunks = layout.virtual_pipeline_model_parallel_size or 1
     bubble = (layout.pipeline_model_parallel_size - 1) / (microbatches * chunks)
-    recomputed = 4 / 3 if cfg.model.recompute_granularity == "full" else 1
-    operations = flops_per_token(cfg, vocab_size=vocab_size) * tokens * recomputed
+    operations = (flops_per_token(cfg, vocab_size=vocab_size) + _repeated_flops_per_token(cfg)) * tokens
     compute = operations / (ranks * gpu.flops_per_second) * (1 + bubble)
-    sent = sent_bytes(cfg, ranks=ranks, parameters=parameters)
+    sent = sent_bytes(cfg, ranks=ranks)
     tensor = (sent["tensor"] + sent["pipeline"]) / gpu.link_bytes_per_second
     data = (sent["data"] + sent["context"]) / gpu.link_bytes_per_second
     return Ceiling(compute, tensor, data, tokens / (max(compute, data) + tensor) / ranks)
+
+
+def _repeated_flops_per_token(cfg: Any) -> float:
+    """What recomputation adds: a third of what the repeated layers or parts cost, for the forward pass is a third."""
+    model, parts = cfg.model, set(cfg.model.recompute_modules or ["core_attn"])
+    if not model.recompute_granularity:
+        return 0.0
+    layers = flops_per_token(cfg, vocab_size=0)
+    if model.recompute_granularity == "full":
+        stage = model.num_layers / model.pipeline_model_parallel_size
+        return layers / 3 * (1 if model.recompute_method == "uniform" else min(1, model.recompute_num_layers / stage))
+    matrices = 3 if model.gated_linear_unit else 2
+    repeated = {
+        "mlp": 2 * model.num_layers * matrices * model.hidden_size * model.ffn_hidden_size,
+        "core_attn": 2 * model.num_layers * model.seq_length * model.num_attention_heads * model.kv_channels,
+    }
+    return float(sum(repeated.get(part, 0) for part in parts))  # norms multiply no matrices

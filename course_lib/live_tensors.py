@@ -109,7 +109,10 @@ def _watch_one_forward(chunks: list[Any], found: dict[str, int]) -> None:
     def end(*_: Any) -> None:
         handles.pop(0).remove()
         watched.stop()
-        found["activations_bytes"] = sum(event.self_cpu_memory_usage for event in watched.events())
+        # The records themselves.  torch's table of events gives a record to every operation that runs at the time, so
+        # what gloo's threads allocate and release while a rank waits would count twice.
+        records = watched.profiler.kineto_results.events()
+        found["activations_bytes"] = sum(record.nbytes() for record in records if record.name() == "[memory]")
 
     handles += [chunks[0].register_forward_pre_hook(begin), chunks[0].register_forward_hook(end)]
 

@@ -4,12 +4,11 @@ A layout of 8B parameters is built this way in a few hundredths of a second.  No
 Megatron Core's, cut for that rank, and every tensor has its true shape and dtype.  Only the numbers in it are missing.
 
 Transformer Engine has no meta device, so a model that asks for it is built from Megatron's local layers, which hold the
-same parameters; three of its kernels are replaced by functions that keep what the fused kernel keeps.
+same parameters; :mod:`course_lib.meta_kernels` replaces its kernels by functions that keep what the fused kernel keeps.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
 import sys
@@ -17,7 +16,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 from course_lib.layout import Layout, padded_vocab_size, require
 
@@ -68,8 +66,11 @@ def built(cfg: Any, *, ranks: int, stage: int = 0, rank: int | None = None) -> I
     """
     import torch.distributed as dist
     from megatron.core import parallel_state
+    from megatron.core.post_training.modelopt.hybrid.model_specs import get_hybrid_stack_modelopt_spec
     from megatron.core.process_groups_config import ProcessGroupCollection
     from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from course_lib import meta_kernels
 
     if dist.is_initialized():
         raise RuntimeError("this process has a process group already: plan in another process than the one that trains")
@@ -88,7 +89,13 @@ def built(cfg: Any, *, ranks: int, stage: int = 0, rank: int | None = None) -> I
             create_gloo_process_groups=False,
         )
         model._pg_collection = ProcessGroupCollection.use_mpu_process_groups()
-        with _on_meta(cfg):
+        with meta_kernels.standing_in(
+            fused=_fused(cfg),
+            experts=getattr(model, "num_moe_experts", None) or 0,
+            chosen=getattr(model, "moe_router_topk", None) or 0,
+        ):
+            if hasattr(model, "hybrid_stack_spec"):
+                model.hybrid_stack_spec = get_hybrid_stack_modelopt_spec(local_core_attention=True)
             with _without_advice():
                 model.finalize()
                 chunks = layout.virtual_pipeline_model_parallel_size
@@ -144,9 +151,13 @@ def _without_devices(cfg: Any) -> Any:
     model.should_pad_vocab = False
     model.params_dtype = model.pipeline_dtype = model.autocast_dtype = mixed.dtype
     model.bf16, model.fp16 = mixed.dtype.itemsize == 2 and cfg.mixed_precision is not None, False
-    model.bias_activation_fusion = fused
+    model.bias_activation_fusion = fused and cfg.model.bias_activation_fusion
     model.cross_entropy_loss_fusion = fused and cfg.model.cross_entropy_loss_fusion
     model.context_parallel_size = 1  # it cuts sequences, not weights, and the local layers refuse it
+    if getattr(model, "num_moe_experts", None):
+        model.moe_shared_expert_overlap = False  # a second CUDA stream; the tensors are the same
+        if model.moe_token_dispatcher_type == "flex":  # DeepEP's kernels; what they send is an all-to-all
+            model.moe_token_dispatcher_type, model.moe_flex_dispatcher_backend = "alltoall", None
     model.init_model_with_meta_device, model.use_cpu_initialization, model.perform_initialization = True, True, False
     return model
 
@@ -154,8 +165,11 @@ def _without_devices(cfg: Any) -> Any:
 @contextmanager
 def _without_advice() -> Iterator[None]:
     """Upstream repeats a few pieces of advice for each model that is built; a table of layouts builds dozens."""
-    logger = logging.getLogger("megatron.core.models.gpt.gpt_model")
-    before, logger.disabled = logger.disabled, True
+    names = ("megatron.core.models.gpt.gpt_model", "megatron.core.models.hybrid.hybrid_layer_allocation")
+    loggers = [logging.getLogger(name) for name in names]
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
     try:
         with warnings.catch_warnings():
             for message in (
@@ -164,117 +178,15 @@ def _without_advice() -> Iterator[None]:
                 "If you are using transformer_engine as the transformer implementation, the core_attn",
                 ".*torch.distributed.* is deprecated",
                 "When using sequence parallelism it is recommended to set the environment variable",
+                "moe_hybridep_num_sms is deprecated",
+                "moe_ffn_hidden_size is not set",
             ):
                 warnings.filterwarnings("ignore", message=message)
             yield
     finally:
-        logger.disabled = before
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
 
 
 def _fused(cfg: Any) -> bool:
     return cfg.model.transformer_impl == "transformer_engine"
-
-
-@contextmanager
-def _on_meta(cfg: Any) -> Iterator[None]:
-    """Answer the five questions that Megatron asks a device, and let kernels keep what the fused ones keep."""
-    import torch
-
-    def device() -> torch.device:
-        return torch.device("meta")
-
-    def no_fork(self: object, name: str = "") -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
-    def norm(_: type, config: Any, hidden_size: int, eps: float = 1e-5, **__: Any) -> torch.nn.Module:
-        return _norm(config, hidden_size, eps=eps, fused=_fused(cfg))
-
-    random = "megatron.core.tensor_parallel.random"
-    answers = {
-        "torch.cuda.current_device": device,
-        f"{random}.CudaRNGStatesTracker.fork": no_fork,
-        f"{random}._get_all_rng_states": lambda: (),
-        "megatron.core.transformer.dot_product_attention.DotProductAttention.forward": _attention,
-        "megatron.core.transformer.attention.Attention._checkpointed_attention_forward": _recomputed_attention,
-        "megatron.core.transformer.torch_norm.WrappedTorchNorm.__new__": norm,
-        "megatron.core.models.common.language_module.language_module.te_parallel_cross_entropy": _loss,
-    }
-    with contextlib.ExitStack() as patches:
-        for name, answer in answers.items():
-            patches.enter_context(mock.patch(name, answer))
-        patches.enter_context(torch.device("meta"))
-        yield
-
-
-def _keeping(keep: Any, shape: Any) -> Any:
-    """A function for autograd that computes nothing and keeps the tensors that a fused kernel keeps."""
-    import torch
-
-    class Kernel(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *inputs: torch.Tensor) -> torch.Tensor:
-            out = shape(*inputs)
-            ctx.inputs = len(inputs)
-            ctx.save_for_backward(*keep(out, *inputs))
-            ctx.like = [tensor.shape for tensor in inputs]
-            return out
-
-        @staticmethod
-        def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return tuple(grad.new_empty(size) for size in ctx.like)
-
-    return Kernel.apply
-
-
-def _attention(self: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
-    """Flash attention keeps its inputs, its output and one fp32 number for each row of scores."""
-    import torch
-
-    rows = query.shape[0] * query.shape[1] * query.shape[2]
-    with torch.no_grad():  # the two products, so that a counter of operations sees them; on meta they cost nothing
-        heads = [tensor.movedim(0, 2) for tensor in (query, key, value)]
-        heads[1:] = [tensor.repeat_interleave(query.shape[2] // key.shape[2], dim=1) for tensor in heads[1:]]
-        torch.matmul(torch.matmul(heads[0], heads[1].transpose(2, 3)), heads[2])
-    return _keeping(
-        lambda out, *inputs: (*inputs, out, query.new_empty(rows, dtype=torch.float32)),
-        lambda *_: query.new_empty(*query.shape[:2], query.shape[2] * value.shape[3]),
-    )(query, key, value)
-
-
-def _recomputed_attention(self: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
-    """Attention that is computed again in the backward pass keeps its inputs only."""
-    return _keeping(
-        lambda _, *inputs: inputs, lambda *_: query.new_empty(*query.shape[:2], query.shape[2] * value.shape[3])
-    )(query, key, value)
-
-
-def _loss(logits: Any, labels: Any, *_: Any, **__: Any) -> Any:
-    """Transformer Engine's loss keeps the logits in the model's dtype, and writes their gradient over them."""
-    import torch
-
-    return _keeping(
-        lambda _, logits: (logits,),
-        lambda logits: logits.new_empty(logits.shape[:2], dtype=torch.float32),
-    )(logits)
-
-
-def _norm(config: Any, hidden_size: int, *, eps: float, fused: bool) -> Any:
-    """A fused norm keeps its input and one fp32 number for each token."""
-    import torch
-
-    if not fused:  # what a CPU rank uses, where upstream's wrapper refuses it
-        kind = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
-        return kind(hidden_size, eps=eps, dtype=config.params_dtype)
-
-    class Norm(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype))
-            if config.normalization == "LayerNorm":
-                self.bias = torch.nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            numbers = x.new_empty(x.shape[:-1], dtype=torch.float32)
-            return _keeping(lambda _, x, weight: (x, numbers), lambda x, _: torch.empty_like(x))(x, self.weight)
-
-    return Norm()

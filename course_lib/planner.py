@@ -1,10 +1,13 @@
 """The planner: bars of planned memory against a GPU, and controls that redraw them.
 
-Without a running kernel the page shows the frame that was drawn when the lesson was executed.
+Controls need a running kernel.  The book has none, so it gets frames that were drawn when the lesson was executed; a
+link in the browser steps through them.
 """
 
 from __future__ import annotations
 
+import base64
+import html
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +19,17 @@ if TYPE_CHECKING:
     from ipywidgets import VBox
     from matplotlib.axes import Axes
 
-__all__ = ["bars", "bridge_code", "controls"]
+__all__ = ["bars", "bridge_code", "controls", "frames"]
+
+_NOTHING = dict.fromkeys(("recompute_granularity", "recompute_method", "recompute_num_layers"))
+_SELECTIVE = _NOTHING | {"recompute_granularity": "selective"}
+RECOMPUTE: Mapping[str, dict[str, Any]] = {
+    "nothing": _NOTHING,
+    "norms": _SELECTIVE | {"recompute_modules": ["layernorm"]},
+    "feed-forward": _SELECTIVE | {"recompute_modules": ["mlp"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+"""What the control can choose to compute again in the backward pass, as fields of the model."""
 
 
 def bars(plans: Mapping[str, memory.Plan], *, gpu: compute.Gpu, ax: Axes, title: str = "") -> Axes:
@@ -48,14 +61,18 @@ def bars(plans: Mapping[str, memory.Plan], *, gpu: compute.Gpu, ax: Axes, title:
         face = {"color": shades[part], "edgecolor": "white", "linewidth": 0.5, "hatch": hatches[part]}
         ax.barh(labels, widths, left=left, label=part, height=0.6, **face)
         left = [start + width for start, width in zip(left, widths, strict=True)]
+    right = 1.25 * max([limit, *left])
     for row, total in enumerate(left):
         fits = total <= limit
         if not fits:
             ax.barh(row, total, height=0.72, fill=False, edgecolor="#C00000", linewidth=2.5, hatch="/")
         note = f" {total:.1f}" + ("" if fits else " does not fit")
-        ax.text(total, row, note, va="center", color="#787878" if fits else "#C00000", fontsize=9)
+        crossing = fits and total + 0.07 * right > limit  # the note would stand across the line
+        ax.text(
+            limit if crossing else total, row, note, va="center", color="#787878" if fits else "#C00000", fontsize=9
+        )
     ax.axvline(limit, color="#787878", linewidth=1.5, dashes=[6, 3])
-    ax.set_xlim(0, 1.25 * max([limit, *left]))
+    ax.set_xlim(0, right)
     ax.set_xlabel(f"planned memory of the fullest rank (GiB); dashed line: {gpu.name}, {limit:.1f} GiB")
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
@@ -84,8 +101,10 @@ def bridge_code(recipe: str, cfg: Any) -> str:
     fields |= {"model.sequence_parallel": model.sequence_parallel, "model.seq_length": model.seq_length}
     fields |= {"dataset.seq_length": model.seq_length, "mixed_precision": cfg.mixed_precision}
     fields |= {"train.micro_batch_size": train.micro_batch_size, "train.global_batch_size": train.global_batch_size}
-    for name in ("recompute_granularity", "recompute_method", "recompute_num_layers"):
-        fields |= {f"model.{name}": getattr(model, name)} if getattr(model, name) is not None else {}
+    again = {"full": ("recompute_method", "recompute_num_layers"), "selective": ("recompute_modules",)}
+    if model.recompute_granularity:
+        names = ("recompute_granularity", *again[model.recompute_granularity])
+        fields |= {f"model.{name}": getattr(model, name) for name in names}
     return "\n".join([f"cfg = {recipe}()", *(f"cfg.{name} = {value!r}" for name, value in fields.items())])
 
 
@@ -112,7 +131,7 @@ def controls(recipes: Mapping[str, Any], *, ranks: int = 8) -> VBox:
         "micro": widgets.BoundedIntText(value=1, min=1, max=64, description="micro"),
         "batch": widgets.BoundedIntText(value=128, min=1, max=8192, description="global"),
         "precision": widgets.Dropdown(options=["bf16_mixed", "fp32"], description="precision"),
-        "recompute": widgets.Dropdown(options=["nothing", "full"], description="recompute"),
+        "recompute": widgets.Dropdown(options=list(RECOMPUTE), description="recompute"),
         "gpu": widgets.Dropdown(options=list(compute.gpus()), value="H100 SXM 80GB", description="GPU"),
     }
     picture, code = widgets.Image(width=760), widgets.HTML()
@@ -121,10 +140,12 @@ def controls(recipes: Mapping[str, Any], *, ranks: int = 8) -> VBox:
         choice = {name: control.value for name, control in given.items()}
         try:
             cfg = chosen(recipes[choice["recipe"]], choice)
-            picture.value = _frame(cfg, compute.gpus()[choice["gpu"]], ranks=ranks)
-            code.value = f"<pre>{bridge_code(choice['recipe'], cfg)}</pre>"
-        except (LayoutError, ValueError) as error:
-            picture.value, code.value = b"", f"<pre>{error}</pre>"
+            picture.value, _ = _frame(memory.plan(cfg, ranks=ranks), compute.gpus()[choice["gpu"]])
+            code.value = _lines(bridge_code(choice["recipe"], cfg))
+        except LayoutError as error:
+            picture.value, code.value = b"", _reasons([str(refusal) for refusal in error.refusals])
+        except ValueError as error:
+            picture.value, code.value = b"", _reasons([str(error)])
 
     for control in given.values():
         control.observe(redraw, names="value")
@@ -133,11 +154,35 @@ def controls(recipes: Mapping[str, Any], *, ranks: int = 8) -> VBox:
     return widgets.VBox([widgets.HBox(rows[:5]), widgets.HBox(rows[5:]), picture, code])
 
 
+def frames(choices: Mapping[str, tuple[str, Any]], plans: Mapping[str, memory.Plan], *, gpu: compute.Gpu) -> VBox:
+    """Plans that a reader steps through without a kernel: one picture and its Bridge code at a time.
+
+    Args:
+        choices: For each label the name of a recipe function and the planned configuration.
+        plans: The plans by the same labels.
+        gpu: The GPU.
+
+    Returns:
+        A widget whose buttons are linked to the frames in the browser.
+    """
+    import ipywidgets as widgets
+
+    shown = []
+    for label, (recipe, cfg) in choices.items():
+        png, words = _frame(plans[label], gpu)
+        source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+        picture = f'<img src="{source}" alt="{html.escape(words)}" style="width: 760px">'
+        shown.append(widgets.HTML(picture + _lines(bridge_code(recipe, cfg))))
+    buttons = widgets.ToggleButtons(options=list(choices), style={"button_width": "auto"})
+    stack = widgets.Stack(children=shown, selected_index=0)
+    widgets.jslink((buttons, "index"), (stack, "selected_index"))
+    return widgets.VBox([buttons, stack])
+
+
 def chosen(cfg: Any, choice: Mapping[str, Any]) -> Any:
     """A configuration with the values of the planner's controls; the one given stays as it is."""
     import copy
 
-    full = choice["recompute"] == "full"
     mine = memory.with_layout(
         cfg,
         tp=choice["tp"],
@@ -145,9 +190,7 @@ def chosen(cfg: Any, choice: Mapping[str, Any]) -> Any:
         cp=choice["cp"],
         seq_length=choice["sequence"],
         sequence_parallel=choice["tp"] > 1,
-        recompute_granularity="full" if full else None,
-        recompute_method="uniform" if full else None,
-        recompute_num_layers=1 if full else None,
+        **RECOMPUTE[choice["recompute"]],
     )
     mine.dataset = copy.copy(cfg.dataset)
     mine.dataset.seq_length = choice["sequence"]
@@ -163,13 +206,22 @@ def chosen(cfg: Any, choice: Mapping[str, Any]) -> Any:
     return mine
 
 
-def _frame(cfg: Any, gpu: compute.Gpu, *, ranks: int) -> bytes:
+def _frame(plan: memory.Plan, gpu: compute.Gpu) -> tuple[bytes, str]:
+    """One bar as PNG, and what it shows in words."""
     from matplotlib.figure import Figure
 
     from course_lib import plots
 
-    made = memory.plan(cfg, ranks=ranks)
     with plots.style():
         fig = Figure(figsize=(8, 2.2), layout="constrained")
-        bars({str(made.layout): made}, gpu=gpu, ax=fig.subplots(), title="Planned, not run")
-        return plots.png(fig)
+        ax = bars({str(plan.layout): plan}, gpu=gpu, ax=fig.subplots(), title="Planned, not run")
+        return plots.png(fig), ax.get_label()
+
+
+def _lines(code: str) -> str:
+    return f"<pre>{html.escape(code)}</pre>"
+
+
+def _reasons(reasons: list[str]) -> str:
+    items = "".join(f"<li>{html.escape(reason)}</li>" for reason in reasons)
+    return f"<p>This combination cannot be planned:</p><ul>{items}</ul>"

@@ -7,7 +7,18 @@ from typing import Any
 import pytest
 import small
 
-from course_lib import compute, launch, layout, live_tensors, memory, meta_model, planner, recipes
+from course_lib import (
+    collectives,
+    compute,
+    launch,
+    layout,
+    live_tensors,
+    memory,
+    meta_kernels,
+    meta_model,
+    planner,
+    recipes,
+)
 
 
 @pytest.fixture(scope="module")
@@ -21,26 +32,59 @@ def llama(bridge: Any) -> Any:
     return cfg
 
 
-@pytest.mark.parametrize(
-    ("tp", "pp", "ranks", "distributed"), [(2, 1, 8, True), (2, 2, 4, False), (1, 1, 2, True), (2, 2, 8, True)]
-)
-def test_the_plan_is_what_ranks_hold(bridge, runs_directory, tp, pp, ranks, distributed):
-    """Real ranks hold the planned states within 3%, and one forward pass leaves the planned activations within 10%."""
-    cfg = small.config(tp=tp, pp=pp, train_iters=2, model__seq_length=256, dataset__seq_length=256)
-    cfg.train.micro_batch_size, cfg.mixed_precision = 2, None
-    cfg.ddp.use_distributed_optimizer = cfg.optimizer.use_distributed_optimizer = distributed
-    cfg.train.global_batch_size = 16
+FULL = {"model__recompute_granularity": "full", "model__recompute_num_layers": 2}
+SELECTED = {"model__recompute_granularity": "selective"}
+EXPERTS = {"model__num_moe_experts": 4, "model__moe_router_topk": 2, "model__moe_ffn_hidden_size": 128}
+EXPERTS |= {"model__moe_grouped_gemm": False, "model__moe_shared_expert_intermediate_size": 64}
+SP = {"model__sequence_parallel": True}
+EP = {"model__expert_model_parallel_size": 2}
+CASES = {
+    "TP": (8, {"tp": 2, "ddp__use_distributed_optimizer": True}),
+    "TP, PP": (4, {"tp": 2, "pp": 2}),
+    "TP, PP, sharded": (8, {"tp": 2, "pp": 2, "ddp__use_distributed_optimizer": True}),
+    "DP": (2, {"tp": 1, "ddp__use_distributed_optimizer": True}),
+    "SP": (2, {"tp": 2, **SP}),
+    "full, uniform": (1, {"tp": 1, "model__recompute_method": "uniform", **FULL}),
+    "full, block": (1, {"tp": 1, "model__recompute_method": "block", **FULL}),
+    "MLP and norms": (1, {"tp": 1, "model__recompute_modules": ["mlp", "layernorm"], **SELECTED}),
+    "experts": (1, {"tp": 1, "model__moe_token_dispatcher_type": "alltoall", **EXPERTS}),
+    "EP, alltoall": (2, {"tp": 1, "model__moe_token_dispatcher_type": "alltoall", **EXPERTS, **EP}),
+    "EP, allgather": (2, {"tp": 1, "model__moe_token_dispatcher_type": "allgather", **EXPERTS, **EP}),
+    "EP, TP, SP": (2, {"tp": 2, "model__moe_token_dispatcher_type": "alltoall", **EXPERTS, **EP, **SP}),
+    "experts again": (1, {"tp": 1, "model__recompute_modules": ["moe"], **EXPERTS, **SELECTED}),
+    "shared expert again": (1, {"tp": 1, "model__recompute_modules": ["shared_experts"], **EXPERTS, **SELECTED}),
+}
+"""What is planned and then measured: number of ranks, and fields of the small model."""
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_plan_is_what_ranks_hold(bridge, runs_directory, case):
+    """Real ranks hold the planned states within 3%, and one forward pass leaves the planned activations within 10%.
+
+    Which expert gets how many tokens is the router's choice: activations of ranks with experts are held to the plan,
+    which is balanced, by their mean.
+    """
+    ranks, fields = CASES[case]
+    cfg = small.config(train_iters=2, model__seq_length=256, dataset__seq_length=256, **fields)
+    cfg.train.micro_batch_size, cfg.train.global_batch_size, cfg.mixed_precision = 2, 16, None
+    cfg.optimizer.use_distributed_optimizer = cfg.ddp.use_distributed_optimizer
     cfg = memory.on_cpu(cfg)
     run = launch.run(cfg, ranks=ranks, name="held", show=None, target=live_tensors.TARGET)
     held = live_tensors.read(run)
     assert len(held) == ranks
-    planned = memory.states(cfg, ranks=ranks)
-    for rank, row in held.iterrows():
-        stage = rank * pp // ranks
+    stages = cfg.model.pipeline_model_parallel_size
+    for stage, planned in enumerate(memory.states(cfg, ranks=ranks)):
+        rows = held.iloc[stage * ranks // stages : (stage + 1) * ranks // stages]
         for part in ("weights", "gradients", "optimizer"):
-            assert row[f"{part}_bytes"] == pytest.approx(getattr(planned[stage], f"{part}_bytes"), rel=0.03), part
+            assert rows[f"{part}_bytes"].tolist() == pytest.approx(
+                [getattr(planned, f"{part}_bytes")] * len(rows), rel=0.03
+            )
         kept = memory.activations(cfg, ranks=ranks, stage=stage)
-        assert row["activations_bytes"] == pytest.approx(kept.per_microbatch_bytes + kept.loss_bytes, rel=0.10)
+        wanted = pytest.approx(kept.per_microbatch_bytes + kept.loss_bytes, rel=0.10)
+        if "EP" in case:
+            assert rows.activations_bytes.mean() == wanted
+        else:
+            assert all(size == wanted for size in rows.activations_bytes)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8, 16])
@@ -86,8 +130,44 @@ def test_experts_are_dealt_out_over_their_own_ranks(bridge):
     (dealt,) = memory.states(memory.with_layout(cfg, ep=4), ranks=8)
     assert alone.parameters - dealt.parameters == 3 * dealt.expert_parameters > 0
     assert alone.optimizer_bytes == pytest.approx(dealt.optimizer_bytes, rel=1e-6)
-    with pytest.raises(ValueError, match="what the router sends"):
-        memory.activations(cfg, ranks=8)
+
+
+def test_one_expert_stands_for_those_of_its_rank(bridge, monkeypatch):
+    """Experts of a rank are alike, so one is built and counted for all; building every one of them counts the same."""
+    cfg = small.config(tp=1, model__moe_token_dispatcher_type="allgather", **EXPERTS)
+    counted = [memory.states(cfg, ranks=2), memory.activations(cfg, ranks=2)]
+    from megatron.core.transformer.moe.experts import SequentialMLP
+
+    each = SequentialMLP.__init__
+    monkeypatch.setattr(meta_kernels, "_one_expert_for_all", lambda: each)
+    built = [memory.states(cfg, ranks=2), memory.activations(cfg, ranks=2)]
+    assert built[0] == counted[0]
+    assert built[1].per_microbatch_bytes == pytest.approx(counted[1].per_microbatch_bytes, rel=0.01)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8, 16])
+def test_nemotron_is_counted_in_every_layout(bridge, ranks):
+    """Nemotron 3 Nano: TP ranks together hold the dense part once, EP ranks the experts; Mamba's activations are refused."""
+    from megatron.bridge.recipes.nemotronh.h100.nemotron_3_nano import (
+        nemotron_3_nano_pretrain_8gpu_h100_bf16_config,
+    )
+
+    cfg = nemotron_3_nano_pretrain_8gpu_h100_bf16_config()
+    cfg.tokenizer.vocab_size = 131_072
+    checked = 0
+    for one in layout.legal_layouts(ranks, cfg):
+        tp, ep = one.tensor_model_parallel_size, one.expert_model_parallel_size
+        # at EP=1 Megatron does not tell experts from other weights, and the recipe does not cut them by TP
+        if one.pipeline_model_parallel_size * one.context_parallel_size > 1 or (ep == 1 and tp > 1):
+            continue
+        planned = memory.with_layout(cfg, tp=tp, ep=ep, sequence_parallel=tp > 1)
+        (stage,) = memory.states(planned, ranks=ranks)
+        dense = stage.parameters - stage.expert_parameters
+        assert tp * dense + ep * stage.expert_parameters == pytest.approx(31.578e9, rel=0.005), one
+        checked += 1
+    assert checked == {1: 1, 2: 3, 4: 6, 8: 10, 16: 12}[ranks]
+    with pytest.raises(ValueError, match="mamba-ssm's CUDA kernels"):
+        memory.activations(planned, ranks=ranks)
 
 
 def test_activations_follow_what_is_kept(llama):
@@ -101,6 +181,7 @@ def test_activations_follow_what_is_kept(llama):
             "pipeline": {"pp": 2},
             "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
             "attention": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+            "norms": {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]},
         }.items()
     }
     assert kept["sp"].total_bytes < kept["tp"].total_bytes < kept["whole"].total_bytes
@@ -110,23 +191,28 @@ def test_activations_follow_what_is_kept(llama):
     assert kept["full"].total_bytes < kept["whole"].total_bytes / 8
     assert kept["full"].recomputed_bytes > 0
     assert kept["attention"].total_bytes < kept["whole"].total_bytes
-    with pytest.raises(ValueError, match="only \\['core_attn'\\] can be planned"):
-        memory.activations(
-            memory.with_layout(llama, recompute_granularity="selective", recompute_modules=["mlp"]), ranks=8
-        )
+    assert kept["norms"].per_microbatch_bytes < kept["whole"].per_microbatch_bytes
+    again = {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]}
+    with pytest.raises(ValueError, match="Transformer Engine's grouped experts"):
+        memory.activations(memory.with_layout(llama, **again), ranks=8)
 
 
 def test_planning_leaves_nothing_behind(llama):
-    """No process group, no patch of torch.cuda, and the configuration is as it was; errors inside change nothing."""
+    """No process group, and the configuration is as it was; torch.cuda stays untouched even while a model runs."""
     import torch
 
-    before, current = recipes.flatten(llama), torch.cuda.current_device
+    before, cuda = recipes.flatten(llama), dict(vars(torch.cuda))
+    with meta_model.built(llama, ranks=8) as (model,):
+        assert dict(vars(torch.cuda)) == cuda
+        model.register_forward_pre_hook(lambda *_: setattr(model, "cuda_inside", dict(vars(torch.cuda))))
+        meta_model.forward(model, llama, ranks=8)
+        assert model.cuda_inside == cuda
     with pytest.raises(layout.LayoutError):
         memory.states(memory.with_layout(llama, tp=3), ranks=8)
     with pytest.raises(ZeroDivisionError), meta_model.built(llama, ranks=8):
         raise ZeroDivisionError
     assert not torch.distributed.is_initialized()
-    assert torch.cuda.current_device is current
+    assert dict(vars(torch.cuda)) == cuda
     assert recipes.flatten(llama) == before
     with pytest.raises(AttributeError, match="no field 'tensor_size'"):
         memory.with_layout(llama, tensor_size=2)
@@ -140,17 +226,36 @@ def test_operations_counted_and_by_formula(llama):
 
 
 def test_a_ceiling_is_above_every_published_run(llama):
-    """Nobody published more than the data sheet allows, and TP's messages lower the ceiling."""
+    """Nobody published more in BF16 than the data sheet allows, and TP's messages lower the ceiling."""
     gpu = compute.gpus()["H100 SXM 80GB"]
     rates = []
     for tp in (1, 2, 4, 8):
         cfg = memory.with_layout(llama, tp=tp, sequence_parallel=tp > 1)
-        count = memory.states(cfg, ranks=8)[0].parameters
-        sizes = {"ranks": 8, "gpu": gpu, "parameters": count, "vocab_size": 128_256}
-        rates.append(compute.ceiling(cfg, **sizes).tokens_per_second_per_gpu)
+        rates.append(compute.ceiling(cfg, ranks=8, gpu=gpu, vocab_size=128_256).tokens_per_second_per_gpu)
     assert rates == sorted(rates, reverse=True)
-    assert (compute.published().tokens_per_second_per_gpu < rates[0]).all()
-    assert all(compute.published().source) and all(gpu.source for gpu in compute.gpus().values())
+    published = compute.published()
+    runs = published[published.precision == "bf16"]
+    assert len(runs) >= 3 and (runs.tokens_per_second_per_gpu < rates[0]).all()
+    assert all(published.source) and all(gpu.source for gpu in compute.gpus().values())
+
+
+def test_messages_are_those_of_the_closed_form(llama):
+    """The planner adds up the operations that recorded runs are held to; CP and recomputation come on top."""
+    cut = memory.with_layout(llama, tp=2, sequence_parallel=True)
+    sent = compute.sent_bytes(cut, ranks=8)
+    rows = collectives.by_group(collectives.expected(cut, ranks=8, element_bytes=2, gradient_bytes=4)).sent_bytes
+    assert sent["tensor"] == rows["tp"] and sent["data"] == rows["dp-cp"]
+    stream, microbatches = 8192 * 4096 * 2, 128 / 4
+    by_hand = microbatches * 32 * 4 * stream  # two all-reduces a layer each way, at TP=2 one stream each
+    assert sent["tensor"] > by_hand and sent["pipeline"] == sent["context"] == 0
+    again = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    repeated = compute.sent_bytes(memory.with_layout(llama, tp=2, sequence_parallel=True, **again), ranks=8)
+    assert sent["tensor"] < repeated["tensor"] < 1.5 * sent["tensor"]
+    whole, ring = (compute.sent_bytes(memory.with_layout(llama, cp=cp), ranks=8) for cp in (1, 2))
+    assert ring["data"] == whole["data"] and ring["tensor"] == 0
+    assert (
+        ring["context"] == 32 * 32 * 3 * 4096 * 2 * 8 * 128 * 2
+    )  # micro-batches, layers, three passes, keys and values
 
 
 def test_the_planner_shows_what_fits_and_what_cannot_be(llama):
@@ -162,7 +267,24 @@ def test_the_planner_shows_what_fits_and_what_cannot_be(llama):
     tp.value = 8
     assert "tensor_model_parallel_size = 8" in code.value
     panel.children[0].children[3].value = 8  # CP=8 with TP=8 on 8 ranks
-    assert picture.value == b"" and "cannot be divided" in code.value
+    assert picture.value == b"" and "cannot be divided" in code.value and "use a multiple of" in code.value
+
+
+def test_frames_are_stepped_through_without_a_kernel(llama):
+    """Buttons and frames are linked in the browser; each frame holds its picture, its words and its Bridge code."""
+    import ipywidgets
+
+    cfgs = {"whole": llama, "TP=2": memory.with_layout(llama, tp=2, sequence_parallel=True)}
+    plans = {label: memory.plan(cfg, ranks=8) for label, cfg in cfgs.items()}
+    choices = {label: ("llama3_8b_pretrain_config", cfg) for label, cfg in cfgs.items()}
+    panel = planner.frames(choices, plans, gpu=compute.gpus()["H100 SXM 80GB"])
+    buttons, stack = panel.children
+    links = [one for one in ipywidgets.Widget.get_manager_state()["state"].values() if one["model_name"] == "LinkModel"]
+    ends = [(f"IPY_MODEL_{one.model_id}", name) for one, name in ((buttons, "index"), (stack, "selected_index"))]
+    assert any([tuple(one["state"][end]) for end in ("source", "target")] == ends for one in links)
+    whole, half = (frame.value for frame in stack.children)
+    assert "data:image/png;base64," in whole and 'alt="Planned GiB of the fullest rank: TP=2' in half
+    assert "tensor_model_parallel_size = 2" in half and "tensor_model_parallel_size = 1" in whole
 
 
 def test_a_bar_that_does_not_fit_says_so(llama):
