@@ -1,0 +1,33 @@
+"""The bench measures what it says: both sides of a ratio in one run, and every step of them."""
+
+from __future__ import annotations
+
+import pytest
+from small import config
+
+from course_lib import bench, bench_step
+
+
+def test_a_figure_is_the_median_of_its_samples():
+    """One slow repeat on a busy machine does not decide."""
+    found = bench.figure("step", [1.0, 9.0, 2.0], "s", "-", "-", "by hand")
+    assert found.value == 2.0 and found.samples == (1.0, 9.0, 2.0)
+
+
+def test_bridge_hugging_face_and_products_are_measured_in_turn(bridge, tmp_path):
+    """Each counted step of Bridge has a step of Hugging Face and a product beside it, and waits for data within."""
+    cfg = config(tp=1, train_iters=bench_step.LEFT_OUT + 4)
+    cfg.checkpoint.save = cfg.checkpoint.load = cfg.logger.tensorboard_dir = None
+    cfg.to_yaml(str(tmp_path / "one.yaml"))
+    rows = bench_step.in_one_rank(tmp_path / "one.yaml", threads=1)
+    assert len(rows["bridge"]) == len(rows["data"]) == 3, "the last step has no later one that ends it"
+    assert len(rows["hugging face"]) == len(rows["matrix"]) == 4
+    assert all(0 < waited < step for waited, step in zip(rows["data"], rows["bridge"], strict=True))
+    assert min(rows["matrix"]) > 1e8
+
+
+def test_a_rank_that_fails_is_told_with_its_log(bridge, tmp_path):
+    """The end of the log says why there is no answer."""
+    (tmp_path / "one.yaml").write_text("model: {}\n")
+    with pytest.raises(RuntimeError, match="does not fit Bridge"):
+        bench_step.in_one_rank(tmp_path / "one.yaml", threads=1)
