@@ -90,7 +90,9 @@ def bigram_loss(train: np.ndarray, validation: np.ndarray, *, vocab_size: int) -
         if given.ndim != 2 or given.shape[1] != 2 or not len(given):
             raise ValueError(f"{name} has shape {given.shape}, needed (pairs, 2) with at least one pair")
         if given.min() < 0 or given.max() >= vocab_size:
-            raise ValueError(f"{name} has ids from {given.min()} to {given.max()}, outside a vocabulary of {vocab_size}")
+            raise ValueError(
+                f"{name} has ids from {given.min()} to {given.max()}, outside a vocabulary of {vocab_size}"
+            )
     unigram = np.bincount(train[:, 1], minlength=vocab_size) + 1.0
     unigram /= unigram.sum()
     known, times = np.unique(train[:, 0] * vocab_size + train[:, 1], return_counts=True)
