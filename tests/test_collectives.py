@@ -96,3 +96,6 @@ def test_picture_shows_every_rank_and_group(bridge):
         "tp: 4 groups of 2, 1.0 MiB" in text and "dp-cp: 4 groups of 2" in text and "pp: 4 groups of 2, 512 B" in text
     )
     assert {label.get_text() for label in ax.texts} >= {str(rank) for rank in range(8)}
+    with plots.figure() as ax:
+        collectives.picture(Layout(world_size=8, context_parallel_size=2), {"cp": 2**10, "dp-cp": 2**20}, ax=ax)
+    assert "cp: 4 groups of 2, 1.0 KiB" in ax.get_label() and "dp-cp: 1 group of 8" in ax.get_label()
