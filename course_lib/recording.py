@@ -74,7 +74,8 @@ class Recorder:
         self._node = torch._C._current_autograd_node
 
     def _replace(self, owner: Any, name: str, new: object) -> None:
-        self.undo.append(functools.partial(setattr, owner, name, getattr(owner, name)))
+        before = vars(owner)[name]  # as it lies there: getattr would give a method of C++ without its binding
+        self.undo.append(functools.partial(setattr, owner, name, before))
         setattr(owner, name, new)
 
     def remove(self) -> None:
