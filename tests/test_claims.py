@@ -124,16 +124,22 @@ def lesson_07():
     second = {"changed": [[""] * 4, ["+ --rdzv-endpoint"]], "plain": "plain", "script": "", "orchestrate": tools}
     yield "check-second", second, [{"changed": [[""] * 3, []]}, {"plain": ""}]
     names = iter(["twin", "twin-2"])
+
+    def prepare(cfg, **_):
+        if cfg.logger.wandb_exp_name:
+            raise Failed("would hold an access token")
+        return Some(name=next(names, "twin"))
+
     habits = {
-        "cfg": 0, "ranks": 2, "launch": Some(prepare=lambda *_, **__: Some(name=next(names, "twin"))),
+        "cfg": Some(logger=Some(wandb_exp_name="")), "ranks": 2, "launch": Some(prepare=prepare, ConfigError=Failed),
         "plain": "set -euo", "found": found, "orchestrate": Some(secrets=lambda place: "HF_TOKEN" in str(place)),
     }  # fmt: skip
     yield (
         "check-habits",
         habits,
         [
-            {"launch": Some(prepare=gives(Some(name="twin")))},
-            {"orchestrate": Some(secrets=gives([])), "found": found},
+            {"launch": Some(prepare=gives(Some(name="twin")), ConfigError=Failed)},
+            {"orchestrate": Some(secrets=gives([]))},
             {"orchestrate": Some(secrets=gives(["a"]))},
         ],
     )

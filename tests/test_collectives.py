@@ -58,6 +58,23 @@ def test_backward_is_attributed_to_modules(bridge, runs_directory):
     assert rows.caller.str.startswith("megatron.").all()
 
 
+def test_a_recorder_that_is_taken_off_leaves_nothing(bridge, tmp_path):
+    """What it replaced in torch's process groups and Megatron's schedule lies there again."""
+    import torch
+    from megatron.core.pipeline_parallel import schedules
+
+    from course_lib import recording
+
+    def methods():
+        return [vars(torch.distributed.ProcessGroup).get(name) for name in recording.METHODS] + [schedules.forward_step]
+
+    before, recorder = methods(), recording.Recorder(tmp_path, 0)
+    recorder.install()
+    assert all(one is not other or one is None for one, other in zip(methods(), before, strict=True))
+    recorder.remove()
+    assert all(one is other for one, other in zip(methods(), before, strict=True))
+
+
 def test_nothing_is_recorded_unless_asked(bridge, runs_directory):
     """A run without `record=True` leaves no such files, and reading it says what to do."""
     run = launch.run(config(train_iters=1), ranks=2, show=None)
