@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Figure", "figure", "main"]
+__all__ = ["Figure", "changed", "figure", "main"]
 
 REPEATS = 3
 PROJECT = Path(__file__).resolve().parent.parent
@@ -60,7 +60,8 @@ def main() -> int:
         for measure in (
             lambda: [_import_ratio()],
             lambda: _launches(config),
-            lambda: [_recorder_overhead(config)],
+            lambda: _recorder_overhead(config),
+            lambda: _checkpoints(Path(work), config),
             lambda: [_against_hugging_face(config)],
             lambda: [_shared_memory(config)],
             lambda: [_launch_against_ranks()],
@@ -106,6 +107,12 @@ def _machine() -> dict[str, Any]:
         "versions": stack.versions(),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _checkpoints(work: Path, config: Path) -> list[Figure]:
+    from course_lib import bench_checkpoints
+
+    return bench_checkpoints.figures(work, config)
 
 
 def _text(work: Path) -> list[Figure]:
@@ -171,7 +178,7 @@ def _tiny_config(work: Path) -> Path:
     return work / "tiny.yaml"
 
 
-def _changed(config: Path, **fields: object) -> Path:
+def changed(config: Path, **fields: object) -> Path:
     """A copy of a configuration file with some top-level or nested scalar fields changed, as `section__field`."""
     import yaml
 
@@ -198,7 +205,7 @@ def _launches(config: Path) -> list[Figure]:
     cold = [seconds("torchrun")]
     alive = [float(hello.ranks(8).seconds.max()) for _ in range(REPEATS)]
     warm_median = statistics.median(w for w, _ in warm)
-    long = _changed(config, train__train_iters=20)
+    long = changed(config, train__train_iters=20)
     steps = [launch.run(long, ranks=8, name="steps", show=None).metrics.elapsed_ms[3:].median() for _ in range(REPEATS)]
     return [
         figure(
@@ -215,26 +222,16 @@ def _launches(config: Path) -> list[Figure]:
     ]
 
 
-def _recorder_overhead(config: Path) -> Figure:
-    """The median step with every collective recorded over that without, runs interleaved."""
-    from course_lib import launch
+def _recorder_overhead(config: Path) -> list[Figure]:
+    from course_lib import bench_recorder
 
-    long = _changed(config, train__train_iters=20)
-
-    def step_ms(record: bool) -> float:
-        run = launch.run(long, ranks=8, name="record", show=None, record=record)
-        return float(run.metrics.elapsed_ms[3:].median())
-
-    ratios = [step_ms(True) / step_ms(False) for _ in range(2 * REPEATS)]
-    return figure(
-        "an 8-rank step recorded / not recorded", ratios, "x", "at most 1.05", "1.02", "TP=2 DP=4, every collective"
-    )
+    return bench_recorder.figures(config)
 
 
 def _against_hugging_face(config: Path) -> Figure:
     from course_lib import bench_step
 
-    path = _changed(config, train__train_iters=60, train__global_batch_size=4, model__tensor_model_parallel_size=1)
+    path = changed(config, train__train_iters=60, train__global_batch_size=4, model__tensor_model_parallel_size=1)
     seconds = bench_step.in_one_rank(path, threads=1)
     pairs = list(zip(seconds["bridge"], seconds["hugging face"], strict=False))
     groups = [pairs[i : i + 10] for i in range(0, len(pairs) - 9, 10)]
@@ -253,7 +250,7 @@ def _shared_memory(config: Path) -> Figure:
     """Proportional set size of eight ranks in training, over eight times that of a run with one rank."""
 
     def total_bytes(ranks: int, layout: dict[str, int]) -> float:
-        path = _changed(config, train__train_iters=1000, **layout)
+        path = changed(config, train__train_iters=1000, **layout)
         return _while_training(path, ranks, _proportional_bytes)
 
     ratios = []

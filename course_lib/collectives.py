@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 __all__ = ["NotCounted", "by_group", "compare", "expected", "picture", "recorded", "sent_bytes"]
 
 _SHARES = [i / 24 for i in range(25)]
+_BESIDE = {"tp": ("center", "bottom", 0, 3), "cp": ("right", "center", -5, 0), "dp-cp": ("left", "center", 5, 0)}
+_BESIDE |= {"pp": ("center", "top", 0, -4)}
+"""Where the text of a line stands: horizontal and vertical alignment, and distance from its middle in points."""
 
 
 def sent_bytes(operation: str, size_bytes: float, group_size: int) -> float:
@@ -112,11 +115,12 @@ def by_group(rows: pd.DataFrame) -> pd.DataFrame:
 def picture(layout: Layout, sent: Mapping[str, float], *, ax: Axes, title: str = "") -> Axes:
     """Draw the ranks as a grid, and the groups that talk to each other as lines with the bytes that a rank sends.
 
-    A column is a place in the tensor-parallel group, a row a copy of the model, a block of rows a pipeline stage.
+    A column is a place in the tensor-parallel group, a row a copy of the model or a part of its sequences, a block of rows
+    a pipeline stage.
 
     Args:
         layout: The layout.
-        sent: Bytes that one rank sends in a step, by kind of group (`tp`, `dp-cp`, `pp`).
+        sent: Bytes that one rank sends in a step, by kind of group (`tp`, `cp`, `dp-cp`, `pp`).
         ax: The axis to draw on.
         title: What the picture shows.
 
@@ -132,22 +136,30 @@ def picture(layout: Layout, sent: Mapping[str, float], *, ax: Axes, title: str =
         stage, rest = divmod(rank, tp * dp)
         return stage * (tp + 0.8) + rest % tp, -(rest // tp)
 
-    styles = {"tp": ("blue", "-"), "dp-cp": ("vermilion", "--"), "pp": ("green", "-.")}
+    styles = {"tp": ("blue", "-"), "cp": ("purple", ":"), "dp-cp": ("vermilion", "--"), "pp": ("green", "-.")}
     grid, sentences = rank_grid(layout), []
     for kind, (colour, dashes) in styles.items():
         groups = [group for group in grid[kind] if len(group) > 1]
         if not groups or not sent.get(kind):
             continue
-        label = f"{kind}: {len(groups)} groups of {len(groups[0])}, {format_bytes(sent[kind])} a rank and step"
+        number_of_groups = f"{len(groups)} groups" if len(groups) > 1 else "1 group"
+        label = f"{kind}: {number_of_groups} of {len(groups[0])}, {format_bytes(sent[kind])} a rank and step"
         for number, group in enumerate(groups):
             named = {"label": label} if not number else {}
             for (x0, y0), (x1, y1) in pairwise(place(rank) for rank in group):
-                # Stages lie side by side, so their lines are arcs that pass below the tensor-parallel ones.
-                depth = 0.35 if kind == "pp" else 0.0
-                xs, ys = zip(
-                    *((x0 + t * (x1 - x0), y0 + t * (y1 - y0) - 4 * depth * t * (1 - t)) for t in _SHARES), strict=True
-                )
+                # Lines of stages pass below the tensor-parallel ones, those of context parallelism beside the data-parallel.
+                wide_x, deep_y = {"cp": (0.3, 0.0), "pp": (0.0, 0.35)}.get(kind, (0.0, 0.0))
+                bows = [(t, 4 * t * (1 - t)) for t in _SHARES]
+                xs = [x0 + t * (x1 - x0) - wide_x * bow for t, bow in bows]
+                ys = [y0 + t * (y1 - y0) - deep_y * bow for t, bow in bows]
                 ax.plot(xs, ys, color=COLOURS[colour], linestyle=dashes, linewidth=2.5, **named)
+                if named:  # one line of each kind carries the bytes; on all of them they would hide the lines
+                    ha, va, x, y = _BESIDE[kind]
+                    place_of_text = {"xytext": (x, y), "textcoords": "offset points", "ha": ha, "va": va, "fontsize": 8}
+                    middle = len(_SHARES) // 2
+                    ax.annotate(
+                        format_bytes(sent[kind]), (xs[middle], ys[middle]), color=COLOURS[colour], **place_of_text
+                    )
                 named = {}
         sentences.append(label)
     for rank in range(layout.world_size):

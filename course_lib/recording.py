@@ -54,6 +54,7 @@ class Recorder:
         self.chunks: dict[int, int] = {}
         self.modules: dict[int, str] = {}
         self.stack: list[str] = []
+        self.undo: list[Callable[[], object]] = []
 
     # ------------------------------------------------------------------------------------------------- what is called
 
@@ -65,12 +66,22 @@ class Recorder:
         group = torch.distributed.ProcessGroup
         for name, (operation, whole) in METHODS.items():
             if hasattr(group, name):
-                setattr(group, name, self._noted(getattr(group, name), operation, whole))
-        schedules.forward_step = self._timed_forward(schedules.forward_step)
-        schedules.backward_step = self._timed_backward(schedules.backward_step)
+                self._replace(group, name, self._noted(getattr(group, name), operation, whole))
+        self._replace(schedules, "forward_step", self._timed_forward(schedules.forward_step))
+        self._replace(schedules, "backward_step", self._timed_backward(schedules.backward_step))
         for name in ("_batched_p2p_ops", "_p2p_ops"):
-            setattr(p2p_communication, name, self._with_directions(getattr(p2p_communication, name)))
+            self._replace(p2p_communication, name, self._with_directions(getattr(p2p_communication, name)))
         self._node = torch._C._current_autograd_node
+
+    def _replace(self, owner: Any, name: str, new: object) -> None:
+        before = vars(owner)[name]  # as it lies there: getattr would give a method of C++ without its binding
+        self.undo.append(functools.partial(setattr, owner, name, before))
+        setattr(owner, name, new)
+
+    def remove(self) -> None:
+        """Put back what `install` and `know` changed."""
+        while self.undo:
+            self.undo.pop()()
 
     def _noted(self, original: Callable, operation: str, whole: Callable[[tuple], list[list]]) -> Callable:
         @functools.wraps(original)
@@ -187,8 +198,8 @@ class Recorder:
             for name, module in chunk.named_modules():
                 if _sends(module):
                     self.modules[id(module)] = ".".join(part for part in name.split(".") if part != "module")
-                    module.register_forward_pre_hook(self._enter)
-                    module.register_forward_hook(self._leave)
+                    hooks = module.register_forward_pre_hook(self._enter), module.register_forward_hook(self._leave)
+                    self.undo += [hook.remove for hook in hooks]
 
     def _enter(self, module: Any, _: Any) -> None:
         self.stack.append(self.modules[id(module)])

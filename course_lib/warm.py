@@ -31,6 +31,10 @@ from pathlib import Path
 __all__ = ["Launched", "Lease", "WarmError", "call", "lease"]
 
 
+START_SECONDS = 60.0
+"""How long a server may take to listen: it imports little, but this machine may be busy."""
+
+
 class WarmError(RuntimeError):
     """The warm launcher could not be reached or started."""
 
@@ -208,11 +212,11 @@ def _connect(path: Path) -> Lease:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two notebooks that start at once share one server
         connection = _try(path)
         if connection is None:
-            _start_server(path)
-            end = time.monotonic() + 15
+            server = _start_server(path)
+            end = time.monotonic() + START_SECONDS
             while (connection := _try(path)) is None:
-                if time.monotonic() > end:
-                    raise WarmError(f"the warm launcher did not start within 15 s; see {path.with_suffix('.log')}")
+                if server.poll() is not None or time.monotonic() > end:
+                    raise WarmError(f"the warm launcher did not start; see {path.with_suffix('.log')}")
                 time.sleep(0.02)
     connection.sendall(b'{"lease": true}\n')
     return Lease(path, connection)
@@ -228,14 +232,14 @@ def _try(path: Path) -> socket.socket | None:
         return None
 
 
-def _start_server(path: Path) -> None:
+def _start_server(path: Path) -> subprocess.Popen:
     path.unlink(missing_ok=True)
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONDONTWRITEBYTECODE", "RANK", "WORLD_SIZE")}
     environment["OMP_NUM_THREADS"] = "1"
     root = str(Path(__file__).resolve().parent.parent)
     environment["PYTHONPATH"] = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
     with open(path.with_suffix(".log"), "w") as log:
-        subprocess.Popen(
+        return subprocess.Popen(
             # -c, not -m: the children of a fork server re-import a main module that has a name
             [
                 sys.executable,

@@ -58,6 +58,23 @@ def test_backward_is_attributed_to_modules(bridge, runs_directory):
     assert rows.caller.str.startswith("megatron.").all()
 
 
+def test_a_recorder_that_is_taken_off_leaves_nothing(bridge, tmp_path):
+    """What it replaced in torch's process groups and Megatron's schedule lies there again."""
+    import torch
+    from megatron.core.pipeline_parallel import schedules
+
+    from course_lib import recording
+
+    def methods():
+        return [vars(torch.distributed.ProcessGroup).get(name) for name in recording.METHODS] + [schedules.forward_step]
+
+    before, recorder = methods(), recording.Recorder(tmp_path, 0)
+    recorder.install()
+    assert all(one is not other or one is None for one, other in zip(methods(), before, strict=True))
+    recorder.remove()
+    assert all(one is other for one, other in zip(methods(), before, strict=True))
+
+
 def test_nothing_is_recorded_unless_asked(bridge, runs_directory):
     """A run without `record=True` leaves no such files, and reading it says what to do."""
     run = launch.run(config(train_iters=1), ranks=2, show=None)
@@ -96,3 +113,6 @@ def test_picture_shows_every_rank_and_group(bridge):
         "tp: 4 groups of 2, 1.0 MiB" in text and "dp-cp: 4 groups of 2" in text and "pp: 4 groups of 2, 512 B" in text
     )
     assert {label.get_text() for label in ax.texts} >= {str(rank) for rank in range(8)}
+    with plots.figure() as ax:
+        collectives.picture(Layout(world_size=8, context_parallel_size=2), {"cp": 2**10, "dp-cp": 2**20}, ax=ax)
+    assert "cp: 4 groups of 2, 1.0 KiB" in ax.get_label() and "dp-cp: 1 group of 8" in ax.get_label()
