@@ -226,19 +226,16 @@ def stopped(*, half: float | None) -> dict[str, Any]:
     }
 
 
-def shapes(wide: int) -> dict[str, Any]:
-    """Parameter counts that cannot be made equal."""
+def shapes(deep: int) -> dict[str, Any]:
+    """A base of 139,584 parameters, and the deep model's."""
+    cfg, cfg_deep = SimpleNamespace(parameters=139_584), SimpleNamespace(parameters=deep)
     counts = SimpleNamespace(
-        shrink=lambda *a, **k: None, diff=recipes.diff, parameter_count=lambda cfg, vocab_size: cfg.count(wide)
+        shrink=lambda *a, **k: None,
+        diff=lambda *a: None,
+        parameter_count=lambda cfg, vocab_size: cfg.parameters,
     )
-
-    class Model:
-        def count(self, wide: int) -> int:
-            return 100 * self.model.ffn_hidden_size if hasattr(self.model, "ffn_hidden_size") else wide
-
-    cfg, deep = Model(), Model()
-    cfg.model, deep.model = SimpleNamespace(), SimpleNamespace()
-    return {"copy": SimpleNamespace(deepcopy=lambda cfg: deep), "cfg": cfg, "recipes": counts}
+    copied = SimpleNamespace(deepcopy=lambda cfg: cfg_deep)
+    return {"cfg": cfg, "copy": copied, "recipes": counts, "deep_ffn_hidden_size": 152}
 
 
 class Figure:
@@ -285,7 +282,7 @@ GOOD: dict[tuple[str, str], Callable[[Path], dict[str, Any]]] = {
         BASE, WORSE, by_init=compared(BASE, SAME)["by_init"], statistics=stats
     ),
     ("09", "run-length"): lambda path: compared(BASE, SAME) | frequent(5.97),
-    ("09", "shape"): lambda path: shapes(15_200),
+    ("09", "shape"): lambda path: shapes(139_168),
     ("09", "run-shape"): lambda path: compared(BASE, WORSE),
     ("09", "figure-all"): lambda path: all_four(),
 }
@@ -328,7 +325,7 @@ BROKEN: list[tuple[str, str, str, Callable[[Path], dict[str, Any]], str]] = [
     ("09", "single-seed", "a clear change", lambda path: {"by_init": compared(BASE, WORSE)["by_init"]}, "contradict"),
     ("09", "run-length", "a difference", lambda path: compared(BASE, BETTER), "makes no difference here"),
     ("09", "run-length", "models that look back", lambda path: frequent(6.5), "best loss at length 64"),
-    ("09", "shape", "a larger model", lambda path: shapes(90_000), "deep model"),
+    ("09", "shape", "a larger model", lambda path: shapes(145_000), "Choose another feed-forward width"),
     ("09", "run-shape", "no difference", lambda path: compared(BASE, SAME), "deep and narrow is worse"),
     ("09", "figure-all", "a third difference", lambda path: all_four(by_length=WORSE), "two differences, two none"),
 ]  # fmt: skip
