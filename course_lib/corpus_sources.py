@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 MAX_LINE_BYTES = 64 * 2**20
-"""No line of a JSONL file is longer: a broken file may be one line of many gigabytes."""
+"""No document is longer, be it a line or a file: a broken file may be one line of many gigabytes, and is not read."""
 
 LICENCE = "PSF-2.0"
 # Tables of numbers, and the topics that are read on their own.
@@ -182,7 +182,8 @@ def folder_documents(folder: Path, *, licence: str, source: str) -> Iterator[Doc
         source: Name of the source.
 
     Raises:
-        BadText: If there is no file, or one is empty, no UTF-8, no JSON, or has no text; names file and line.
+        BadText: If there is no file, or one is empty, no UTF-8, no JSON, has no text, or a document of more than
+            64 MiB, of which no more than that is read; names file and line.
     """
     folder = Path(folder)
     paths = sorted(path for path in folder.rglob("*") if path.suffix in (".txt", ".md", ".jsonl") and path.is_file())
@@ -200,7 +201,14 @@ def folder_documents(folder: Path, *, licence: str, source: str) -> Iterator[Doc
 
 
 def _whole(path: Path) -> str:
-    data = path.read_bytes()
+    with path.open("rb") as file:
+        data = file.read(MAX_LINE_BYTES + 1)
+    if len(data) > MAX_LINE_BYTES:
+        line = data.count(b"\n") + 1
+        raise BadText(
+            f"{path}, line {line}: more than {MAX_LINE_BYTES // 2**20} MiB in one document: cut the file into several, "
+            "or write JSONL with one document a line"
+        )
     try:
         text = data.decode()
     except UnicodeDecodeError as error:

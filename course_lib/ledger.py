@@ -248,16 +248,20 @@ def _running_cell() -> tuple[str, str]:
 
 
 def _error(predicted: float, value: float) -> str:
+    """Say how wrong a prediction was.
+
+    Example:
+        >>> _error(6.6, 6.0), _error(3.24, 1.0), _error(20.0, 1.0), _error(0.01, -0.0006)
+        ('10% too high', '224% too high', '20 times', 'off by 0.0106')
+    """
     if predicted == value:
         return "exact"
-    if value == 0 or not math.isfinite(value):
+    if value == 0 or not math.isfinite(value) or predicted * value < 0:
         return f"off by {format_number(predicted - value)}"
     share = 100 * (predicted - value) / abs(value)
-    return (
-        f"{abs(share):.2g}% too {'high' if share > 0 else 'low'}"
-        if abs(share) < 1000
-        else f"{predicted / value:,.3g} times"
-    )
+    if abs(share) >= 1000:
+        return f"{predicted / value:,.3g} times"
+    return f"{abs(share):.{2 if abs(share) < 100 else 3}g}% too {'high' if share > 0 else 'low'}"
 
 
 def _read(file: Path) -> _Content:

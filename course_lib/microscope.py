@@ -101,6 +101,11 @@ def read(prefix: Path) -> Index:
         offset += size
     if offset != len(data):
         raise ForeignFile(f"{path}, offset {offset}: {len(data) - offset} bytes follow the last boundary")
+    ends = fields["ends"]
+    if not boundaries or ends[0] or ends[-1] != sequences or (np.diff(ends) < 0).any():
+        raise ForeignFile(
+            f"{path}, offset {len(data) - 8 * boundaries}: the document boundaries do not run from 0 to {sequences}"
+        )
     item = np.dtype(TYPES[code]).itemsize
     _require_data(data_path, int(fields["lengths"].sum()) * item)
     expected = np.concatenate([[0], np.cumsum(fields["lengths"][:-1], dtype=np.int64)]) * item if sequences else []

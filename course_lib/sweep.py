@@ -164,8 +164,9 @@ def repeat(
         raise ValueError(f"seeds={list(seeds)}: give different whole numbers from 1 up")
     digests = {seed: finished.digest(seeded(cfg, seed), ranks) for seed in seeds}
     found = {seed: run for seed in seeds if (run := finished.find(digests[seed])) is not None}
-    for seed, run in found.items():
-        print(f"{name}, seed {seed}: finished before as {run.name}, held-out loss {held_out(run):.3f}")
+    if found:
+        known = ", ".join(f"seed {seed} {held_out(run):.3f}" for seed, run in found.items())
+        print(f"{name}, finished before: {known} nats/token")
     waiting = _Waiting(name, missing=len(seeds) - len(found))
     try:
         for seed in [seed for seed in seeds if seed not in found]:

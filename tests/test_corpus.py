@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ast
 import json
+import tracemalloc
 from types import SimpleNamespace
 
 import pytest
 
-from course_lib import corpus, corpus_hub, corpus_sources, tasks
+from course_lib import corpus, corpus_hub, corpus_sources, tasks, tokenizers
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,7 @@ GOOD = '{"text": "A text that is long enough to be kept by the cleaning."}\n'
         ("a.jsonl", b"[1]\n", r"line 1: has no fields"),
         ("a.jsonl", b'{"text": ""}\n', r"line 1: 'text' is empty"),
         ("a.jsonl", GOOD.encode() + b"x" * 3000, r"line 2: longer than"),
+        ("a.txt", b"one line\n" + b"x" * 3000, r"a.txt, line 2: more than .* in one document"),
         ("a.pdf", b"x", r"no .txt, .md or .jsonl file"),
     ],
 )
@@ -84,6 +86,32 @@ def test_bad_text_is_refused_by_file_and_line(tmp_path, monkeypatch, name, data,
     with pytest.raises(corpus_sources.BadText, match=words):
         corpus.from_folder(folder, target, licence="CC0-1.0")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_one_line_of_two_gigabytes_is_not_read(tmp_path, name):
+    """It is refused after the 64 MiB that a document may have; the file is sparse, so the test needs no disk either."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    with (folder / name).open("wb") as file:
+        file.truncate(2 * 10**9)
+    tracemalloc.start()
+    try:
+        with pytest.raises(corpus_sources.BadText, match=rf"{name}, line 1: .*64 MiB"):
+            corpus.from_folder(folder, tmp_path / "corpus", licence="CC0-1.0")
+        assert tracemalloc.get_traced_memory()[1] < 3 * corpus_sources.MAX_LINE_BYTES
+    finally:
+        tracemalloc.stop()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
+
+
+def test_the_courses_tokenizer_is_reproducible(built, tmp_path):
+    """8,192 merges learned twice from the same text give the same file, byte for byte."""
+    files = [
+        tokenizers.train_bpe(built.texts("prose", "train"), tmp_path / name, vocab_size=8192) / "tokenizer.json"
+        for name in ("one", "two")
+    ]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_a_folder_of_yours_becomes_a_corpus(tmp_path):

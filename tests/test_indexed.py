@@ -104,6 +104,7 @@ def cut(size: int):
         (".idx", cut(100), "offset 100: the file ends inside the lengths"),
         (".idx", cut(-8), "the file ends inside the ends"),
         (".idx", lambda data: data + b"x", "1 bytes follow the last boundary"),
+        (".idx", lambda data: data[:-1] + b"\x01", "boundaries do not run from 0 to 60"),
         (".idx", lambda data: data[:34] + data[38:42] + data[34:38] + data[42:], "pointers do not follow"),
         (".bin", cut(-2), "was cut off"),
         (".bin", lambda data: data + b"xx", "belongs to another index"),

@@ -27,7 +27,7 @@ def test_an_interrupted_run_is_trained_again_and_a_finished_one_is_not(bridge, r
     assert [runs.read(name).outcome.status for name in ("base-seed2", two.name)] == ["interrupted", "succeeded"]
     assert len(two.metrics) == 4 and sweep.held_out(one) != sweep.held_out(two)
     words = capsys.readouterr().out
-    assert "seed 1: finished before as base-seed1" in words and "seed 2: trained as base-seed2-2" in words
+    assert "base, finished before: seed 1 " in words and "seed 2: trained as base-seed2-2" in words
 
 
 def trained(name: str) -> runs.Run:
