@@ -57,7 +57,7 @@ class Contradiction:
 
 
 def stages(*, directory: Path = _DATA) -> pd.DataFrame:
-    """What each stage of nano3 runs, reads and writes: one row a key, with the values of `default` and `tiny`, and their files."""
+    """What each stage of nano3 runs, reads and writes: a row a key, with the values of `default` and `tiny` and their files."""
     import pandas as pd
 
     data = json.loads((directory / "nano3_stages.json").read_text(encoding="utf-8"))
