@@ -124,7 +124,7 @@ def road(nano: Any, hybrid: Any, dense: Any) -> pd.DataFrame:
 
     rows = []
     for what, between, before, after, about, shown in (
-        ("experts", "30B to 4B", nano, hybrid, ("moe", "expert"), ("num_moe_experts", "moe_router_topk")),
+        ("experts", "30B to 4B", nano, hybrid, ("moe", "expert"), ("num_moe_experts", "expert_model_parallel_size")),
         ("Mamba layers", "4B to 1B", hybrid, dense, ("mamba", "hybrid", "position_embedding"), _MAMBA),
         ("scale", "30B to 1B", nano, dense, ("num_", "hidden_size", "parallel_size"), ("num_layers", "hidden_size")),
         ("curriculum", "30B to 1B", nano, dense, ("train.", "scheduler.", "optimizer.", "dataset."), _CURRICULUM),

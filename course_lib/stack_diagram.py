@@ -36,8 +36,8 @@ _LAYER_COLOURS = {
     "engine": plots.COLOURS["vermilion"],
     "machinery": plots.INK,
 }
-_WIDTH, _HEIGHT = 128, 52  # of a box, in CSS pixels
-_STEP_X, _STEP_Y, _EDGE = 188, 96, 4  # from box to box, and around all of them
+_WIDTH, _HEIGHT = 136, 52  # of a box, in CSS pixels
+_STEP_X, _STEP_Y, _EDGE = 200, 96, 4  # from box to box, and around all of them
 _STYLE = """<style>
 .stack-map { position: relative; margin: 0.5rem 0 1rem; color: inherit; }
 .stack-map-scroll { overflow-x: auto; }
@@ -45,11 +45,13 @@ _STYLE = """<style>
 .stack-map a, .stack-map a:visited { position: absolute; box-sizing: border-box; border: 2px solid; border-radius: 8px;
   display: flex; flex-direction: column; justify-content: center; text-align: center; font-size: 13px; line-height: 1.35;
   text-decoration: none; color: inherit; }
+.stack-map a b { white-space: nowrap; }
 .stack-map a:hover, .stack-map a:focus { background: rgba(128, 128, 128, 0.18); }
 .stack-card { margin: 0.9rem 0; border-left: 4px solid; padding-left: 0.8rem; scroll-margin-top: 5rem; }
 .stack-card:target { background: rgba(128, 128, 128, 0.18); }
 .stack-card dl { display: grid; grid-template-columns: 8rem 1fr; margin: 0.3rem 0; font-size: 88%; }
-.stack-card dt, .stack-card dd { margin: 0; text-align: left; font-weight: normal; overflow-wrap: anywhere; }
+.stack-card dl dt, .stack-card dl dd { float: none; width: auto; margin: 0; padding: 0; text-align: left; line-height: 1.5;
+  font-weight: normal; overflow-wrap: anywhere; }
 </style>"""
 
 
@@ -150,9 +152,11 @@ def browse() -> Widget:
         (x0, y0), (x1, y1) = _PLACES[start], _PLACES[end]
         sign = "&rarr;" if y0 == y1 else "&darr;" if x0 == x1 else "&#8627;"
         arrow = ipywidgets.HTML(f'<div style="text-align: center; line-height: 1.2">{escape(what)}<br>{sign}</div>')
-        # Between its boxes; an arrow around a corner stands below its start, beside its end.
-        row, column = (y0 + y1 + 1, x0 + x1 + 1) if y0 == y1 or x0 == x1 else (2 * y1 + 1, 2 * x0 + 1)
-        arrow.layout = ipywidgets.Layout(grid_area=f"{row} / {column}", align_self="center")
+        # Between its boxes; an arrow around a corner stands below its start and beside its end.
+        corner = x0 != x1 and y0 != y1
+        row, column = (2 * y1 + 1, 2 * x0 + 1) if corner else (y0 + y1 + 1, x0 + x1 + 1)
+        area = f"{row} / {column} / span 1 / span {2 if corner else 1}"
+        arrow.layout = ipywidgets.Layout(grid_area=area, align_self="center")
         parts.append(arrow)
     columns = " ".join(["minmax(118px, 1fr)", "84px"] * 3 + ["minmax(118px, 1fr)"])
     layout = ipywidgets.Layout(grid_template_columns=columns, grid_gap="4px", max_width="860px")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Box", "Proof", "Question", "boxes", "flows", "home", "prove", "questions", "table"]
 
 _DATA = Path(__file__).resolve().parent.parent / "data" / "stack.json"
-_LIMIT_S = 180
+_LIMIT_S = 420  # importing AutoModel takes ten seconds, or minutes on a machine that others use
 
 
 @dataclass(frozen=True)
@@ -148,9 +148,11 @@ def _in_a_child(box: Box) -> tuple[str, str]:
         f"import importlib, inspect; found = getattr(importlib.import_module({box.module!r}), {box.object!r}); "
         "print('proof:', type(found).__name__, inspect.getsourcefile(found))"
     )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False, timeout=_LIMIT_S
-    )
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        raise ImportError(f"no answer within {_LIMIT_S} s") from None
     line = next((line for line in done.stdout.splitlines() if line.startswith("proof: ")), None)
     if line is None:
         raise ImportError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no answer")

@@ -37,6 +37,14 @@ def test_a_missing_object_is_named() -> None:
             stack_map.prove(dataclasses.replace(box, isolated=isolated))
 
 
+def test_an_import_without_an_end_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proof in a process of its own that gives no answer is an import error with the system's name, not a hang."""
+    box = dataclasses.replace(stack_map.boxes()[0], module="time", object="sleep", isolated=True)
+    monkeypatch.setattr(stack_map, "_LIMIT_S", 0.001)
+    with pytest.raises(ImportError, match="time.sleep of NeMo Curator.*no answer within 0.001 s"):
+        stack_map.prove(box)
+
+
 def test_flows_and_questions_name_known_systems() -> None:
     """Arrows join boxes, and each system is the answer to at least one of twenty questions, with a reason."""
     names = {box.name for box in stack_map.boxes()}
