@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import re
-import socket
 import time
 from typing import Any
 
@@ -69,17 +68,6 @@ WITH_NEMOTRON_IDS = {
     "nemotronh.h100.nemotronh:nemotronh_47b_pretrain_8gpu_h100_bf16_config": 46_791_554_816,
     "nemotronh.h100.nemotronh:nemotronh_56b_pretrain_8gpu_h100_bf16_config": 56_324_350_464,
 }
-
-
-@pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any attempt to reach a network fails the test."""
-
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError(f"a network connection was attempted: {args}")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
 def test_the_families_are_there() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import doctest
 import inspect
 import json
-import socket
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,17 +26,6 @@ COUNTS = {
     IDS[1]: {32_000: 2_917_051_392, 128_256: 3_212_749_824, 131_072: 3_221_400_576},
     IDS[2]: {32_000: 7_241_732_096, 128_256: 8_030_261_248, 131_072: 8_053_329_920},
 }
-
-
-@pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any attempt to reach a network fails the test."""
-
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError(f"a network connection was attempted: {args}")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
 def recipe(model_id: str) -> Any:
