@@ -27,6 +27,8 @@ NANO = "nemotronh.h100.nemotron_3_nano:nemotron_3_nano_pretrain_8gpu_h100_bf16_c
 NANO_4B = "nemotronh.h100.nemotron_3_nano_4b:nemotron_3_nano_4b_pretrain_8gpu_h100_bf16_config"
 _DATA = Path(__file__).resolve().parent.parent / "data"
 _ROOT = "megatron.bridge.recipes."
+_MAMBA = ("hybrid_layer_pattern", "mamba_num_heads", "position_embedding_type")
+_CURRICULUM = ("train.train_iters", "train.global_batch_size", "optimizer.lr", "scheduler.lr_warmup_iters")
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Contradiction:
 
 
 def stages(*, directory: Path = _DATA) -> pd.DataFrame:
-    """What each stage of nano3 runs, reads and writes: one row a key, with the values of `default` and `tiny`."""
+    """What each stage of nano3 runs, reads and writes: a row a key, with the values of `default` and `tiny` and their files."""
     import pandas as pd
 
     data = json.loads((directory / "nano3_stages.json").read_text(encoding="utf-8"))
@@ -108,7 +110,7 @@ def decide(contradiction: Contradiction, cfg: Any) -> str:
 
 
 def road(nano: Any, hybrid: Any, dense: Any) -> pd.DataFrame:
-    """What each step from Nemotron 3 Nano to a small dense model takes away, as recipe differences.
+    """What each step from Nemotron 3 Nano to a small dense model takes away, as differences of recipes.
 
     Args:
         nano: The 30B recipe, hybrid and with experts.
@@ -116,22 +118,28 @@ def road(nano: Any, hybrid: Any, dense: Any) -> pd.DataFrame:
         dense: The 1B Llama recipe.
 
     Returns:
-        One row a step: what it removes, how many settings of the model differ, and the settings that show it.
+        One row a step: what goes, between which recipes, how many settings about it differ, and the telling ones.
     """
     import pandas as pd
 
-    steps = [
-        ("30B to 4B: the experts", nano, hybrid, ("num_moe_experts", "moe_router_topk", "num_layers", "hidden_size")),
-        ("4B to 1B: the Mamba layers", hybrid, dense, ("hybrid_layer_pattern", "position_embedding_type")),
-        ("30B to 1B: scale and curriculum", nano, dense, ("num_layers", "hidden_size", "expert_model_parallel_size")),
-    ]
     rows = []
-    for name, before, after, shown in steps:
-        difference = recipes.diff(before.model, after.model)
-        values = difference.set_index("field").loc[[field for field in shown if field in set(difference["field"])]]
-        text = "; ".join(f"{field}: {row.before} -> {row.after}" for field, row in values.iterrows())
-        rows.append((name, len(difference), text))
-    return pd.DataFrame(rows, columns=["step", "model settings that differ", "among them"])
+    for what, between, before, after, about, shown in (
+        ("experts", "30B to 4B", nano, hybrid, ("moe", "expert"), ("num_moe_experts", "expert_model_parallel_size")),
+        ("Mamba layers", "4B to 1B", hybrid, dense, ("mamba", "hybrid", "position_embedding"), _MAMBA),
+        ("scale", "30B to 1B", nano, dense, ("num_", "hidden_size", "parallel_size"), ("num_layers", "hidden_size")),
+        ("curriculum", "30B to 1B", nano, dense, ("train.", "scheduler.", "optimizer.", "dataset."), _CURRICULUM),
+    ):
+        found = recipes.diff(before, after)
+        found = found[found.field.map(lambda name, about=about: any(word in name for word in about))]
+        values = found.set_index("field")
+        names = [
+            name
+            for name in (f"model.{short}" if "." not in short else short for short in shown)
+            if name in values.index
+        ]
+        text = "; ".join(f"{name}: {values.loc[name, 'before']} -> {values.loc[name, 'after']}" for name in names)
+        rows.append((what, between, len(found), text))
+    return pd.DataFrame(rows, columns=["what goes", "between", "settings that differ", "among them"])
 
 
 def _sizes(cfg: Any) -> str:

@@ -115,8 +115,8 @@ def part_of(name: str) -> str:
         ".shared_experts.": "shared expert",
         ".router.": "router",
         ".self_attention.": "attention",
-        ".mlp.": "dense feed-forward",
         "latent_proj": "latent projections",
+        ".mlp.": "dense feed-forward",
         "eh_proj": "multi-token prediction",
         "norm": "norms",
     }

@@ -44,8 +44,11 @@ def parameter_count(model: Any, *, vocab_size: int | None = None) -> int:
         "num_moe_experts": (None, None),
         "mtp_num_layers": (None, None),
         "hybrid_layer_pattern": (None, None),
-        "position_embedding_type": ("rope", "learned_absolute"),
     }
+    if (positions := get("position_embedding_type", "learned_absolute")) not in ("rope", "yarn", "none"):
+        raise ValueError(
+            f"position_embedding_type={positions!r} has parameters of its own: count the built model instead"
+        )
     for name, (counted, default) in wanted.items():
         if (value := get(name, default)) != counted:
             raise ValueError(

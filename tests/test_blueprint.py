@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,21 +19,40 @@ def nano(bridge: Any) -> Any:
     return blueprint.load(blueprint.NANO)
 
 
-@pytest.mark.parametrize("row", DECIDED, ids=lambda row: row.id)
-def test_upstream_did_not_drift(nano: Any, row: blueprint.Contradiction) -> None:
-    """Each computable fact about upstream is still what the lessons state; an upgrade that changes it names the pages."""
-    computed = blueprint.decide(row, nano)
-    assert computed == row.evidence, (
+def drift(row: blueprint.Contradiction, cfg: Any) -> str:
+    """What to read again if the installed packages say something else than the lessons; empty if they agree."""
+    computed = blueprint.decide(row, cfg)
+    if computed == row.evidence:
+        return ""
+    return (
         f"{row.topic}: lessons {', '.join(row.pages)} state {row.evidence!r}, the installed packages say {computed!r}. "
         "Read the pages again, then change data/nano3_contradictions.json."
     )
 
 
-def test_a_drift_is_noticed(nano: Any) -> None:
-    """The drift test can fail: another layer count gives other evidence."""
-    row = next(row for row in DECIDED if row.id == "depth")
-    changed = dataclasses.replace(nano, model=dataclasses.replace(nano.model, hidden_size=3008))
-    assert blueprint.decide(row, changed) != row.evidence
+@pytest.mark.parametrize("row", DECIDED, ids=lambda row: row.id)
+def test_upstream_did_not_drift(nano: Any, row: blueprint.Contradiction) -> None:
+    """Each computable fact about upstream is still what the lessons state; an upgrade that changes it names the pages."""
+    assert not (message := drift(row, nano)), message
+
+
+@pytest.mark.parametrize(
+    ("planted", "field", "value", "says"),
+    [
+        ("depth", "hidden_size", 3008, "52 layers, width 3008"),
+        ("experts", "num_moe_experts", 8, "8 experts, top 6"),
+        ("sequence", "seq_length", 4096, "4096 tokens"),
+        ("layout", "tensor_model_parallel_size", 8, "TP=8 EP=8"),
+    ],
+)
+def test_a_drift_is_noticed_and_names_the_page(nano: Any, planted: str, field: str, value: Any, says: str) -> None:
+    """The drift test can fail: a changed fact gives a message with the page, the old value and the new one."""
+    row = next(row for row in DECIDED if row.id == planted)
+    changed = dataclasses.replace(nano, model=dataclasses.replace(nano.model, **{field: value}))
+    message = drift(row, changed)
+    for part in (row.topic, "lessons 02 state", repr(row.evidence), repr(says), "data/nano3_contradictions.json"):
+        assert part in message
+    assert not drift(row, nano)
 
 
 def test_contradictions_have_two_sources_and_a_verdict() -> None:
@@ -52,6 +72,8 @@ def test_every_stage_row_has_its_source() -> None:
     plan = blueprint.stages()
     assert plan.stage.nunique() == 4
     assert plan[["repository", "path", "version"]].notna().all().all()
+    assert plan[plan.tiny.notna()].path_tiny.notna().all(), "a value of tiny needs its file"
+    assert all(Path(path).suffix for path in [*plan.path, *plan.path_tiny.dropna()]), "a folder is no source"
     for _, rows in plan.groupby("stage"):
         assert {"artifact in", "artifact out"} <= set(rows.topic)
 
@@ -65,7 +87,11 @@ def test_recipes_are_listed_without_importing_them() -> None:
     assert known[LLAMA].asks_hub_for == "meta-llama/Llama-3.2-1B"
     shapes = catalogue.table().set_index("recipe")["model shape"]
     assert shapes[LLAMA.split(":")[1]] == "data/models/llama32_1b.json"
-    assert shapes["qwen3_8b_pretrain_4gpu_h100_bf16_config"] == "wants config.json of Qwen/Qwen3-8B"
+    assert shapes["qwen3_8b_pretrain_4gpu_h100_bf16_config"] == "data/models/qwen3_8b.json"
+    # One that asks through another function, and one whose values nobody has.
+    assert shapes["nemotron_3_super_pretrain_config"] == "data/models/nemotron_3_super_120b.json"
+    name = "qwen35_text_9b_pretrain_8gpu_gb200_bf16_config"
+    assert shapes[name] == "wants config.json of Qwen/Qwen3.5-9B-Base"
 
 
 def test_the_catalogue_tells_the_truth(bridge: Any, nano: Any) -> None:
@@ -78,20 +104,32 @@ def test_the_catalogue_tells_the_truth(bridge: Any, nano: Any) -> None:
 
 def test_a_recipe_without_values_names_what_it_wants(bridge: Any) -> None:
     """Loading a recipe whose shape is not in data/ says which model is missing, and asks no network."""
-    entry = next(entry for entry in catalogue.entries() if entry.name.startswith("qwen3_8b_pretrain"))
-    with pytest.raises(recipes.UnknownModel, match="Qwen/Qwen3-8B"):
+    entry = next(entry for entry in catalogue.entries() if entry.name.startswith("qwen35_text_9b_pretrain"))
+    with pytest.raises(recipes.UnknownModel, match="Qwen/Qwen3.5-9B-Base"):
         blueprint.load(entry.path)
 
 
-def test_the_built_model_has_the_published_size(nano: Any) -> None:
-    """Nemotron 3 Nano, really built: 31.6 billion in total, 3.6 active, 3.2 without the input table; Llama by formula."""
-    counted = census.count([blueprint.NANO, LLAMA], vocab_size=131072)
+def test_the_built_model_has_the_published_size() -> None:
+    """Nemotron 3 Nano on 8 ranks: 31.6 billion in total, 3.6 active, 3.2 without the input table; Llama by formula."""
+    counted = census.count([blueprint.NANO, LLAMA], vocab_size=131072, ranks=8)
     thirty, llama = counted.values()
     assert round(thirty.total / 1e9, 1) == 31.6
     assert round(thirty.active / 1e9, 1) == 3.6
     assert round(thirty.active_without_input_embedding / 1e9, 1) == 3.2
     assert "other" not in {*thirty.parts, *llama.parts}
-    assert llama.total == llama.active == 1_241_581_568
+    assert llama.total == llama.active == llama.on_rank == 1_241_581_568
+    # Each of 8 ranks holds an eighth of the experts and all the rest; the sum is what one rank alone would hold.
+    experts = thirty.parts["routed experts"]
+    assert thirty.on_rank == experts // 8 + thirty.total - experts
+    alone = census.count([blueprint.NANO], vocab_size=131072, ranks=1)["nemotron_3_nano_pretrain_8gpu_h100_bf16_config"]
+    assert alone.parts == thirty.parts and alone.on_rank == thirty.total
+
+
+def test_ranks_that_disagree_are_not_summed() -> None:
+    """A sum over ranks is honest only if what is not shared out is the same on every rank."""
+    assert census._sum_over_ranks([{"norms": 3, "routed experts": 8}], times=4) == {"norms": 3, "routed experts": 32}
+    with pytest.raises(census.CensusFailed, match="different parts"):
+        census._sum_over_ranks([{"norms": 3}, {"norms": 4}])
 
 
 def test_a_model_that_cannot_be_built_is_named() -> None:
@@ -101,7 +139,12 @@ def test_a_model_that_cannot_be_built_is_named() -> None:
 
 
 def test_the_road_ends_at_a_dense_model(nano: Any) -> None:
-    """Each step of the road removes something, and the first one removes the experts."""
+    """Each step of the road removes something of its own, and the first one removes the experts."""
     table = blueprint.road(nano, blueprint.load(blueprint.NANO_4B), blueprint.load(LLAMA))
-    assert (table["model settings that differ"] > 0).all()
-    assert "num_moe_experts: 128 -> None" in table["among them"][0]
+    assert list(table["what goes"]) == ["experts", "Mamba layers", "scale", "curriculum"]
+    assert (table["settings that differ"] > 1).all()
+    shown = dict(zip(table["what goes"], table["among them"], strict=True))
+    assert "model.num_moe_experts: 128 -> None" in shown["experts"]
+    assert "model.hybrid_layer_pattern: M-M-M-MM-M-M*-M-M*-M-M-M*-M-M-MM*-MMM-M-M- -> (absent)" in shown["Mamba layers"]
+    assert "model.num_layers: 52 -> 16" in shown["scale"]
+    assert "train.global_batch_size: 1024 -> 512" in shown["curriculum"]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import html
+import re
 import subprocess
 import sys
 from typing import Any
 
 import pytest
-from matplotlib.figure import Figure
 
-from course_lib import installation, plots, stack_map
+from course_lib import installation, stack_diagram, stack_map
 
 
 def test_versions_are_those_installed() -> None:
@@ -36,6 +37,14 @@ def test_a_missing_object_is_named() -> None:
             stack_map.prove(dataclasses.replace(box, isolated=isolated))
 
 
+def test_an_import_without_an_end_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proof in a process of its own that gives no answer is an import error with the system's name, not a hang."""
+    box = dataclasses.replace(stack_map.boxes()[0], module="time", object="sleep", isolated=True)
+    monkeypatch.setattr(stack_map, "_LIMIT_S", 0.001)
+    with pytest.raises(ImportError, match="time.sleep of NeMo Curator.*no answer within 0.001 s"):
+        stack_map.prove(box)
+
+
 def test_flows_and_questions_name_known_systems() -> None:
     """Arrows join boxes, and each system is the answer to at least one of twenty questions, with a reason."""
     names = {box.name for box in stack_map.boxes()}
@@ -45,20 +54,44 @@ def test_flows_and_questions_name_known_systems() -> None:
     assert all(question.reason.endswith(".") for question in asked)
 
 
-def test_the_map_shows_every_box() -> None:
-    """Each system and each arrow stands in the picture and in its words."""
-    with plots.style():
-        ax = stack_map.draw(ax=Figure().subplots(), selected="NeMo Run")
-    written = {text.get_text() for text in ax.texts}
-    assert {box.name for box in stack_map.boxes()} <= written
-    assert all(what in ax.get_label() for *_, what in stack_map.flows())
+def test_the_diagram_links_every_box_to_its_card() -> None:
+    """Each box is a link with a hover text, each link has its card on the page, and each arrow its words."""
+    diagram, below = stack_diagram.linked(selected="NeMo Run"), stack_diagram.cards()
+    assert diagram.html.count("border-width: 4px") == 1
+    for box in stack_map.boxes():
+        anchor = re.search(rf'href="#([^"]+)" title="([^"]+)"[^>]*><b>{box.name}</b>', diagram.html)
+        assert anchor and f'id="{anchor[1]}"' in below.html, box.name
+        assert html.escape(box.role) in anchor[2]
+        assert box.role in repr(below)
+    assert all(what in diagram.text for *_, what in stack_map.flows())
+    assert f'aria-label="{html.escape(diagram.text)}"' in diagram.html
+    assert diagram._repr_html_() == diagram.html and repr(diagram) == diagram.text
 
 
-def test_choosing_a_system_shows_its_card() -> None:
-    """The card follows the button."""
-    buttons, card = stack_map.browse().children
-    buttons.value = "NeMo Run"
-    assert "LocalExecutor" in card.value
+def test_no_two_boxes_share_a_place() -> None:
+    """Every system of the table has a place of its own in the diagram."""
+    places = [stack_diagram._corner(box.name) for box in stack_map.boxes()]
+    assert len(set(places)) == len(places)
+
+
+def test_a_card_says_all_that_the_table_knows() -> None:
+    """Role, entry, artifacts, object, version and file of each system stand on its card."""
+    for box in stack_map.boxes():
+        text = stack_diagram.card(box)
+        for words in (box.role, box.enters, box.consumes, box.produces, box.object, stack_map.home(box), box.tested):
+            assert html.escape(words) in text
+
+
+def test_clicking_a_box_shows_its_card() -> None:
+    """The buttons are laid out as the diagram; the card follows the click, and hovering says the role."""
+    grid, card = stack_diagram.browse().children
+    buttons = {part.description: part for part in grid.children if hasattr(part, "tooltip") and part.description}
+    assert set(buttons) == {box.name for box in stack_map.boxes()}
+    assert len({part.layout.grid_area for part in grid.children}) == len(grid.children)
+    assert "WordCountFilter" in card.value and "does not train" in buttons["NeMo Run"].tooltip
+    buttons["NeMo Run"].click()
+    assert "LocalExecutor" in card.value and "WordCountFilter" not in card.value
+    assert buttons["NeMo Run"].style.font_weight == "bold"
 
 
 def test_ranks_import_only_the_engine() -> None:
