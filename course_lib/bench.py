@@ -65,6 +65,7 @@ def main() -> int:
             lambda: [_shared_memory(config)],
             lambda: [_launch_against_ranks()],
             lambda: _text(Path(work)),
+            lambda: _planner(),
             lambda: [_fresh_clone(Path(work))],
         ):
             found = measure()
@@ -110,6 +111,12 @@ def _text(work: Path) -> list[Figure]:
     from course_lib import bench_text
 
     return bench_text.figures(work / "text")
+
+
+def _planner() -> list[Figure]:
+    from course_lib import bench_planner
+
+    return bench_planner.figures()
 
 
 def _processor_seconds(code: str) -> float:
