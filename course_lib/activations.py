@@ -26,7 +26,8 @@ class Activations:
         loss_bytes: Kept tensors of the output layer's logits and the loss, and the logits' second copy while both live.
         in_flight: Micro-batches whose activations live at once (a fraction with an interleaved pipeline).
         recomputed_bytes: What full recomputation brings back while one layer goes backward.
-        by_part: Kept bytes of one micro-batch by part of the model: ``embedding``, ``attention``, ``mlp``, ``norm``, ``other``.
+        by_part: Kept bytes of one micro-batch by part of the model: ``embedding``, ``attention``, ``mlp`` (experts too),
+            ``norm``, ``output``, and ``other`` for the inputs of what is recomputed.
     """
 
     per_microbatch_bytes: int
@@ -49,7 +50,8 @@ def activations(cfg: Any, *, ranks: int, stage: int = 0) -> Activations:
 
     Args:
         cfg: A Bridge ``ConfigContainer`` with its layout set.  ``transformer_impl="transformer_engine"`` counts what
-            fused kernels keep, ``"local"`` what the layers of a CPU rank keep.
+            fused kernels keep, ``"local"`` what the layers of a CPU rank keep.  Routing is taken as balanced; the flex
+            dispatcher is counted as the all-to-all that it sends.
         ranks: World size.
         stage: Pipeline stage; the first has the most micro-batches in flight, the last has the loss.
 

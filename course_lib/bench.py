@@ -67,6 +67,7 @@ def main() -> int:
             lambda: [_launch_against_ranks()],
             lambda: _text(Path(work)),
             lambda: _course_run(Path(work)),
+            lambda: _planner(),
             lambda: [_fresh_clone(Path(work))],
         ):
             found = measure()
@@ -125,6 +126,12 @@ def _course_run(work: Path) -> list[Figure]:
     from course_lib import bench_step
 
     return bench_step.course_run(work / "course-run")
+
+
+def _planner() -> list[Figure]:
+    from course_lib import bench_planner
+
+    return bench_planner.figures()
 
 
 def _processor_seconds(code: str) -> float:

@@ -77,7 +77,7 @@ def figures(work: Path, config: Path) -> list[bench.Figure]:
 
 
 def _figure(name: str, samples: list[float], unit: str, note: str) -> bench.Figure:
-    return bench.Figure(name, statistics.median(samples), unit, "report", "-", tuple(samples), note)
+    return bench.figure(name, samples, unit, "report", "-", note)
 
 
 def _clocks(run: runs.Run, name: str) -> list:

@@ -65,11 +65,11 @@ def bars(plans: Mapping[str, memory.Plan], *, gpu: compute.Gpu, ax: Axes, title:
     for row, total in enumerate(left):
         fits = total <= limit
         if not fits:
-            ax.barh(row, total, height=0.72, fill=False, edgecolor="#C00000", linewidth=2.5, hatch="/")
+            ax.barh(row, total, height=0.72, fill=False, edgecolor="#E0403A", linewidth=2.5, hatch="/")
         note = f" {total:.1f}" + ("" if fits else " does not fit")
         crossing = fits and total + 0.07 * right > limit  # the note would stand across the line
         ax.text(
-            limit if crossing else total, row, note, va="center", color="#787878" if fits else "#C00000", fontsize=9
+            limit if crossing else total, row, note, va="center", color="#787878" if fits else "#E0403A", fontsize=9
         )
     ax.axvline(limit, color="#787878", linewidth=1.5, dashes=[6, 3])
     ax.set_xlim(0, right)
