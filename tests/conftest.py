@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-pytest_plugins = ["lesson_runs"]
+pytest_plugins = ["lesson_runs", "small_book"]
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 

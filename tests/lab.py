@@ -117,7 +117,7 @@ class Lab:
         settings.parent.mkdir(parents=True, exist_ok=True)
         settings.write_text('{"theme": "JupyterLab Dark"}')
         self.open(notebook)
-        self.page.wait_for_selector('body[data-jp-theme-light="false"]', timeout=PATIENCE_MS)
+        self.page.wait_for_selector('body[data-jp-theme-light="false"]', state="attached")
 
     def show(self, selector: str) -> None:
         """Scroll to the last thing of this kind, and wait until it stands still."""
