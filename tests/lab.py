@@ -120,9 +120,10 @@ class Lab:
         self.page.wait_for_selector('body[data-jp-theme-light="false"]', state="attached")
 
     def show(self, selector: str) -> None:
-        """Scroll to the last thing of this kind, and wait until it stands still."""
-        self.page.locator(selector).last.scroll_into_view_if_needed()
-        self.page.wait_for_timeout(500)
+        """Scroll to the last thing of this kind; cells above it may still grow, so more than once."""
+        for _ in range(3):
+            self.page.locator(selector).last.evaluate("thing => thing.scrollIntoView({block: 'center'})")
+            self.page.wait_for_timeout(700)
 
     def shot(self, path: Path) -> None:
         """Save a picture of the page."""

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from executed_lessons import executed
 from notebooks_made_here import clean, code, markdown
 
 from course_lib import bootstrap, lessons, traced_numbers
@@ -24,14 +25,6 @@ ALLOWED = {
     "on glibc 2.39 or later": "the tag of the wheels that are named there, read at PyPI",
 }
 """Words of a line, and why its numbers need no source."""
-
-
-def executed(lesson: lessons.Lesson) -> dict:
-    """The executed copy of a lesson; it is executed now if that has not been done since its source changed."""
-    path = PROJECT / "book" / "lessons" / lesson.path.name
-    if not path.is_file() or path.stat().st_mtime < lesson.path.stat().st_mtime:
-        lessons.execute(lesson.number)
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
