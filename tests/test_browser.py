@@ -147,7 +147,8 @@ def test_lesson_06_runs_and_its_planner_answers(desk):
     while picture.get_attribute("src") == before:
         assert time.monotonic() < end, "the picture stayed the same"
         time.sleep(0.2)
-    desk.shot(SHOTS / "06_planner.png")
+    desk.show(".jupyter-widgets img")
+    desk.shot(SHOTS / "06_light.png")
     desk.dark(f"notebooks/{name}")
     desk.show(PICTURE)
     desk.shot(SHOTS / "06_dark.png")
