@@ -273,6 +273,16 @@ def test_glossary_entries_are_unique_and_linked_words_exist() -> None:
     assert linked <= set(anchors)
 
 
+def test_the_readmes_picture_is_there_and_small() -> None:
+    """One picture of a lesson, with words, under 200 kB."""
+    import re
+
+    pictures = re.findall(r"!\[([^\]]+)\]\(([^)]+)\)", (PROJECT / "README.md").read_text(encoding="utf-8"))
+    assert len(pictures) == 1
+    for words, place in pictures:
+        assert len(words.split()) > 4 and 0 < (PROJECT / place).stat().st_size < 200_000
+
+
 def test_pages_keep_the_habits_of_prose() -> None:
     """The book's own pages have one sentence a line and plain words, as the lessons do."""
     from course_lib import hygiene
