@@ -19,6 +19,7 @@ from typing import Any
 
 from course_lib import book_facts, lessons
 from course_lib.book_assets import vendor
+from course_lib.book_links import broken
 from course_lib.book_loads import external_loads
 
 __all__ = ["BookError", "build"]
@@ -41,7 +42,8 @@ def build(*, root: Path = PROJECT, execute: bool = True) -> Path:
         The front page, ``book/_build/html/index.html``.
 
     Raises:
-        BookError: Sphinx warned, or a page would load something from elsewhere.
+        BookError: Sphinx warned, a page would load something from elsewhere, a link leads nowhere, or a picture has no
+            words.
         book_facts.FactError: A page asks for a table that nobody makes.
         book_assets.AssetError: A JavaScript package is missing.
         lessons.LessonFailed: A lesson that had to be executed failed.
@@ -61,6 +63,10 @@ def build(*, root: Path = PROJECT, execute: bool = True) -> Path:
             f"{len(loads)} loads from other machines in the built book:\n{shown}\n"
             "Vendor them in PACKAGES of course_lib/book_assets.py."
         )
+    stumbles = broken(html)
+    if stumbles:
+        shown = "\n".join(stumbles[:20])
+        raise BookError(f"{len(stumbles)} broken links or silent pictures in the built book:\n{shown}")
     _say(f"built in {time.monotonic() - start:.0f} s: {html / 'index.html'}")
     return html / "index.html"
 

@@ -230,7 +230,10 @@ def install_uv(project: Path, pythons: Sequence[Path]) -> Path:
         beside_it = ([python, "-m", "pip", "install", "--upgrade", "--target", str(tools), package],)
         for commands in (in_a_venv, beside_it):
             for command in commands:
-                failed, output = run_with_progress(command, f"installing uv {UV_VERSION} into .tools", project)
+                what = (
+                    "making room for uv in .tools" if "venv" in command else f"installing uv {UV_VERSION} into .tools"
+                )
+                failed, output = run_with_progress(command, what, project)
                 if failed:
                     break
             if uv_version(uv):

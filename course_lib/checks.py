@@ -11,9 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from course_lib.ledger import LedgerError, attempted, measured, predict
-from course_lib.ledger import reset as reset_ledger
-from course_lib.ledger import table as ledger
+from course_lib.ledger import LedgerError, attempted, measured, predict, reset, table
 from course_lib.units import format_number
 
 __all__ = [
@@ -29,6 +27,8 @@ __all__ = [
     "reset_ledger",
     "solved",
 ]
+
+ledger, reset_ledger = table, reset  # the names that read well behind `checks.`
 
 
 class ClaimFailed(AssertionError):

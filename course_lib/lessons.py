@@ -121,9 +121,15 @@ def publish(name: str, value: object) -> None:
         from IPython.display import display
 
         if getattr(get_ipython(), "kernel", None) is not None:
-            display({"text/plain": f"{name} = {plain}"}, raw=True, metadata={"course": {name: plain}})
+            display({"text/plain": f"{name} = {_shown(plain)}"}, raw=True, metadata={"course": {name: plain}})
             return
-    print(f"{name} = {plain}")
+    print(f"{name} = {_shown(plain)}")
+
+
+def _shown(value: object) -> object:
+    """A path as it is written in the text: from the project's folder on, whoever's machine it is."""
+    inside = isinstance(value, str) and value.startswith(f"{PROJECT}{os.sep}")
+    return value.removeprefix(f"{PROJECT}{os.sep}") if inside else value
 
 
 def execute(

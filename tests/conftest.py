@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-pytest_plugins = ["lesson_runs"]
+pytest_plugins = ["lesson_runs", "small_book"]
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 

@@ -81,12 +81,18 @@ class Lab:
         self.page.locator(".lm-Menu-itemLabel", has_text=entry).first.click()
 
     def run_all(self) -> None:
-        """Start all cells, and wait until the kernel is busy."""
-        self.menu("Run", "Run All Cells")
-        self.page.wait_for_timeout(500)
-        if self.page.locator(".jp-Dialog").count():
-            self.page.locator(".jp-Dialog button.jp-mod-accept").click()
-        self.page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="busy"]', timeout=PATIENCE_MS)
+        """Start all cells; a click before the kernel is connected is lost, so it is repeated until a cell has begun."""
+        begun = "[...document.querySelectorAll('.jp-InputPrompt')].some(prompt => /\\[(\\*|\\d+)\\]/.test(prompt.textContent))"
+        end = time.monotonic() + PATIENCE_MS / 1000
+        while not self.page.evaluate(begun):
+            assert time.monotonic() < end, "no cell began to run"
+            self.menu("Run", "Run All Cells")
+            for _ in range(20):
+                self.page.wait_for_timeout(500)
+                if self.page.locator(".jp-Dialog").count():
+                    self.page.locator(".jp-Dialog button.jp-mod-accept").click()
+                if self.page.evaluate(begun):
+                    break
 
     def wait(self, *, seconds: float) -> None:
         """Wait until the kernel has been idle for a second."""
@@ -117,12 +123,13 @@ class Lab:
         settings.parent.mkdir(parents=True, exist_ok=True)
         settings.write_text('{"theme": "JupyterLab Dark"}')
         self.open(notebook)
-        self.page.wait_for_selector('body[data-jp-theme-light="false"]', timeout=PATIENCE_MS)
+        self.page.wait_for_selector('body[data-jp-theme-light="false"]', state="attached")
 
     def show(self, selector: str) -> None:
-        """Scroll to the last thing of this kind, and wait until it stands still."""
-        self.page.locator(selector).last.scroll_into_view_if_needed()
-        self.page.wait_for_timeout(500)
+        """Scroll to the last thing of this kind; cells above it may still grow, so more than once."""
+        for _ in range(3):
+            self.page.locator(selector).last.evaluate("thing => thing.scrollIntoView({block: 'center'})")
+            self.page.wait_for_timeout(700)
 
     def shot(self, path: Path) -> None:
         """Save a picture of the page."""

@@ -7,72 +7,20 @@ import hashlib
 import io
 import json
 import os
-import shutil
 import tarfile
 import time
 import zipfile
 from pathlib import Path
 
 import pytest
-from notebooks_made_here import clean, code, markdown, write
+from notebooks_made_here import clean, markdown, write
+from small_book import copy_book, executed_lesson
 
 from course_lib import book, book_archive, book_assets, lessons
+from course_lib.book_links import broken
 from course_lib.book_loads import external_loads
 
 PROJECT = Path(__file__).resolve().parent.parent
-# One transparent pixel.
-PICTURE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
-
-
-def copy_book(tmp_path: Path) -> Path:
-    """The project's book without what was generated, but with the tarballs that were already fetched."""
-    root = tmp_path / "project"
-    generated = shutil.ignore_patterns("_build", "lessons", "assets")
-    shutil.copytree(PROJECT / "book", root / "book", ignore=generated)
-    (root / "notebooks").mkdir()
-    shutil.copytree(PROJECT / "data", root / "data")
-    shutil.copy(PROJECT / "uv.lock", root)
-    assets = book_assets.vendor(PROJECT / "book" / "assets")
-    (root / "book" / "assets").symlink_to(assets, target_is_directory=True)
-    return root
-
-
-def executed_lesson(root: Path, *, extra: str = "") -> Path:
-    """A lesson and its executed copy, with a widget, a picture with words, a formula and a diagram."""
-    lesson = clean()
-    text = (
-        "The loss is $\\ln V$ [nats](../book/glossary.md#nat).\n\n```mermaid\nflowchart LR\n    a --> b\n```\n" + extra
-    )
-    lesson["cells"].insert(3, markdown("formula", text))
-    lesson["cells"].insert(4, code("picture", "show()"))
-    write(root / "notebooks" / "07_small.ipynb", lesson)
-    words = {"alt": "Loss falls.", "width": 720}
-    view = {"model_id": "a" * 32, "version_major": 2, "version_minor": 0}
-    lesson["cells"][4]["outputs"] = [
-        {"output_type": "display_data", "data": {"image/png": PICTURE}, "metadata": {"image/png": words}},
-        {"output_type": "display_data", "data": {"application/vnd.jupyter.widget-view+json": view}, "metadata": {}},
-    ]  # fmt: skip
-    lesson["cells"][4]["execution_count"] = 1
-    model = {
-        "model_name": "LayoutModel",
-        "model_module": "@jupyter-widgets/base",
-        "model_module_version": "2.0.0",
-        "state": {},
-    }
-    state = {"state": {"a" * 32: model}, "version_major": 2, "version_minor": 0}
-    lesson["metadata"]["widgets"] = {"application/vnd.jupyter.widget-state+json": state}
-    path = write(root / "book" / "lessons" / "07_small.ipynb", lesson)
-    later = time.time() + 5
-    os.utime(path, (later, later))
-    return path
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The book of this project with one small executed lesson, as HTML."""
-    root = copy_book(tmp_path_factory.mktemp("book"))
-    executed_lesson(root)
-    return book.build(root=root, execute=False).parent
 
 
 def test_the_book_has_its_pages_and_loads_nothing_from_elsewhere(built: Path) -> None:
@@ -184,6 +132,37 @@ def test_every_kind_of_load_is_found(tmp_path: Path, load: str) -> None:
     assert len(external_loads(tmp_path)) == 1
 
 
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        ('<a href="nowhere.html">x</a>', "leads nowhere"),
+        ('<a href="other.html#gone">x</a>', "does not have"),
+        ('<a href="#gone">x</a>', "does not have"),
+        ('<img src="gone.png" alt="A loss.">', "leads nowhere"),
+        ('<img src="there.png">', "no alternative text"),
+        ('<img src="data:image/png;base64,AA" alt=" ">', "no alternative text"),
+    ],
+)
+def test_every_kind_of_stumble_is_found(tmp_path: Path, body: str, problem: str) -> None:
+    """Missing pages, anchors and pictures are found, and pictures without words."""
+    (tmp_path / "page.html").write_text(f"<html><body>{body}</body></html>")
+    (tmp_path / "other.html").write_text('<html><body><h2 id="here">x</h2></body></html>')
+    (tmp_path / "there.png").write_bytes(b"")
+    found = broken(tmp_path)
+    assert len(found) == 1 and found[0].startswith("page.html: ") and problem in found[0]
+
+
+def test_what_is_no_stumble(tmp_path: Path) -> None:
+    """Pages, folders, anchors and described pictures of the book, and addresses elsewhere, are left alone."""
+    body = '<a href="deep/#here">x</a><a href="https://example.org/#x">x</a><a href="#me" id="me">x</a>'
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "page.html").write_text(f'{body}<a href="search.html?q=x">x</a><img src="a%20b.png" alt="A loss.">')
+    (tmp_path / "search.html").write_text("")
+    (tmp_path / "a b.png").write_bytes(b"")
+    (tmp_path / "deep" / "index.html").write_text('<p id="here">x</p>')
+    assert broken(tmp_path) == []
+
+
 def test_links_are_no_loads(tmp_path: Path) -> None:
     """A link that a reader follows, a canonical address and a comment in a style sheet load nothing."""
     page = '<a href="https://example.org">x</a><link rel="canonical" href="https://example.org"><script src="x.js">'
@@ -292,6 +271,16 @@ def test_glossary_entries_are_unique_and_linked_words_exist() -> None:
         anchor for path in sources for anchor in re.findall(r"glossary\.md#([\w-]+)", path.read_text(encoding="utf-8"))
     }
     assert linked <= set(anchors)
+
+
+def test_the_readmes_picture_is_there_and_small() -> None:
+    """One picture of a lesson, with words, under 200 kB."""
+    import re
+
+    pictures = re.findall(r"!\[([^\]]+)\]\(([^)]+)\)", (PROJECT / "README.md").read_text(encoding="utf-8"))
+    assert len(pictures) == 1
+    for words, place in pictures:
+        assert len(words.split()) > 4 and 0 < (PROJECT / place).stat().st_size < 200_000
 
 
 def test_pages_keep_the_habits_of_prose() -> None:

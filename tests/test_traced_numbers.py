@@ -7,9 +7,10 @@ import os
 from pathlib import Path
 
 import pytest
+from executed_lessons import executed
 from notebooks_made_here import clean, code, markdown
 
-from course_lib import lessons, traced_numbers
+from course_lib import bootstrap, lessons, traced_numbers
 
 PROJECT = Path(__file__).resolve().parent.parent
 DATA = traced_numbers.in_data(PROJECT / "data")
@@ -20,17 +21,10 @@ ALLOWED = {
     "**Before you start**": "the time that a lesson is planned to take; `course lesson` measures what it takes",
     "the 256 bytes": "a byte has eight bits",
     "256 bytes and the end of a document": "a byte has eight bits",
+    "with glibc 2.28 or later": "what the set-up checks; held against it below",
     "on glibc 2.39 or later": "the tag of the wheels that are named there, read at PyPI",
 }
 """Words of a line, and why its numbers need no source."""
-
-
-def executed(lesson: lessons.Lesson) -> dict:
-    """The executed copy of a lesson; it is executed now if that has not been done since its source changed."""
-    path = PROJECT / "book" / "lessons" / lesson.path.name
-    if not path.is_file() or path.stat().st_mtime < lesson.path.stat().st_mtime:
-        lessons.execute(lesson.number)
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
@@ -38,6 +32,15 @@ def test_every_number_of_a_page_is_traced(path: Path) -> None:
     """The README and the book's pages state no number that `data/` does not hold."""
     text = path.read_text(encoding="utf-8")
     assert [str(number) for number in traced_numbers.untraced(text, DATA, allowed=ALLOWED)] == []
+
+
+def test_the_readme_asks_for_what_the_set_up_checks() -> None:
+    """Memory, disk and C library of the README's table are the limits of `course_lib/bootstrap.py`."""
+    text = (PROJECT / "README.md").read_text(encoding="utf-8")
+    memory, disk = (size // bootstrap.GIB for size in (bootstrap.MINIMUM_MEMORY_BYTES, bootstrap.MINIMUM_DISK_BYTES))
+    library = ".".join(map(str, bootstrap.OLDEST_GLIBC))
+    for words in (f"| {memory} GiB |", f"| {disk} GiB free", f"glibc {library} or later"):
+        assert words in text
 
 
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.path.stem)

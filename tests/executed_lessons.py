@@ -1,0 +1,18 @@
+"""Executed lessons, for tests that read what a reader sees."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from course_lib import lessons
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+def executed(lesson: lessons.Lesson) -> dict:
+    """The executed copy of a lesson; it is executed now if that has not been done since its source changed."""
+    path = PROJECT / "book" / "lessons" / lesson.path.name
+    if not path.is_file() or path.stat().st_mtime < lesson.path.stat().st_mtime:
+        lessons.execute(lesson.number)
+    return json.loads(path.read_text(encoding="utf-8"))
