@@ -29,6 +29,8 @@ INK = "#787878"  # 4.4:1 on white and 4.2:1 on #121212: nearly equal, because on
 CSS_PIXELS_PER_INCH = 96
 DOTS_PER_INCH = 2 * CSS_PIXELS_PER_INCH  # sharp on a dense screen, and still about 40 KB a figure
 MiB = 2**20
+LONG, AVERAGED = 100, 25  # steps: from where on batches are drawn faintly, and how many are averaged
+FAINT = {"linewidth": 0.8, "alpha": 0.45}
 
 
 @contextmanager
@@ -136,6 +138,8 @@ def describe(fig: Figure | Axes) -> str:
 def loss(run: Run, *, ax: Axes | None = None, baseline: Mapping[str, float] | None = None, title: str = "") -> Axes:
     """Draw the training loss against the step, with the validation loss and any baselines.
 
+    Batches of a long run hide its course, so beyond 100 steps their average is drawn over them.
+
     Args:
         run: A run with ``metrics`` (columns ``step``, ``loss`` in nats per token) and, if there is one, ``validation``.
         ax: The axis to draw on; a new figure is made when it is missing.
@@ -149,8 +153,12 @@ def loss(run: Run, *, ax: Axes | None = None, baseline: Mapping[str, float] | No
     metrics = run.metrics
     sentences = []
     if len(metrics):
-        marker = "o" if len(metrics) <= 40 else ""
-        ax.plot(metrics["step"], metrics["loss"], marker=marker, markersize=4, label="training", color=COLOURS["blue"])
+        long = len(metrics) > LONG
+        look = {"color": COLOURS["blue"], "marker": "o" if len(metrics) <= 40 else "", "markersize": 4}
+        ax.plot(metrics["step"], metrics["loss"], label="training", **look, **(FAINT if long else {}))
+        if long:
+            average = metrics["loss"].rolling(AVERAGED, min_periods=1).mean()
+            ax.plot(metrics["step"], average, label=f"average of {AVERAGED}", color=COLOURS["blue"])
         sentences.append(
             f"Training loss goes from {metrics['loss'].iloc[0]:.3g} at step {int(metrics['step'].iloc[0])} "
             f"to {metrics['loss'].iloc[-1]:.3g} nats per token at step {int(metrics['step'].iloc[-1])}"
