@@ -158,7 +158,7 @@ def loss(run: Run, *, ax: Axes | None = None, baseline: Mapping[str, float] | No
         ax.plot(metrics["step"], metrics["loss"], label="training", **look, **(FAINT if long else {}))
         if long:
             average = metrics["loss"].rolling(AVERAGED, min_periods=1).mean()
-            ax.plot(metrics["step"], average, label=f"average of {AVERAGED}", color=COLOURS["blue"])
+            ax.plot(metrics["step"], average, label=f"average of {AVERAGED}", color=COLOURS["blue"], linestyle="-")
         sentences.append(
             f"Training loss goes from {metrics['loss'].iloc[0]:.3g} at step {int(metrics['step'].iloc[0])} "
             f"to {metrics['loss'].iloc[-1]:.3g} nats per token at step {int(metrics['step'].iloc[-1])}"
