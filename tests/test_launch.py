@@ -9,7 +9,7 @@ import os
 import pytest
 import small
 
-from course_lib import devices, launch, layout, runs, warm
+from course_lib import devices, launch, layout, runs, torchrun, warm
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +202,7 @@ def test_gpus_would_be_used(monkeypatch, bridge, runs_directory):
         return Finished()
 
     monkeypatch.setenv("COURSE_DEVICE", "cuda")
-    monkeypatch.setattr(launch, "_start_torchrun", start)
+    monkeypatch.setattr(torchrun, "start", start)
     run = launch.run(small.config(), ranks=8, name="gpu", show=None)
     about = json.loads((run.path / "launch.json").read_text())
     assert (about["device"], about["launcher"], seen["ranks"]) == ("cuda", "torchrun", 8)
