@@ -30,7 +30,7 @@ NO_PROSE = tuple(
         r"^[ \t]*\d+\.(?=\s)",  # the number of a list item
         r"^\|[ \t]*\d{1,2}[ \t]*(?=\|)",  # the number of a table's row
         r"\b[Ll]essons?(?: |\n)\d\d(?:(?:, | and | to | or )\d\d)*\b",
-        r"^\|[^|\n]*\|[ \t]*\d\d(?=[ ,])(?:(?:, | )\d\d)*",
+        r"^\|[^|\n]*\|[ \t]*\d\d(?=,| [A-Z])(?:, \d\d)*",  # lessons in the second column of a table
         r"\b[A-Z]+[ ]?=[ ]?\d+(?:\.\d+)?",  # TP=2
         r"\b20[12]\d\b(?![.,]\d)",  # a year
         r"\barXiv \d{4}\.\d{5}|\bissue \d+|\bcommit [0-9a-f]{7,}",  # where something was read
@@ -87,11 +87,12 @@ def in_text(markdown: str) -> list[Number]:
 def _number(match: re.Match[str], line: str) -> Number:
     digits, exponent = match.group(1).replace(",", ""), int((match.group(2) or "e0")[1:])
     whole, _, decimals = digits.partition(".")
-    # 1,200 may be 1,234 to two digits; 12 and 30 are meant as they are.
-    zeros = len(whole) - len(whole.rstrip("0")) if not decimals and len(whole) > 2 else 0
+    # 1,200 may be 1,234 to two digits; 12, 30 and 1,235,814,400 are meant as they are.
+    rounded = not decimals and len(whole) > 2 and len(whole.rstrip("0")) <= 4
+    zeros = len(whole) - len(whole.rstrip("0")) if rounded else 0
     last = 10.0 ** (zeros - len(decimals) + exponent)
-    exact = not decimals and not zeros and not exponent
-    return Number(match.group(), float(f"{digits}e{exponent}"), 0.0 if exact and len(whole) < 3 else 0.5 * last, line)
+    exact = not decimals and not zeros and not exponent and not 3 <= len(whole) <= 4
+    return Number(match.group(), float(f"{digits}e{exponent}"), 0.0 if exact else 0.5 * last, line)
 
 
 def in_lesson(notebook: Mapping[str, Any]) -> set[float]:
@@ -161,7 +162,7 @@ def _holds(known: list[float], number: Number) -> bool:
 
 def _ranges(number: Number, scale: float) -> Iterator[tuple[float, float]]:
     """Where a source's value may lie: the number was shown divided by the scale, or, for percent, multiplied."""
-    slack = 1e-9 * max(1.0, abs(number.value))
+    slack = 1e-12 * max(1.0, abs(number.value))
     low, high = number.value - number.tolerance - slack, number.value + number.tolerance + slack
     if scale == 1.0 or number.tolerance or number.value >= 100:
         yield low * scale, high * scale
