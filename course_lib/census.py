@@ -156,7 +156,7 @@ def _child(asked: Mapping[str, Any]) -> None:
         held: list[Counter[str]] = []
         for rank in range(1 if alone else asked["ranks"]):
             held.append(Counter())
-            with meta_model.built(cfg, ranks=asked["ranks"], rank=rank) as (model,):
+            with meta_model.built(cfg, ranks=asked["ranks"], rank=rank, one_for_all=False) as (model,):
                 for parameter, value in model.named_parameters():
                     held[-1][part_of(parameter)] += value.numel()
         row = {

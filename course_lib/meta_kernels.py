@@ -43,13 +43,14 @@ class _Torch:
 
 
 @contextmanager
-def standing_in(*, fused: bool, experts: int, chosen: int) -> Iterator[None]:
+def standing_in(*, fused: bool, experts: int, chosen: int, one_for_all: bool = True) -> Iterator[None]:
     """Build and run Megatron's layers on the meta device inside this block.
 
     Args:
         fused: Kernels keep what Transformer Engine's keep; else what the local layers of a CPU rank keep.
         experts: Routed experts of a layer, 0 for none.
         chosen: Routed experts that a token goes to.
+        one_for_all: Build one of a rank's experts, marked with how many it stands for; they are alike.
     """
     import torch
 
@@ -69,7 +70,6 @@ def standing_in(*, fused: bool, experts: int, chosen: int) -> Iterator[None]:
         f"{_CORE}.transformer.attention.Attention._checkpointed_attention_forward": _recomputed_attention,
         f"{_CORE}.transformer.torch_norm.WrappedTorchNorm.__new__": norm,
         f"{_CORE}.models.common.language_module.language_module.te_parallel_cross_entropy": _loss,
-        f"{moe}.experts.SequentialMLP.__init__": _one_expert_for_all(),
         f"{moe}.moe_logging._MOE_METRICS_TRACKER": None,  # losses of the router are logged in a global object
         f"{moe}.token_dispatcher.MoEAlltoAllTokenDispatcher.cuda_dtoh_stream": object(),
         f"{moe}.token_dispatcher.MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize": _stays_here,
@@ -78,6 +78,8 @@ def standing_in(*, fused: bool, experts: int, chosen: int) -> Iterator[None]:
         **_mamba(),
         **{f"{module}.torch": _Torch() for module in _ASK_FOR_A_DEVICE},
     }
+    if one_for_all:
+        answers[f"{moe}.experts.SequentialMLP.__init__"] = _one_expert_for_all()
     with contextlib.ExitStack() as patches:
         for name, answer in answers.items():
             patches.enter_context(mock.patch(name, answer))

@@ -48,7 +48,9 @@ def precision(cfg: Any) -> Precision:
 
 
 @contextmanager
-def built(cfg: Any, *, ranks: int, stage: int = 0, rank: int | None = None) -> Iterator[list[torch.nn.Module]]:
+def built(
+    cfg: Any, *, ranks: int, stage: int = 0, rank: int | None = None, one_for_all: bool = True
+) -> Iterator[list[torch.nn.Module]]:
     """Build what one rank of a pipeline stage would hold, and forget it at the end of the block.
 
     Args:
@@ -56,6 +58,8 @@ def built(cfg: Any, *, ranks: int, stage: int = 0, rank: int | None = None) -> I
         ranks: World size.
         stage: Pipeline stage, from 0.
         rank: Which rank to be; the first of the stage if None.
+        one_for_all: Build one of a rank's experts, whose parameters say in `stands_for` how many they stand for; it
+            saves most of the time.  A count of the whole model builds every one.
 
     Yields:
         The rank's model chunks: one, or VPP of them.
@@ -93,6 +97,7 @@ def built(cfg: Any, *, ranks: int, stage: int = 0, rank: int | None = None) -> I
             fused=_fused(cfg),
             experts=getattr(model, "num_moe_experts", None) or 0,
             chosen=getattr(model, "moe_router_topk", None) or 0,
+            one_for_all=one_for_all,
         ):
             if hasattr(model, "hybrid_stack_spec"):
                 model.hybrid_stack_spec = get_hybrid_stack_modelopt_spec(local_core_attention=True)
