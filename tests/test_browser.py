@@ -144,7 +144,8 @@ def test_lesson_06_runs_and_its_planner_answers(desk):
     desk.wait(seconds=400)
     cells = saved(desk, name)
     assert not errors(cells) and all(cell["execution_count"] for cell in cells) and without_words(cells) == []
-    picture = desk.page.locator("img.widget-image, .jupyter-widgets img").last
+    controls = desk.page.locator(".jp-OutputArea", has=desk.page.locator(".widget-dropdown"))
+    picture = controls.locator("img.widget-image, .jupyter-widgets img").first
     picture.scroll_into_view_if_needed()
     before = picture.get_attribute("src")
     desk.page.locator(".widget-dropdown", has_text="TP").first.locator("select").select_option("4")
