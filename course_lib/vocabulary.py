@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 __all__ = ["bits_per_byte", "compare", "padding", "swap_cost"]
 
-# Bytes of weights, gradients and optimizer state a parameter: 6 on every data-parallel rank, 12 shared among them.
 DENSE = ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-3B", "meta-llama/Meta-Llama-3-8B")
 """The models that this course plans for."""
 
+# Bytes of weights, gradients and optimizer state a parameter: 6 on every data-parallel rank, 12 shared among them.
 KEPT_BYTES, SHARED_BYTES = 6, 12
 
 
