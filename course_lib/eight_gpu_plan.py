@@ -60,18 +60,20 @@ def read(path: Path = FILE) -> dict[str, Any]:
 
 
 def markdown(plans: dict[str, Any]) -> str:
-    """The plan as a table in GiB, the verdict for an 80 GB GPU beside each row.
+    """The plan as a table in GiB, the verdict for an 80 GB H100 beside each row: its share of the memory that the driver reports.
 
     Args:
         plans: What `read` or `compute` returned.
     """
-    from course_lib.units import GB, gib
+    from course_lib import compute as gpu_facts
+    from course_lib.units import gib
 
+    gpu = gpu_facts.gpus()["H100 SXM 80GB"]
     parts = list(plans["plans"][0]["bytes"])
-    lines = [f"| model | layout | {' | '.join(parts)} | total, GiB | of an 80 GB GPU |"]
+    lines = [f"| model | layout | {' | '.join(parts)} | total, GiB | of an 80 GB H100 |"]
     lines.append("|---|---|" + "--:|" * (len(parts) + 2))
     for row in plans["plans"]:
-        share = row["total_bytes"] / (80 * GB)
+        share = row["total_bytes"] / gpu.memory_bytes
         sizes = " | ".join(f"{gib(size):.1f}" for size in row["bytes"].values())
         layout = f"TP={row['tp']} PP={row['pp']} DP={row['dp']}"
         verdict = f"{share:.0%}" + ("" if share < 1 else ", does not fit")

@@ -70,11 +70,11 @@ def test_the_plan_is_what_lesson_06_computes(bridge) -> None:
 
 
 def test_a_plan_that_does_not_fit_says_so() -> None:
-    """Shares are of 80 GB, and above one they say so in words."""
+    """Shares are of the memory in `data/gpus.json`, and above one they say so in words."""
     rows = {
         (row.split(" | ")[0].strip("| "), row.split(" | ")[1]): row
         for row in eight_gpu_plan.markdown(eight_gpu_plan.read()).splitlines()[2:]
     }
     assert len(rows) == 9
-    assert "does not fit" in rows["8B", "TP=1 PP=1 DP=8"]
+    assert "119%, does not fit" in rows["8B", "TP=1 PP=1 DP=8"], "95.0 GiB of 79.6"
     assert "does not fit" not in rows["8B", "TP=2 PP=1 DP=4"]
