@@ -158,8 +158,8 @@ def course_run(work: Path) -> list[bench.Figure]:
     files = _text(work)
     figures = []
     for name, shape, micro_batch_size in (
-        ("course run", COURSE, 2),
-        ("28M parameters", LARGER, 8),
+        ("course run", COURSE, 1),
+        ("28M parameters", LARGER, 2),
     ):
         one = _config(files, shape, work / f"{name}.one.yaml", micro_batch_size=micro_batch_size, ranks=1)
         eight = _config(files, shape, work / f"{name}.eight.yaml", micro_batch_size=micro_batch_size, ranks=8)
@@ -181,7 +181,7 @@ def _compared(name: str, one: Path, eight: Path) -> list[bench.Figure]:
         against.append(step_seconds / statistics.median(rows["hugging face"]))
         data.append(sum(rows["data"]) / sum(rows["bridge"]))
         run = launch.run(eight, ranks=8, name="eight", show=None)
-        kept.append(step_seconds / (accounting.steady(run, skip=LEFT_OUT).elapsed_ms.median() / 1e3))
+        kept.append(step_seconds / float(accounting.steady(run, skip=LEFT_OUT).elapsed_ms.median() / 1e3))
     return [
         bench.figure(f"{name}: FLOP/s of 1 rank / matrix rate", shares, "x", "at least 0.65", "0.8", "all threads"),
         bench.figure(f"{name}: 1-rank step / Hugging Face", against, "x", "at most 1.1", "1", "same size, interleaved"),
@@ -220,7 +220,7 @@ def _config(files: Path, shape: dict[str, int], path: Path, *, micro_batch_size:
     cfg.dataset.split = None
     cfg.dataset.blend_per_split = [([str(files / source) for source in SOURCES], None), None, None]
     cfg.model.tensor_model_parallel_size = 2 if ranks == 8 else 1
-    cfg.train.train_iters, cfg.train.global_batch_size = LEFT_OUT + 10, 4 * micro_batch_size
+    cfg.train.train_iters, cfg.train.global_batch_size = LEFT_OUT + 8, 4 * micro_batch_size
     cfg.train.micro_batch_size = micro_batch_size * (1 if ranks == 8 else 4)
     cfg.scheduler.lr_warmup_iters, cfg.validation.eval_iters, cfg.logger.log_interval = 2, 0, 1
     cfg.checkpoint.save = cfg.checkpoint.load = cfg.logger.tensorboard_dir = None

@@ -36,8 +36,8 @@ _LAYER_COLOURS = {
     "engine": plots.COLOURS["vermilion"],
     "machinery": plots.INK,
 }
-_WIDTH, _HEIGHT = 136, 52  # of a box, in CSS pixels
-_STEP_X, _STEP_Y, _EDGE = 200, 96, 4  # from box to box, and around all of them
+_WIDTH, _HEIGHT = 130, 52  # of a box, in CSS pixels
+_STEP_X, _STEP_Y, _EDGE = 188, 96, 4  # from box to box, and around all of them; a page of the book is 704 wide
 _STYLE = """<style>
 .stack-map { position: relative; margin: 0.5rem 0 1rem; color: inherit; }
 .stack-map-scroll { overflow-x: auto; }
@@ -143,7 +143,7 @@ def browse() -> Widget:
     buttons, parts = [], []
     for name, box in known.items():
         column, row = _PLACES[name]
-        button = ipywidgets.Button(description=name, tooltip=_hover(box))
+        button = ipywidgets.Button(description=name, tooltip=_hover(box), style={"font_size": "12px"})
         button.layout = ipywidgets.Layout(width="auto", height="48px", border=f"2px solid {_LAYER_COLOURS[box.layer]}")
         button.layout.grid_area = f"{2 * row + 1} / {2 * column + 1}"
         button.on_click(choose)
@@ -158,7 +158,7 @@ def browse() -> Widget:
         area = f"{row} / {column} / span 1 / span {2 if corner else 1}"
         arrow.layout = ipywidgets.Layout(grid_area=area, align_self="center")
         parts.append(arrow)
-    columns = " ".join(["minmax(118px, 1fr)", "84px"] * 3 + ["minmax(118px, 1fr)"])
+    columns = " ".join(["minmax(112px, 1fr)", "60px"] * 3 + ["minmax(112px, 1fr)"])
     layout = ipywidgets.Layout(grid_template_columns=columns, grid_gap="4px", max_width="860px")
     return ipywidgets.VBox([ipywidgets.GridBox([*buttons, *parts], layout=layout), shown])
 
@@ -205,5 +205,5 @@ def _arrows(wide: int, high: int) -> str:
     return (
         f'<svg width="{wide}" height="{high}" viewBox="0 0 {wide} {high}" aria-hidden="true" fill="none" '
         f'stroke="{plots.INK}" stroke-width="1.5"><style>.stack-map text {{ fill: currentColor; stroke: none; '
-        f"font-size: 12px; }}</style>{head}{''.join(drawn)}</svg>"
+        f"font-size: 11.5px; }}</style>{head}{''.join(drawn)}</svg>"
     )
