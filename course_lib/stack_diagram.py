@@ -36,14 +36,14 @@ _LAYER_COLOURS = {
     "engine": plots.COLOURS["vermilion"],
     "machinery": plots.INK,
 }
-_WIDTH, _HEIGHT = 130, 52  # of a box, in CSS pixels
-_STEP_X, _STEP_Y, _EDGE = 188, 96, 4  # from box to box, and around all of them; a page of the book is 704 wide
+_WIDTH, _HEIGHT = 124, 52  # of a box, in CSS pixels
+_STEP_X, _STEP_Y, _EDGE = 182, 96, 4  # from box to box, and around all of them; a dark page of the book has 688
 _STYLE = """<style>
 .stack-map { position: relative; margin: 0.5rem 0 1rem; color: inherit; }
 .stack-map-scroll { overflow-x: auto; }
 .stack-map svg { position: absolute; inset: 0; overflow: visible; }
 .stack-map a, .stack-map a:visited { position: absolute; box-sizing: border-box; border: 2px solid; border-radius: 8px;
-  display: flex; flex-direction: column; justify-content: center; text-align: center; font-size: 13px; line-height: 1.35;
+  display: flex; flex-direction: column; justify-content: center; text-align: center; font-size: 12.5px; line-height: 1.35;
   text-decoration: none; color: inherit; }
 .stack-map a b { white-space: nowrap; }
 .stack-map a:hover, .stack-map a:focus { background: rgba(128, 128, 128, 0.18); }
@@ -145,6 +145,7 @@ def browse() -> Widget:
         column, row = _PLACES[name]
         button = ipywidgets.Button(description=name, tooltip=_hover(box), style={"font_size": "12px"})
         button.layout = ipywidgets.Layout(width="auto", height="48px", border=f"2px solid {_LAYER_COLOURS[box.layer]}")
+        button.layout.padding = "0"
         button.layout.grid_area = f"{2 * row + 1} / {2 * column + 1}"
         button.on_click(choose)
         buttons.append(button)
