@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from course_lib import live, runs
+from course_lib import live, live_panels, runs
 
 
 def run_of(steps: int, *, ranks: int = 8, status: str | None = None, stage: str = "training") -> SimpleNamespace:
@@ -125,7 +125,7 @@ def test_a_costly_frame_is_paid_off_without_standing_still(monkeypatch: pytest.M
 
 def test_most_frames_redraw_only_the_curves(notebook: Notebook, monkeypatch: pytest.MonkeyPatch) -> None:
     """The axes are drawn again only when they change: with 40 falling losses, in fewer than a quarter of the frames."""
-    panels = live._Panels(40)
+    panels = live_panels.Panels(40)
     full: list[int] = []
     draw = panels.canvas.draw
     monkeypatch.setattr(panels.canvas, "draw", lambda: (full.append(1), draw())[1])
