@@ -67,14 +67,13 @@ def compare(config: str) -> None:
     from megatron.bridge.training.gpt_step import forward_step
     from megatron.bridge.training.pretrain import pretrain
 
-    from course_lib import cpu, devices, train
+    from course_lib import accounting, cpu, devices, train
 
     cpu.activate()
     cfg = train.read_config(Path(config))
     devices.apply(cfg)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     seconds: dict[str, list[float]] = {"bridge": [], "hugging face": [], "data": [], "matrix": []}
-    one, other = torch.rand(1024, 1024), torch.rand(1024, 1024)
     waited = 0.0
 
     def timed(batches: Iterator[Any]) -> Iterator[Any]:
@@ -102,12 +101,7 @@ def compare(config: str) -> None:
             begin = time.perf_counter()
             self.step_of_hugging_face()
             seconds["hugging face"].append(time.perf_counter() - begin)
-            products = []
-            for _ in range(8):
-                begin = time.perf_counter()
-                torch.mm(one, other)
-                products.append(time.perf_counter() - begin)
-            seconds["matrix"].append(2 * 1024**3 / min(products))
+            seconds["matrix"].append(accounting.machine_flops_per_second(repeats=8))
             waited, self.since = 0.0, time.perf_counter()
 
     pretrain(cfg, step, callbacks=[Interleave()])
