@@ -140,12 +140,11 @@ def _loss(logits: Any, labels: Any, *_: Any, **__: Any) -> Any:
 
 
 def _norm(config: Any, hidden_size: int, *, eps: float, fused: bool) -> Any:
-    """A fused norm keeps its input and one fp32 number for each token."""
+    """A fused norm keeps its input and one fp32 number for each token; that of a CPU rank keeps the normal form."""
     import torch
 
-    if not fused:  # what a CPU rank uses, where upstream's wrapper refuses it
-        kind = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
-        return kind(hidden_size, eps=eps, dtype=config.params_dtype)
+    if not fused and config.normalization == "LayerNorm":
+        return torch.nn.LayerNorm(hidden_size, eps=eps, dtype=config.params_dtype)
 
     class Norm(torch.nn.Module):
         def __init__(self) -> None:
@@ -156,7 +155,8 @@ def _norm(config: Any, hidden_size: int, *, eps: float, fused: bool) -> Any:
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             numbers = x.new_empty(x.shape[:-1], dtype=torch.float32)
-            return _keeping(lambda _, x, weight: (x, numbers), lambda x, _: torch.empty_like(x))(x, self.weight)
+            kept = x if fused else torch.empty_like(x)
+            return _keeping(lambda *_: (kept, numbers), lambda x, _: torch.empty_like(x))(x, self.weight)
 
     return Norm()
 

@@ -156,7 +156,6 @@ def _without_devices(cfg: Any) -> Any:
     model.should_pad_vocab = False
     model.params_dtype = model.pipeline_dtype = model.autocast_dtype = mixed.dtype
     model.bf16, model.fp16 = mixed.dtype.itemsize == 2 and cfg.mixed_precision is not None, False
-    model.bias_activation_fusion = fused and cfg.model.bias_activation_fusion
     model.cross_entropy_loss_fusion = fused and cfg.model.cross_entropy_loss_fusion
     model.context_parallel_size = 1  # it cuts sequences, not weights, and the local layers refuse it
     if getattr(model, "num_moe_experts", None):

@@ -237,9 +237,10 @@ def _train(
     device = launch.get("device") or stack.device(world)
     if device == "cpu":
         from course_lib import cpu
-        from course_lib.cpu import cores
+        from course_lib.cpu import cores, heap
 
         cores.share(int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+        heap.keep()
         cpu.activate(allow_untested=os.environ.get("COURSE_ALLOW_UNTESTED") == "1")
     import torch
     from megatron.bridge.training.finetune import finetune

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from course_lib.cpu.redirection import Redirection
 
-__all__ = ["redirections"]
+__all__ = ["Done", "redirections"]
 
 
 def _fused_adam(original: type) -> type:
@@ -91,7 +91,7 @@ def _without_autocast(original: Callable) -> Callable:
     return staticmethod(direct)
 
 
-class _Done:
+class Done:
     """The handle of a collective that had nothing to do."""
 
     def wait(self, *_: object) -> bool:
@@ -109,7 +109,7 @@ def _alone(original: Callable) -> Callable:
     @functools.wraps(original)
     def all_reduce(tensor: object, op: object = None, group: object = None, async_op: bool = False) -> object:
         if group is not None and group.size() == 1:
-            return _Done() if async_op else None
+            return Done() if async_op else None
         if op is None:
             return original(tensor, group=group, async_op=async_op)
         return original(tensor, op, group, async_op)

@@ -149,18 +149,12 @@ def redirections() -> list[Redirection]:
             no_average,
             ("tensor", "op", "group", "async_op"),
         ),
-        *(
-            Redirection(
-                name,
-                _average_before_scatter,
-                "an average is a sum of shares",
-                no_average,
-                ("output", "input", "op", "group", "async_op"),
-            )
-            for name in (
-                "torch.distributed.reduce_scatter_tensor",
-                "megatron.core.distributed.param_and_grad_buffer.dist_reduce_scatter_func",
-            )
+        Redirection(
+            "torch.distributed.reduce_scatter_tensor",
+            _average_before_scatter,
+            "an average is a sum of shares",
+            no_average,
+            ("output", "input", "op", "group", "async_op"),
         ),
         Redirection(
             "torch.distributed.all_gather",
