@@ -53,7 +53,9 @@ def test_the_norm_gives_torchs_numbers(torch):
         gradients(lambda x, w: mine(x[..., :16], [16], w[:16], 1e-5), x, weight),
     )
     assert torch.equal(mine(sliced, [16]), original(sliced, [16]))
-    assert torch.equal(mine(x.double(), [WIDTH], weight.double(), 1e-5), original(x.double(), [WIDTH], weight.double(), 1e-5))
+    assert torch.equal(
+        mine(x.double(), [WIDTH], weight.double(), 1e-5), original(x.double(), [WIDTH], weight.double(), 1e-5)
+    )
 
 
 def test_a_norm_keeps_one_tensor(torch):

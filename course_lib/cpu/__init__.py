@@ -27,7 +27,13 @@ def redirections() -> list[Redirection]:
     """Every redirection: torch first, then Megatron, then what only saves time."""
     from course_lib.cpu import device, fast, fused, megatron, shards
 
-    return [*device.redirections(), *megatron.redirections(), *fast.redirections(), *fused.redirections(), *shards.redirections()]
+    return [
+        *device.redirections(),
+        *megatron.redirections(),
+        *fast.redirections(),
+        *fused.redirections(),
+        *shards.redirections(),
+    ]
 
 
 def table() -> list[dict[str, str]]:
