@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -186,30 +187,28 @@ def test_shards_go_straight_to_where_they_belong(warm_engine, tmp_path: Path):
     assert report == {"dead": {}}, f"{report}\n{log.read_text()[-4000:]}"
 
 
-def rank_heap(path: str) -> None:
-    """Pages that the kernel had to clear for a tensor of 64 MiB, before and after the heap keeps what it gets."""
-    import torch
+PAGES = """
+import resource
+import torch
+from course_lib.cpu import heap
 
-    from course_lib.cpu import heap
+def pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.zeros(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-    def pages() -> int:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.zeros(2**24)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-    pages()
-    by_default = pages()
-    heap.keep()
-    pages()
-    Path(path, "pages").write_text(f"{by_default} {pages()}")
+pages()
+by_default = pages()
+heap.keep()
+pages()
+print(by_default, pages())
+"""
 
 
-def test_a_tensor_of_the_next_step_takes_the_place_of_the_last(warm_engine, tmp_path: Path):
-    """By default each large tensor gets fresh pages; afterwards it gets the old ones."""
-    log = tmp_path / "agent.log"
-    launched = warm_engine.launch(f"{__name__}:rank_heap", str(tmp_path), ranks=1, log=log, env={})
-    report = launched.wait_for(120)
-    launched.close()
-    assert report == {"dead": {}}, f"{report}\n{log.read_text()[-4000:]}"
-    by_default, kept = map(int, (tmp_path / "pages").read_text().split())
+def test_a_tensor_of_the_next_step_takes_the_place_of_the_last():
+    """By default each tensor of 64 MiB gets pages that the kernel clears first; afterwards it gets the old ones."""
+    project = Path(__file__).resolve().parent.parent
+    ran = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, cwd=project, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    by_default, kept = map(int, ran.stdout.split())
     assert by_default > 10 * max(kept, 1), (by_default, kept)
