@@ -22,7 +22,7 @@ from course_lib import runs
 __all__ = ["describe", "hint_for", "left", "lost_a_peer", "record", "settle"]
 
 _LOST_PEER = re.compile(
-    r"connection (closed|reset|refused)|broken pipe|socket (timeout|closed)|"
+    r"connection (closed|reset|refused|timeout)|broken pipe|socket (timeout|closed)|"
     r"gloo.*(timed out|timeout)|application timeout caused pair closure|read error|write error|"
     r"nccl.*(remote process|timeout)|store.*(timeout|closed)",
     re.IGNORECASE,

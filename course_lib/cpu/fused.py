@@ -47,7 +47,7 @@ def _rms_norm(original: Callable) -> Callable:
         plain = (
             weight is not None
             and eps is not None
-            and len(normalized_shape) == 1
+            and tuple(normalized_shape) == input.shape[-1:]
             and input.dtype == weight.dtype == torch.float32
             and not torch.is_autocast_enabled("cpu")
         )

@@ -1,0 +1,216 @@
+"""Ranks of one machine give each other tensors through memory, and say so through pipes.
+
+gloo sends every byte through sockets, and hands each message from thread to thread; eight ranks on two cores wait
+longer for those threads than for the bytes.  Here each rank of a group has memory that the others can see, its mailbox:
+it puts a tensor there, writes a word of some bytes to each of the others, and they read the tensor in place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import secrets
+import select
+import struct
+from dataclasses import dataclass
+from io import FileIO
+from typing import Any, Protocol
+
+__all__ = ["SLOT_BYTES", "Exchange", "Mailboxes", "Messages", "connect"]
+
+SLOT_BYTES = 8 * 2**20
+"""What a rank gives its group at once; larger tensors go in pieces."""
+
+SLOTS = 2
+"""They take turns: a rank that has heard the others' word of this round knows that they have read the one before."""
+
+WORD = struct.Struct("<qq")
+"""Which round it is, and how many bytes each rank gets from this one."""
+
+TAG = 7919  # no other message of a group has it
+
+
+class Exchange(Protocol):
+    """A way for the ranks of a group to give each other tensors of one size, at most `SLOT_BYTES` from each.
+
+    What a rank gets may be read until the next exchange of the group, and not written.
+    """
+
+    def share(self, tensor: Any) -> dict[int, Any]:
+        """Give all others the same tensor; returns theirs by rank of the group."""
+
+    def deal(self, tensors: dict[int, Any]) -> dict[int, Any]:
+        """Give each other rank a tensor of its own; returns what each of them has for this rank."""
+
+
+class Messages:
+    """The tensors themselves as messages by gloo, for ranks that do not see each other's memory."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+    def share(self, tensor: Any) -> dict[int, Any]:
+        """As in `Exchange`."""
+        return self.deal(dict.fromkeys(_others(self.group), tensor))
+
+    def deal(self, tensors: dict[int, Any]) -> dict[int, Any]:
+        """As in `Exchange`."""
+        import torch
+        from torch.distributed import ProcessGroup
+
+        # The recorder wraps the methods of the class while it records; these are the ones below.
+        send, receive = (getattr(method, "__wrapped__", method) for method in (ProcessGroup.send, ProcessGroup.recv))
+        received = {rank: torch.empty_like(tensor) for rank, tensor in tensors.items()}
+        works = [send(self.group, [tensor], rank, TAG) for rank, tensor in tensors.items()]
+        works += [receive(self.group, [tensor], rank, TAG) for rank, tensor in received.items()]
+        for work in works:
+            work.wait()
+        return received
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another rank of the group.
+
+    Attributes:
+        name: Its global rank.
+        memory: Its mailbox.
+        told: The pipe that takes this rank's words to it.
+        heard: The pipe that brings its words.
+    """
+
+    name: int
+    memory: Any
+    told: FileIO
+    heard: FileIO
+
+
+class Mailboxes:
+    """Tensors lie in the sender's mailbox, and a word through a pipe says so.
+
+    Attributes:
+        memory: This rank's own mailbox, a byte tensor of `SLOTS * SLOT_BYTES`.
+        peers: The other ranks by their rank of the group.
+    """
+
+    def __init__(self, rank: int, memory: Any, peers: dict[int, Peer], *, limit_seconds: float) -> None:
+        self.memory, self.peers = memory, peers
+        self._rank, self._limit_seconds, self._round = rank, limit_seconds, 0
+
+    def share(self, tensor: Any) -> dict[int, Any]:
+        """As in `Exchange`; this rank's own tensor is among those returned."""
+        mine = self._place(self.memory, 0, tensor)
+        mine.copy_(tensor)
+        places = {rank: self._place(peer.memory, 0, tensor) for rank, peer in self.peers.items()}
+        self._take_turns(tensor.nbytes)
+        return places | {self._rank: mine}
+
+    def deal(self, tensors: dict[int, Any]) -> dict[int, Any]:
+        """As in `Exchange`."""
+        places = {}
+        for rank, tensor in tensors.items():  # nobody has a place for itself
+            self._place(self.memory, rank - (rank > self._rank), tensor).copy_(tensor)
+            places[rank] = self._place(self.peers[rank].memory, self._rank - (self._rank > rank), tensor)
+        self._take_turns(tensor.nbytes)
+        return places
+
+    def _place(self, memory: Any, number: int, like: Any) -> Any:
+        begin = self._round % SLOTS * SLOT_BYTES + number * like.nbytes
+        return memory[begin : begin + like.nbytes].view(like.dtype).view(like.shape)
+
+    def _take_turns(self, size_bytes: int) -> None:
+        """Tell all others that this rank's tensors are there, and wait until theirs are.
+
+        Raises:
+            RuntimeError: If one is gone, is silent for longer than the group allows, or is at another collective.
+        """
+        word = WORD.pack(self._round, size_bytes)
+        for peer in self.peers.values():
+            peer.told.write(word)
+        for peer in self.peers.values():
+            if not select.select([peer.heard], [], [], self._limit_seconds)[0]:
+                raise RuntimeError(f"connection timeout: no word from rank {peer.name} for {self._limit_seconds:g} s")
+            heard = peer.heard.read(WORD.size)
+            if not heard:
+                raise RuntimeError(f"connection closed: rank {peer.name} is gone")
+            if heard != word:
+                raise RuntimeError(
+                    f"ranks disagree: rank {peer.name} is at exchange {WORD.unpack(heard)[0]} of its group with "
+                    f"{WORD.unpack(heard)[1]:,} bytes, this rank at exchange {self._round} with {size_bytes:,} bytes; "
+                    "all ranks of a group must call the same collectives with tensors of the same size"
+                )
+        self._round += 1
+
+
+def connect(group: Any) -> Exchange:
+    """Open mailboxes between the ranks of a group; all of them call this at the same point of their work.
+
+    Returns:
+        `Mailboxes` if every rank sees the memory of every other, and `Messages` otherwise: on several machines, in
+        containers of their own, on systems without `memfd_create`.
+    """
+    import torch
+    import torch.distributed as dist
+
+    messages, secret = Messages(group), secrets.randbits(62)
+    descriptor, own = _new_memory(secret)
+    pipes = {rank: [FileIO(end, mode) for end, mode in zip(os.pipe(), "rw", strict=True)] for rank in _others(group)}
+    where = {rank: [os.getpid(), descriptor, secret, written.fileno()] for rank, (_, written) in pipes.items()}
+    told = messages.deal({rank: torch.tensor(card) for rank, card in where.items()})
+    peers, limit = {}, group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+    with contextlib.suppress(OSError):
+        for rank, card in told.items():
+            pid, box, their_secret, pipe = card.tolist()
+            memory = _visit(f"/proc/{pid}/fd/{box}", their_secret)
+            words = FileIO(f"/proc/{pid}/fd/{pipe}", "w")
+            peers[rank] = Peer(dist.get_global_rank(group, rank), memory, words, pipes[rank][0])
+    complete = torch.tensor(own is not None and len(peers) == len(pipes))
+    agreed = all(bool(answer) for answer in [complete, *messages.share(complete).values()])
+    for _, written in pipes.values():
+        written.close()  # a pipe ends with its last writer, so only the peer keeps this end open
+    if descriptor >= 0:
+        os.close(descriptor)
+    return Mailboxes(group.rank(), own, peers, limit_seconds=limit) if agreed else messages
+
+
+def _new_memory(secret: int) -> tuple[int, Any]:
+    """A descriptor of new memory and the memory, with a secret at its beginning; `-1` and `None` if there is none."""
+    import torch
+
+    if not hasattr(os, "memfd_create"):
+        return -1, None
+    descriptor = os.memfd_create("mailbox")
+    os.ftruncate(descriptor, SLOTS * SLOT_BYTES)
+    memory = _map(descriptor)
+    memory[:8].view(torch.int64).fill_(secret)
+    return descriptor, memory
+
+
+def _visit(path: str, secret: int) -> Any:
+    """Another rank's mailbox.
+
+    Raises:
+        OSError: If it cannot be seen from here, or is something else.
+    """
+    import torch
+
+    with FileIO(path, "r+") as file:
+        if os.fstat(file.fileno()).st_size != SLOTS * SLOT_BYTES:
+            raise OSError(f"{path} is no mailbox")
+        box = _map(file.fileno())
+    if int(box[:8].view(torch.int64)) != secret:
+        raise OSError(f"{path} is the mailbox of a stranger")
+    return box
+
+
+def _map(descriptor: int) -> Any:
+    import torch
+
+    return torch.frombuffer(mmap.mmap(descriptor, SLOTS * SLOT_BYTES), dtype=torch.uint8)
+
+
+def _others(group: Any) -> list[int]:
+    """The other ranks of a group, the next one first, so that not all ranks talk to the same one."""
+    me, size = group.rank(), group.size()
+    return [(me + step) % size for step in range(1, size)]

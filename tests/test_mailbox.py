@@ -1,0 +1,161 @@
+"""Ranks that give each other tensors through memory: what arrives, and what is said when something else happens."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LARGE = 5_000_001
+"""Numbers of fp32 that need three rounds of a mailbox, the last one short."""
+
+
+def in_ranks(warm_engine, tmp_path: Path, function: str, *, ranks: int) -> None:
+    """Run one of the functions below in forked ranks; its assertions fail the test."""
+    log = tmp_path / "agent.log"
+    launched = warm_engine.launch(f"{__name__}:{function}", str(tmp_path), ranks=ranks, log=log, env={})
+    report = launched.wait_for(120)
+    launched.close()
+    assert report == {"dead": {}}, f"{report}\n{log.read_text()[-4000:]}"
+
+
+def started() -> tuple[Any, Any, list]:
+    """Start gloo in this rank, whose collectives are redirected already; returns torch's module, the group of all
+    ranks, and a list that gets each exchange as it is opened."""
+    import torch.distributed as dist
+
+    from course_lib.cpu import shards
+
+    opened, connect = [], shards.connect
+
+    def noted(group):
+        opened.append(connect(group))
+        return opened[-1]
+
+    shards.connect = noted
+    dist.init_process_group("gloo")
+    return dist, dist.group.WORLD, opened
+
+
+def reduced(dist, tensor, op=None):
+    """The tensor after an all-reduce."""
+    dist.all_reduce(tensor, op=op or dist.ReduceOp.SUM)
+    return tensor
+
+
+def check_sums(dist, rank: int, size: int) -> None:
+    """All-reduces of this rank's numbers against sums that need no message."""
+    import torch
+
+    first = torch.arange(float(LARGE)) % 1000
+    assert torch.equal(reduced(dist, first + rank), first * size + sum(range(size)))
+    assert reduced(dist, torch.tensor(2**40 + rank)).item() == size * 2**40 + sum(range(size))
+    assert reduced(dist, torch.tensor([rank, -rank]), dist.ReduceOp.MAX).tolist() == [size - 1, 0]
+    assert reduced(dist, torch.tensor([rank + 1.0]), dist.ReduceOp.PRODUCT).item() == 24.0
+    apart = torch.zeros(4, 3).t()[::2]  # gloo's own way takes what does not lie in one piece, or refuses it
+    before = torch.full((2, 4), 2.0**rank).copysign(apart)
+    assert torch.equal(reduced(dist, before), torch.full((2, 4), 15.0))
+    work = dist.all_reduce(later := torch.ones(3), async_op=True)
+    work.wait()
+    assert later.tolist() == [size] * 3
+
+
+def rank_sums(_: str) -> None:
+    """Every kind of all-reduce, and the exchange was through memory."""
+    from course_lib.cpu import mailbox
+
+    dist, group, opened = started()
+    check_sums(dist, group.rank(), group.size())
+    assert [type(each) for each in opened] == [mailbox.Mailboxes]
+    dist.destroy_process_group()
+
+
+def test_sums_through_memory_are_exact(warm_engine, tmp_path: Path):
+    """Small, large and whole numbers, maxima, and what a mailbox does not do; all ranks open mailboxes once."""
+    in_ranks(warm_engine, tmp_path, "rank_sums", ranks=4)
+
+
+def rank_alone(_: str) -> None:
+    """One of four ranks has no memory to show: all of them use messages, with the same results."""
+    import torch
+    from torch.distributed.distributed_c10d import _coalescing_manager
+
+    from course_lib.cpu import mailbox
+
+    if os.environ["RANK"] == "2":
+        mailbox._new_memory = lambda secret: (-1, None)
+    dist, group, opened = started()
+    dist.barrier()
+    before = len(os.listdir("/proc/self/fd"))
+    check_sums(dist, group.rank(), group.size())
+    assert [type(each) for each in opened] == [mailbox.Messages]
+    whole, mine = torch.zeros(LARGE // 3 * 4), torch.full((LARGE // 3,), float(group.rank()))
+    with _coalescing_manager(group):
+        dist.all_gather_into_tensor(whole, mine, group=group)
+    assert torch.equal(whole.view(4, -1).mean(1), torch.arange(4.0))
+    assert len(os.listdir("/proc/self/fd")) == before
+    dist.destroy_process_group()
+
+
+def test_without_shared_memory_they_send_messages(warm_engine, tmp_path: Path):
+    """Not one rank goes another way than the others, and nothing stays open."""
+    in_ranks(warm_engine, tmp_path, "rank_alone", ranks=4)
+
+
+def rank_quarrels(_: str) -> None:
+    """Two ranks that disagree, a rank that is silent, and one that is gone; each message names the rank."""
+    import torch
+
+    from course_lib import failures
+    from course_lib.cpu import mailbox
+
+    dist, _, _ = started()
+    me = dist.get_rank()
+    other = 1 - me
+
+    with pytest.raises(
+        RuntimeError, match=rf"rank {other} is at exchange 0 .* {4 * (5 - me)} bytes.* {4 * (4 + me)} b"
+    ):
+        dist.all_reduce(torch.ones(4 + me))
+
+    quick = dist.new_group([0, 1], timeout=timedelta(seconds=0.5))
+    boxes = mailbox.connect(quick)
+    if me == 0:
+        with pytest.raises(RuntimeError, match=r"no word from rank 1 for 0\.5 s") as silent:
+            boxes.share(torch.ones(1))
+        assert failures.lost_a_peer(str(silent.value))
+    dist.barrier()
+
+    boxes = mailbox.connect(quick)
+    if me == 1:
+        boxes.peers[0].told.close()  # as the kernel does for a process that ends
+    else:
+        with pytest.raises(RuntimeError, match="rank 1 is gone") as gone:
+            boxes.share(torch.ones(1))
+        assert failures.lost_a_peer(str(gone.value))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_a_lost_or_mistaken_rank_is_named(warm_engine, tmp_path: Path):
+    """Nobody waits for ever, reads a tensor of another size, or has to guess who it was."""
+    in_ranks(warm_engine, tmp_path, "rank_quarrels", ranks=2)
+
+
+def test_a_stranger_is_no_mailbox(tmp_path: Path):
+    """Another machine's process id may exist here too: its file has another size, or another secret."""
+    from course_lib.cpu import mailbox
+
+    descriptor, memory = mailbox._new_memory(42)
+    path = f"/proc/self/fd/{descriptor}"
+    memory[100] = 7
+    assert mailbox._visit(path, 42)[100] == 7
+    small = tmp_path / "small"
+    small.write_bytes(b"\x2a" + bytes(7))
+    for other, secret in ((path, 43), (str(small), 42), ("/proc/self/fd/9999", 42)):
+        with pytest.raises(OSError, match=r"stranger|no mailbox|No such file"):
+            mailbox._visit(other, secret)
+    os.close(descriptor)
