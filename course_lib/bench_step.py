@@ -22,8 +22,11 @@ LEFT_OUT = 3
 
 SOURCES, VOCAB_SIZE = ("prose", "code"), 8192
 
-COURSE = {"num_layers": 3, "hidden_size": 128, "num_attention_heads": 4, "num_query_groups": 4}
-COURSE |= {"ffn_hidden_size": 384, "seq_length": 256}
+SEQUENCES = 8
+"""The global batch size."""
+
+COURSE = {"num_layers": 2, "hidden_size": 384, "num_attention_heads": 4, "num_query_groups": 4}
+COURSE |= {"ffn_hidden_size": 1024, "seq_length": 256}
 LARGER = {"num_layers": 6, "hidden_size": 512, "num_attention_heads": 8, "num_query_groups": 8}
 LARGER |= {"ffn_hidden_size": 1408, "seq_length": 256}
 
@@ -145,7 +148,7 @@ def _hugging_face(cfg: Any, *, vocab_size: int) -> Any:
 def course_run(work: Path) -> list[bench.Figure]:
     """Lesson 08's run: its share of the machine's matrix rate on one rank, what eight ranks keep of that, its data.
 
-    A second, larger model is measured beside it: the small one is small because three minutes must be enough to learn
+    A second, larger model is measured beside it: the first is small because three minutes must be enough to learn
     something, and then attention, norms and the loss over 8,192 ids weigh more beside the matrix products.
 
     Args:
@@ -153,12 +156,9 @@ def course_run(work: Path) -> list[bench.Figure]:
     """
     files = _text(work)
     figures = []
-    for name, shape, micro_batch_size in (
-        ("course run", COURSE, 1),
-        ("28M parameters", LARGER, 2),
-    ):
-        one = _config(files, shape, work / f"{name}.one.yaml", micro_batch_size=micro_batch_size, ranks=1)
-        eight = _config(files, shape, work / f"{name}.eight.yaml", micro_batch_size=micro_batch_size, ranks=8)
+    for name, shape in (("course run", COURSE), ("28M parameters", LARGER)):
+        one = _config(files, shape, work / f"{name}.one.yaml", ranks=1)
+        eight = _config(files, shape, work / f"{name}.eight.yaml", ranks=8)
         figures += _compared(name, one, eight)
     return figures
 
@@ -200,7 +200,7 @@ def _text(work: Path) -> Path:
     return work
 
 
-def _config(files: Path, shape: dict[str, int], path: Path, *, micro_batch_size: int, ranks: int) -> Path:
+def _config(files: Path, shape: dict[str, int], path: Path, *, ranks: int) -> Path:
     """A run of a few steps on text; eight ranks take TP=2 and split the same global batch four ways."""
     from megatron.bridge.recipes.llama import llama32_1b_pretrain_config
     from megatron.bridge.training.tokenizers.config import TokenizerConfig
@@ -216,8 +216,8 @@ def _config(files: Path, shape: dict[str, int], path: Path, *, micro_batch_size:
     cfg.dataset.split = None
     cfg.dataset.blend_per_split = [([str(files / source) for source in SOURCES], None), None, None]
     cfg.model.tensor_model_parallel_size = 2 if ranks == 8 else 1
-    cfg.train.train_iters, cfg.train.global_batch_size = LEFT_OUT + 8, 4 * micro_batch_size
-    cfg.train.micro_batch_size = micro_batch_size * (1 if ranks == 8 else 4)
+    cfg.train.train_iters, cfg.train.global_batch_size = LEFT_OUT + 8, SEQUENCES
+    cfg.train.micro_batch_size = SEQUENCES // (4 if ranks == 8 else 1)
     cfg.scheduler.lr_warmup_iters, cfg.validation.eval_iters, cfg.logger.log_interval = 2, 0, 1
     cfg.checkpoint.save = cfg.checkpoint.load = cfg.logger.tensorboard_dir = None
     cfg.to_yaml(str(path))

@@ -2,7 +2,7 @@
 
 A GPU rank has fused kernels for attention and Adam; without Transformer Engine upstream falls back to code that was
 written for clarity.  torch's own fused CPU kernels take their place here, and wrappers that do nothing in fp32 are left
-out.  Together they take about a fifth of a small step away (`make bench`).
+out.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Sums and shards as suit ranks on one machine: each rank reads what it needs, once, from the rank that has it.
 
 torch has no reduce-scatter over gloo: it copies the gradients, adds all of them up on every rank, and throws away all
-but one shard.  Its all-gather copies every shard twice on the way, and its all-reduce goes through sockets.  The same
-three collectives over `mailbox` take a fraction of the time (`make bench`).
+but one shard.  Its all-gather copies every shard twice on the way, and its all-reduce goes through sockets.  Here the
+three go through `mailbox`.
 
 They stand where torch's own stand, at the methods of a process group, so a recorder sees one collective as ever, and
 none of the messages below.
