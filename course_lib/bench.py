@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,22 +50,32 @@ def main() -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from course_lib import (
+        bench_checkpoints,
+        bench_launch,
+        bench_memory,
+        bench_planner,
+        bench_recorder,
+        bench_step,
+        bench_text,
+    )
+
     figures: list[Figure] = []
     with tempfile.TemporaryDirectory(prefix="course-bench-") as work:
         os.environ["COURSE_RUNS"] = work
         config = _tiny_config(Path(work))
         for measure in (
-            lambda: [_import_ratio()],
-            lambda: _launches(config),
-            lambda: _recorder_overhead(config),
-            lambda: _checkpoints(Path(work), config),
+            lambda: [bench_launch.import_ratio()],
+            lambda: bench_launch.figures(config),
+            lambda: bench_recorder.figures(config),
+            lambda: bench_checkpoints.figures(Path(work), config),
             lambda: [_against_hugging_face(config)],
-            lambda: [_shared_memory(config)],
-            lambda: [_launch_against_ranks()],
-            lambda: _text(Path(work)),
-            lambda: _course_run(Path(work)),
-            lambda: _planner(),
-            lambda: [_fresh_clone(Path(work))],
+            lambda: [bench_memory.shared(config)],
+            lambda: [bench_launch.slope()],
+            lambda: bench_text.figures(Path(work) / "text"),
+            lambda: bench_step.course_run(Path(work) / "course-run"),
+            lambda: bench_planner.figures(),
+            lambda: [bench_launch.fresh_clone(Path(work))],
         ):
             found = measure()
             figures += found
@@ -108,54 +115,6 @@ def _machine() -> dict[str, Any]:
         "versions": stack.versions(),
         "date": time.strftime("%Y-%m-%d"),
     }
-
-
-def _checkpoints(work: Path, config: Path) -> list[Figure]:
-    from course_lib import bench_checkpoints
-
-    return bench_checkpoints.figures(work, config)
-
-
-def _text(work: Path) -> list[Figure]:
-    from course_lib import bench_text
-
-    return bench_text.figures(work / "text")
-
-
-def _course_run(work: Path) -> list[Figure]:
-    from course_lib import bench_step
-
-    return bench_step.course_run(work / "course-run")
-
-
-def _planner() -> list[Figure]:
-    from course_lib import bench_planner
-
-    return bench_planner.figures()
-
-
-def _processor_seconds(code: str) -> float:
-    """User and system time of a fresh Python that runs some code."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONDONTWRITEBYTECODE", "TORCHDYNAMO_DISABLE")}
-    before = os.times()
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, check=True, capture_output=True)
-    after = os.times()
-    return after.children_user + after.children_system - before.children_user - before.children_system
-
-
-def _import_ratio() -> Figure:
-    rank = (
-        "from course_lib import stack; stack.prepare_imports();"
-        "from megatron.bridge.training.pretrain import pretrain;"
-        "from megatron.bridge.training.finetune import finetune;"
-        "from megatron.bridge.training.gpt_step import forward_step"
-    )
-    for code in ("import torch", rank):
-        _processor_seconds(code)  # writes the bytecode that is missing
-    ratios = [_processor_seconds(rank) / _processor_seconds("import torch") for _ in range(REPEATS)]
-    return figure(
-        "import of a rank / import torch", ratios, "x", "at most 4.0", "3", "processor time, compiled bytecode"
-    )
 
 
 def _tiny_config(work: Path) -> Path:
@@ -198,43 +157,6 @@ def changed(config: Path, **fields: object) -> Path:
     return path
 
 
-def _launches(config: Path) -> list[Figure]:
-    from course_lib import hello, launch
-
-    def seconds(launcher: str) -> tuple[float, float]:
-        begin = time.perf_counter()
-        run = launch.run(config, ranks=8, name=launcher, launcher=launcher, show=None)
-        return time.perf_counter() - begin, run.metrics.elapsed_ms[1:].median()
-
-    hello.ranks(8)  # the fork server has imported the stack
-    seconds("warm")
-    warm = [seconds("warm") for _ in range(REPEATS)]
-    cold = [seconds("torchrun")]
-    alive = [float(hello.ranks(8).seconds.max()) for _ in range(REPEATS)]
-    warm_median = statistics.median(w for w, _ in warm)
-    long = changed(config, train__train_iters=20)
-    steps = [launch.run(long, ranks=8, name="steps", show=None).metrics.elapsed_ms[3:].median() for _ in range(REPEATS)]
-    return [
-        figure(
-            "8 ranks, 5 tiny steps: torchrun / warm",
-            [c / warm_median for c, _ in cold],
-            "x",
-            "at least 10",
-            "20",
-            "end to end",
-        ),
-        figure("8 ranks, 5 tiny steps, warm", [w for w, _ in warm], "s", "-", "-", "end to end"),
-        figure("ranks alive after a warm launch", alive, "s", "at most 1", "0.5", "the last of 8 ranks"),
-        figure("one 8-rank step, TP=2 DP=4", steps, "ms", "report", "0.8 of the prototype", "the prototype's shape"),
-    ]
-
-
-def _recorder_overhead(config: Path) -> list[Figure]:
-    from course_lib import bench_recorder
-
-    return bench_recorder.figures(config)
-
-
 def _against_hugging_face(config: Path) -> Figure:
     from course_lib import bench_step
 
@@ -251,96 +173,3 @@ def _against_hugging_face(config: Path) -> Figure:
         "1.15",
         "same size, interleaved",
     )
-
-
-def _shared_memory(config: Path) -> Figure:
-    """Proportional set size of eight ranks in training, over eight times that of a run with one rank."""
-
-    def total_bytes(ranks: int, layout: dict[str, int]) -> float:
-        path = changed(config, train__train_iters=1000, **layout)
-        return _while_training(path, ranks, _proportional_bytes)
-
-    ratios = []
-    for _ in range(REPEATS):
-        eight = total_bytes(8, {"model__tensor_model_parallel_size": 2})
-        ratios.append(eight / (8 * total_bytes(1, {"model__tensor_model_parallel_size": 1})))
-    return figure(
-        "memory of 8 ranks / 8 times one rank",
-        ratios,
-        "x",
-        "at most 0.5",
-        "0.3",
-        "proportional set size, after some steps",
-    )
-
-
-def _while_training(path: Path, ranks: int, look: Callable[[list[int]], float]) -> float:
-    """Start a run, look at its ranks after three steps, and stop it."""
-    from course_lib import runs, warm
-
-    run = runs.Run(runs.create("memory"))
-    shutil.copyfile(path, run.path / "config.yaml")
-    runs.write_json(run.path / "launch.json", {"ranks": ranks, "device": "cpu"})
-    launched = warm.lease().launch(
-        "course_lib.train:rank_main", str(run.path), ranks=ranks, log=run.path / "log.txt", env={"OMP_NUM_THREADS": "1"}
-    )
-    try:
-        while len(run.again().metrics) < 3:
-            if launched.wait(0.2) is not None:
-                raise RuntimeError(f"the run ended early: {run.outcome}")
-        return look([entry["pid"] for entry in run.ranks().values()])
-    finally:
-        launched.stop()
-        launched.wait_for(30)
-        launched.close()
-
-
-def _proportional_bytes(pids: list[int]) -> float:
-    total = 0
-    for pid in pids:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                total += int(line.split()[1]) * 1024
-    return total
-
-
-def _launch_against_ranks() -> Figure:
-    """Slope of the time until the last rank is alive, over 1, 2, 4, 8 and 16 ranks."""
-    import numpy as np
-
-    from course_lib import hello
-
-    counts = [1, 2, 4, 8, 16]
-    slopes = []
-    for _ in range(REPEATS):
-        seconds = [float(hello.ranks(count).seconds.max()) for count in counts]
-        slopes.append(float(np.polyfit(counts, seconds, 1)[0]) * 1e3)
-    return figure(
-        "launch time for each further rank", slopes, "ms", "linear", "at most 50", "fit over 1, 2, 4, 8, 16 ranks"
-    )
-
-
-def _fresh_clone(work: Path) -> Figure:
-    """Seconds from `make run` in a fresh clone, with packages cached, to the first loss."""
-    clone = work / "clone"
-    subprocess.run(["git", "clone", "--quiet", str(PROJECT), str(clone)], check=True)
-    environment = {k: v for k, v in os.environ.items() if k not in ("COURSE_RUNS", "VIRTUAL_ENV")}
-    if shutil.which("uv") is None and (PROJECT / ".tools" / "bin").exists():
-        environment["PATH"] = f"{PROJECT / '.tools' / 'bin'}{os.pathsep}{environment['PATH']}"
-    begin = time.time()
-    with open(work / "fresh.txt", "w") as log:
-        process = subprocess.Popen(
-            ["make", "run"], cwd=clone, env=environment, stdout=log, stderr=log, start_new_session=True
-        )
-        metrics = clone / "runs" / "smoke" / "metrics.jsonl"
-        try:
-            while not (metrics.exists() and metrics.read_text().count("\n")):
-                if process.poll() is not None:
-                    raise RuntimeError(f"make run ended early:\n{(work / 'fresh.txt').read_text()[-2000:]}")
-                time.sleep(0.1)
-            seconds = time.time() - begin
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, 15)
-                process.wait()
-    return figure("fresh clone to the first loss of `make run`", [seconds], "s", "at most 120", "60", "packages cached")
