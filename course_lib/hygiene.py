@@ -6,12 +6,13 @@ A rule sees the notebook as plain JSON, so that all lessons are checked in milli
 
 from __future__ import annotations
 
-import ast
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+
+from course_lib import cells, hygiene_code
+from course_lib.cells import Notebook
 
 __all__ = ["RULES", "TAGS", "Problem", "advice", "problems"]
 
@@ -19,7 +20,6 @@ TAGS = frozenset(
     "objectives prerequisites imports parameters predict run check exercise attempt solution takeaways next "
     "hide-input hide-cell".split()
 )
-MAX_CODE_LINES = 14  # a cell that fits on the screen together with its output
 CODE_LINES, CODE_CELLS, WORDS = (80, 200), (12, 20), (1000, 1800)
 READABLE_ID = re.compile(r"^[a-z0-9]+(-[a-z0-9]+)*$")
 RANDOM_ID = re.compile(r"^(?=[0-9a-f-]*[0-9])[0-9a-f]{6,}(-[0-9a-f]{4,})*$")
@@ -28,8 +28,6 @@ EMOJI = re.compile("[\U0001f000-\U0001faff\u2600-\u26ff\u2705\u274c\u2728\u2b50]
 SENTENCE_END = re.compile(
     r"(?<!\be\.g)(?<!\bi\.e)(?<!\bvs)(?<!\betc)(?<!\bno)(?<!^\d)(?<!\s\d)[.!?][)\"'*_]*\s+(?=[A-Z`*\"(])"
 )
-
-Notebook = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -57,9 +55,9 @@ def problems(notebook: Notebook) -> list[Problem]:
 
 def advice(notebook: Notebook) -> list[Problem]:
     """Say where a lesson leaves the usual size; a warning, because a good reason may win."""
-    sources = [_source(cell) for cell in _cells(notebook, "code")]
-    lines = sum(len(_code_lines(source)) for source in sources)
-    words = sum(len(re.findall(r"\b\w[\w'-]*", _source(cell))) for cell in _cells(notebook, "markdown"))
+    sources = [cells.source(cell) for cell in cells.of_kind(notebook, "code")]
+    lines = sum(len(cells.code_lines(source)) for source in sources)
+    words = sum(len(re.findall(r"\b\w[\w'-]*", cells.source(cell))) for cell in cells.of_kind(notebook, "markdown"))
     sizes = (("code lines", lines, CODE_LINES), ("code cells", len(sources), CODE_CELLS), ("words", words, WORDS))
     return [
         Problem("", "size", f"{count} {what}, where {low} to {high} are usual")
@@ -95,7 +93,7 @@ def ids_are_readable(notebook: Notebook) -> Found:
 
 def no_outputs(notebook: Notebook) -> Found:
     """Sources carry no outputs and no execution counts."""
-    for cell in _cells(notebook, "code"):
+    for cell in cells.of_kind(notebook, "code"):
         if cell.get("outputs") or cell.get("execution_count") is not None:
             yield cell["id"], "has outputs or an execution count: clear all outputs before you save"
 
@@ -119,14 +117,14 @@ def metadata_is_small(notebook: Notebook) -> Found:
 def tags_are_known(notebook: Notebook) -> Found:
     """Tags come from a closed list, and the cells that every lesson needs are there once."""
     for cell in notebook["cells"]:
-        unknown = sorted(set(_tags(cell)) - TAGS)
+        unknown = sorted(set(cells.tags(cell)) - TAGS)
         if unknown:
             yield cell["id"], f"unknown tags {unknown}: the list is {sorted(TAGS)}"
     for tag in ("objectives", "prerequisites", "imports", "parameters", "takeaways"):
-        count = len(_tagged(notebook, tag))
+        count = len(cells.tagged(notebook, tag))
         if count != 1:
             yield "", f"{count} cells are tagged {tag!r}, needed exactly one"
-    if not _tagged(notebook, "check"):
+    if not cells.tagged(notebook, "check"):
         yield "", "no cell is tagged 'check': a lesson proves its claim"
 
 
@@ -134,8 +132,8 @@ def one_title(notebook: Notebook) -> Found:
     """The first cell holds the only H1."""
     titles = [
         cell["id"]
-        for cell in _cells(notebook, "markdown")
-        for _ in re.findall(r"^# ", _prose(cell), flags=re.MULTILINE)
+        for cell in cells.of_kind(notebook, "markdown")
+        for _ in re.findall(r"^# ", cells.prose(cell), flags=re.MULTILINE)
     ]
     if len(titles) != 1:
         yield "", f"{len(titles)} titles of level 1 (in {titles}), needed exactly one"
@@ -146,7 +144,10 @@ def one_title(notebook: Notebook) -> Found:
 def takeaways_mirror_objectives(notebook: Notebook) -> Found:
     """What the lesson promises is what it sums up: two lists of equal length."""
     lengths = [
-        sum(len(re.findall(r"^(?:[-*]|\d+\.) ", _source(cell), flags=re.MULTILINE)) for cell in _tagged(notebook, tag))
+        sum(
+            len(re.findall(r"^(?:[-*]|\d+\.) ", cells.source(cell), flags=re.MULTILINE))
+            for cell in cells.tagged(notebook, tag)
+        )
         for tag in ("objectives", "takeaways")
     ]
     if lengths[0] != lengths[1] or not lengths[0]:
@@ -156,83 +157,10 @@ def takeaways_mirror_objectives(notebook: Notebook) -> Found:
         )
 
 
-def imports_are_together(notebook: Notebook) -> Found:
-    """All imports stand in the imports cell, no name is imported with a star, and each is used."""
-    imported: dict[str, str] = {}
-    used: set[str] = set()
-    for cell, tree in _trees(notebook):
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                if "imports" not in _tags(cell):
-                    yield cell["id"], f"line {node.lineno} imports something: move it to the imports cell"
-                for alias in node.names:
-                    if alias.name == "*":
-                        yield cell["id"], f"star import in line {node.lineno}: name what you need"
-                    imported[alias.asname or alias.name.split(".")[0]] = cell["id"]
-            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-                used.add(node.id)
-    for name in sorted(set(imported) - used - {"*"}):
-        yield imported[name], f"{name!r} is imported and never used"
-
-
-def no_shell_and_no_tricks(notebook: Notebook) -> Found:
-    """No magics, no shell lines, no blanket filters, no path edits, no installs: a lesson is plain Python."""
-    for cell in _cells(notebook, "code"):
-        source = _source(cell)
-        if re.search(r"^\s*(?:%|!|\?)|^\s*\w+\s*=\s*[!%]", source, flags=re.MULTILINE):
-            yield cell["id"], "a magic or a shell line: show the command as text and let course_lib build it"
-            continue
-        tree = _parse(source)
-        if isinstance(tree, SyntaxError):
-            yield cell["id"], f"not Python: {tree.msg} in line {tree.lineno}"
-            continue
-        for node in ast.walk(tree):
-            text = ast.unparse(node) if isinstance(node, ast.Call | ast.Attribute) else ""
-            if (
-                isinstance(node, ast.Call)
-                and re.match(r"(warnings\.)?(filterwarnings|simplefilter)\(['\"]ignore", text)
-                and len(node.args) + len(node.keywords) == 1
-            ):
-                yield cell["id"], "ignores all warnings: explain the one that you mean, and name it"
-            if isinstance(node, ast.Attribute) and text == "sys.path":
-                yield cell["id"], "edits or reads sys.path: course_lib is installed, import it"
-
-
-def cells_are_short(notebook: Notebook) -> Found:
-    """A code cell fits on the screen together with its output."""
-    for cell in _cells(notebook, "code"):
-        count = len(_code_lines(_source(cell)))
-        if count > MAX_CODE_LINES:
-            yield (
-                cell["id"],
-                f"{count} lines of code, needed at most {MAX_CODE_LINES}: split it or move a part to course_lib",
-            )
-
-
-def parameters_are_literals(notebook: Notebook) -> Found:
-    """The parameters cell holds literals, one a line, each with a comment, none depending on another."""
-    for cell in _tagged(notebook, "parameters"):
-        source = _source(cell)
-        tree = _parse(source)
-        if isinstance(tree, SyntaxError):
-            continue  # no_shell_and_no_tricks says so
-        lines = source.splitlines()
-        for node in tree.body:
-            if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
-                yield cell["id"], f"line {node.lineno} is not an assignment"
-                continue
-            try:
-                ast.literal_eval(node.value)
-            except ValueError:
-                yield cell["id"], f"line {node.lineno} is not a literal: papermill can only replace literals"
-            if "#" not in lines[(node.end_lineno or node.lineno) - 1]:
-                yield cell["id"], f"line {node.lineno} has no comment: say what the parameter is, with its unit"
-
-
 def one_sentence_a_line(notebook: Notebook) -> Found:
     """Prose has one sentence a source line, so that a change shows as one line."""
-    for cell in _cells(notebook, "markdown"):
-        for line in _prose(cell).splitlines():
+    for cell in cells.of_kind(notebook, "markdown"):
+        for line in cells.prose(cell).splitlines():
             text = re.sub(r"`[^`]*`|\$[^$]*\$|\]\([^)]*\)", "x", line).strip()
             if text.startswith(("|", "<", ":")):
                 continue  # tables cannot be broken into lines
@@ -244,7 +172,7 @@ def one_sentence_a_line(notebook: Notebook) -> Found:
 def plain_words(notebook: Notebook) -> Found:
     """No "simply" and no emoji."""
     for cell in notebook["cells"]:
-        text = _source(cell)
+        text = cells.source(cell)
         if re.search(r"\bsimply\b", text, flags=re.IGNORECASE):
             yield cell["id"], "says 'simply': it helps nobody for whom it is not simple"
         if EMOJI.search(text):
@@ -253,13 +181,13 @@ def plain_words(notebook: Notebook) -> Found:
 
 def attempts_are_harmless(notebook: Notebook) -> Found:
     """An exercise has an attempt whose answer is None and a folded solution."""
-    for cell in _tagged(notebook, "attempt"):
-        if not re.search(r"=\s*None\b", _source(cell)):
+    for cell in cells.tagged(notebook, "attempt"):
+        if not re.search(r"=\s*None\b", cells.source(cell)):
             yield cell["id"], "the attempt does not start from `answer = None`"
-    for cell in _tagged(notebook, "solution"):
-        if "hide-cell" not in _tags(cell):
+    for cell in cells.tagged(notebook, "solution"):
+        if "hide-cell" not in cells.tags(cell):
             yield cell["id"], "the solution is not folded: add the tag hide-cell"
-    counts = {tag: len(_tagged(notebook, tag)) for tag in ("attempt", "solution")}
+    counts = {tag: len(cells.tagged(notebook, tag)) for tag in ("attempt", "solution")}
     if counts["attempt"] != counts["solution"]:
         yield "", f"{counts['attempt']} attempts and {counts['solution']} solutions: each attempt needs its solution"
 
@@ -272,50 +200,11 @@ RULES: tuple[Callable[[Notebook], Found], ...] = (
     tags_are_known,
     one_title,
     takeaways_mirror_objectives,
-    imports_are_together,
-    no_shell_and_no_tricks,
-    cells_are_short,
-    parameters_are_literals,
+    hygiene_code.imports_are_together,
+    hygiene_code.no_shell_and_no_tricks,
+    hygiene_code.cells_are_short,
+    hygiene_code.parameters_are_literals,
     one_sentence_a_line,
     plain_words,
     attempts_are_harmless,
 )
-
-
-def _cells(notebook: Notebook, kind: str) -> list[Mapping[str, Any]]:
-    return [cell for cell in notebook["cells"] if cell["cell_type"] == kind]
-
-
-def _tagged(notebook: Notebook, tag: str) -> list[Mapping[str, Any]]:
-    return [cell for cell in notebook["cells"] if tag in _tags(cell)]
-
-
-def _tags(cell: Mapping[str, Any]) -> list[str]:
-    return cell["metadata"].get("tags", [])
-
-
-def _source(cell: Mapping[str, Any]) -> str:
-    return "".join(cell["source"])
-
-
-def _prose(cell: Mapping[str, Any]) -> str:
-    """The text of a markdown cell without its fenced code."""
-    return re.sub(r"^(`{3,}|~{3,}).*?^\1", "", _source(cell), flags=re.MULTILINE | re.DOTALL)
-
-
-def _code_lines(source: str) -> list[str]:
-    return [line for line in source.splitlines() if line.strip() and not line.strip().startswith("#")]
-
-
-def _parse(source: str) -> ast.Module | SyntaxError:
-    try:
-        return ast.parse(source)
-    except SyntaxError as error:
-        return error
-
-
-def _trees(notebook: Notebook) -> Iterator[tuple[Mapping[str, Any], ast.Module]]:
-    for cell in _cells(notebook, "code"):
-        tree = _parse(_source(cell))
-        if isinstance(tree, ast.Module):
-            yield cell, tree
