@@ -1,0 +1,135 @@
+"""Watch the ranks of a run until they end, and turn their end into a value or an exception; none is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from course_lib import failures, runs
+
+if TYPE_CHECKING:
+    from course_lib import live
+
+__all__ = ["RunFailed", "RunInterrupted", "until_the_end"]
+
+PATIENCE_SECONDS = 6.0
+"""How long a rank may be gone before a launch that says nothing about it is stopped."""
+
+RESERVE_BYTES = 16 * 1024
+"""Space kept free in a run directory, so that a full disk cannot keep `outcome.json` from being written."""
+
+
+class RunFailed(RuntimeError):
+    """A run failed; the message names the first failing rank and its cause, `outcome` and `run` have the rest."""
+
+    def __init__(self, run: runs.Run, outcome: runs.Outcome) -> None:
+        super().__init__(failures.describe(run, outcome))
+        self.run, self.outcome = run, outcome
+
+
+class RunInterrupted(KeyboardInterrupt):
+    """The learner stopped the cell; all ranks are gone."""
+
+
+def until_the_end(
+    run: runs.Run, *, ranks: int, start: Callable, view: live.View | None, watch: Callable | None
+) -> runs.Run:
+    """Start the ranks, show what they do, and turn their end into a value or an exception.
+
+    Args:
+        run: A prepared run.
+        ranks: Number of ranks.
+        start: Starts them, given the run and their number; returns a launch with `wait`, `stop` and `close`.
+        view: The live view, or `None` for silence.
+        watch: Called with the run some ten times a second, if there is one.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        RunFailed: If a rank failed; names the first one and its cause.
+        RunInterrupted: If the learner interrupted; no rank is left.
+    """
+    (run.path / ".reserve").write_bytes(b"\0" * RESERVE_BYTES)
+    report: dict | None = None
+    try:
+        launched = start(run, ranks)
+        try:
+            patience = _Patience()
+            while (report := launched.wait(0.1)) is None:
+                if view is not None:
+                    view.update(run.again())
+                if watch is not None:
+                    watch(run.again())
+                if patience.ends(run):
+                    report = {"dead": failures.left(run)}
+                    launched.stop()
+                    _wait_for_the_end(launched, run)
+                    break
+        except KeyboardInterrupt:
+            launched.stop()
+            _wait_for_the_end(launched, run)
+            outcome = runs.Outcome("interrupted", cause="stopped by the learner")
+            runs.write_outcome(run.path, outcome)
+            raise RunInterrupted(f"run {run.name!r} was stopped; all {ranks} ranks are gone") from None
+        finally:
+            launched.close()
+        outcome = _outcome_of(run, report)
+    finally:
+        (run.path / ".reserve").unlink(missing_ok=True)
+        if view is not None:
+            view.close(run.again())
+    if outcome.status != "succeeded":
+        raise RunFailed(run.again(), outcome)
+    return run.again()
+
+
+class _Patience:
+    """Ends when a rank has been gone for some seconds and the launcher, who should know first, has said nothing."""
+
+    def __init__(self) -> None:
+        self._looked = self._complete = time.monotonic()
+
+    def ends(self, run: runs.Run) -> bool:
+        now = time.monotonic()
+        if now - self._looked >= 1.0:
+            self._looked = now
+            if not failures.left(run):
+                self._complete = now
+        return now - self._complete > PATIENCE_SECONDS
+
+
+def _outcome_of(run: runs.Run, report: dict) -> runs.Outcome:
+    if report.get("error"):
+        outcome = runs.Outcome("failed", cause=report["error"][:500], hint=failures.hint_for(report["error"]))
+        with contextlib.suppress(OSError):
+            if run.outcome is None:
+                runs.write_outcome(run.path, outcome)
+        return run.outcome or outcome
+    return failures.settle(run.path, dead={int(rank): code for rank, code in report.get("dead", {}).items()})
+
+
+def _wait_for_the_end(launched: object, run: runs.Run, *, limit_seconds: float = 10.0) -> None:
+    """Wait until a stopped launch is over; ranks that are still there at the limit are killed by their pids."""
+    end = time.monotonic() + limit_seconds
+    while launched.wait(0.1) is None and time.monotonic() < end:
+        pass
+    for entry in run.ranks().values():
+        with contextlib.suppress(ProcessLookupError):
+            if _is_rank(entry["pid"]):
+                os.kill(entry["pid"], signal.SIGKILL)
+
+
+def _is_rank(pid: int) -> bool:
+    """True if the pid still belongs to a Python process of this user, and not to somebody who got the number later."""
+    try:
+        return (
+            Path(f"/proc/{pid}").stat().st_uid == os.getuid() and b"python" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        )
+    except OSError:
+        return False
