@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from course_lib import ledger, plots, tables
+from course_lib import ledger, plots, plots_style, tables
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,9 +52,9 @@ def draw(scores: DataFrame, *, ax: Axes, title: str = "") -> Axes:
     names = [f"{lesson}  {quantity}" for lesson, quantity in zip(scores.lesson, scores.quantity, strict=True)]
     places = range(len(names))
     shown = scores.ratio.clip(1 / AT_MOST, AT_MOST)
-    ax.axvspan(0.5, 2, color=plots.COLOURS["green"], alpha=0.15)
-    ax.axvline(1, color=plots.INK, linewidth=1)
-    ax.plot(shown, places, marker="o", linestyle="none", color=plots.COLOURS["blue"])
+    ax.axvspan(0.5, 2, color=plots_style.COLOURS["green"], alpha=0.15)
+    ax.axvline(1, color=plots_style.INK, linewidth=1)
+    ax.plot(shown, places, marker="o", linestyle="none", color=plots_style.COLOURS["blue"])
     ax.set_xscale("log")
     ax.set_xlim(min(0.2, shown.min() / 1.5), max(5, shown.max() * 1.5))
     ax.xaxis.set_major_formatter("{x:g}")

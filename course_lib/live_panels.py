@@ -9,7 +9,7 @@ from io import BytesIO
 from math import ceil, floor, isfinite, log10
 from typing import TYPE_CHECKING, Any
 
-from course_lib import plots
+from course_lib import plots, plots_style
 
 if TYPE_CHECKING:
     from course_lib.runs import Run
@@ -21,28 +21,28 @@ class Panels:
     """Loss, memory and throughput side by side; built once, then only the curves are drawn again."""
 
     width_inches, height_inches = 7.5, 2.5  # as wide as the text of the book
-    width_pixels = int(width_inches * plots.CSS_PIXELS_PER_INCH)
+    width_pixels = int(width_inches * plots_style.CSS_PIXELS_PER_INCH)
 
     def __init__(self, total_steps: int) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         self.total_steps = max(1, total_steps)
-        with plots.style():
+        with plots_style.style():
             size = (self.width_inches, self.height_inches)
             # Fixed margins: a layout engine would lay out the text again whenever an axis grows (0.3 s against 0.1 s).
-            self.figure = Figure(figsize=size, dpi=plots.CSS_PIXELS_PER_INCH)
+            self.figure = Figure(figsize=size, dpi=plots_style.CSS_PIXELS_PER_INCH)
             self.figure.subplots_adjust(left=0.085, right=0.985, bottom=0.2, top=0.88, wspace=0.5)
             self.canvas = FigureCanvasAgg(self.figure)
             self.axes = self.figure.subplots(1, 3)
             loss, memory, rate = self.axes
             line = {"animated": True, "marker": "o" if total_steps <= 40 else "", "markersize": 4}
-            (self.loss,) = loss.plot([], [], color=plots.COLOURS["blue"], **line)
+            (self.loss,) = loss.plot([], [], color=plots_style.COLOURS["blue"], **line)
             held_out = {"linestyle": "none", "marker": "D", "markersize": 5, "animated": True}
-            (self.validation,) = loss.plot([], [], color=plots.COLOURS["vermilion"], **held_out)
-            (self.rate,) = rate.plot([], [], color=plots.COLOURS["purple"], **line)
+            (self.validation,) = loss.plot([], [], color=plots_style.COLOURS["vermilion"], **held_out)
+            (self.rate,) = rate.plot([], [], color=plots_style.COLOURS["purple"], **line)
             peak = {"marker": "_", "markersize": 12, "markeredgewidth": 2.5, "linestyle": "none", "animated": True}
-            (self.peak,) = memory.plot([], [], color=plots.COLOURS["vermilion"], **peak)
+            (self.peak,) = memory.plot([], [], color=plots_style.COLOURS["vermilion"], **peak)
             memory.grid(axis="x", visible=False)
             titles = ("Loss", "Memory per rank", "Throughput")
             labels = (("step", "nats per token"), ("rank (line: peak)", "MiB"), ("step", "tokens/s, all ranks"))
@@ -59,7 +59,7 @@ class Panels:
 
     def draw(self, run: Run, *, last: bool = False) -> bytes:
         """Draw one frame: fast while the run goes on, twice as sharp at the end."""
-        with plots.style():
+        with plots_style.style():
             limits = self._place(run, tight=last)
             if last:
                 return self._draw_last(run)
@@ -88,7 +88,9 @@ class Panels:
         if len(ranks) != len(self.bars):
             for bar in self.bars:
                 bar.remove()
-            bars = memory_axis.bar(ranks, [0] * len(ranks), width=0.7, color=plots.COLOURS["green"], animated=True)
+            bars = memory_axis.bar(
+                ranks, [0] * len(ranks), width=0.7, color=plots_style.COLOURS["green"], animated=True
+            )
             self.bars = list(bars)
             memory_axis.set_xlim(min(ranks, default=0) - 0.6, max(ranks, default=0) + 0.6)
         for bar, value in zip(self.bars, last_bytes, strict=True):
@@ -113,7 +115,7 @@ class Panels:
     def _draw_last(self, run: Run) -> bytes:
         for artist in self._moving():
             artist.set_animated(False)
-        self.figure.set_dpi(plots.DOTS_PER_INCH)
+        self.figure.set_dpi(plots_style.DOTS_PER_INCH)
         for ax, sentence in zip(self.axes, sentences(run), strict=True):
             ax.set_label(sentence)
         self.canvas.draw()

@@ -146,7 +146,7 @@ def draw(rows: pd.DataFrame, *, ax: Axes, title: str = "") -> Axes:
     Returns:
         The axis.
     """
-    from course_lib.plots import COLOURS
+    from course_lib.plots_style import COLOURS
 
     styles = {"forward": (COLOURS["blue"], ""), "backward": (COLOURS["vermilion"], "//")}
     for kind, (colour, hatch) in styles.items():

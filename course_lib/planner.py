@@ -210,9 +210,9 @@ def _frame(plan: memory.Plan, gpu: compute.Gpu) -> tuple[bytes, str]:
     """One bar as PNG, and what it shows in words."""
     from matplotlib.figure import Figure
 
-    from course_lib import plots
+    from course_lib import plots, plots_style
 
-    with plots.style():
+    with plots_style.style():
         fig = Figure(figsize=(8, 2.2), layout="constrained")
         ax = bars({str(plan.layout): plan}, gpu=gpu, ax=fig.subplots(), title="Planned, not run")
         return plots.png(fig), ax.get_label()

@@ -1,8 +1,7 @@
 """Figures of a run: functions that take a run and an axis and return the axis.
 
 Nothing here touches ``pyplot`` or the global ``rcParams``: a figure is made, drawn and shown inside one ``with`` block.
-Backgrounds are transparent, text is a mid grey, and the colours are the four of Okabe and Ito that keep a contrast of
-3:1 on white and on the near-black of a dark notebook, so that one picture serves both themes.
+Its look is that of `plots_style`, whose colours a lesson names by this module.
 """
 
 from __future__ import annotations
@@ -13,7 +12,8 @@ from contextlib import contextmanager
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
-from course_lib.units import GiB
+from course_lib.plots_style import COLOURS, CSS_PIXELS_PER_INCH, INK, style
+from course_lib.units import GiB, MiB
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,66 +21,10 @@ if TYPE_CHECKING:
 
     from course_lib.runs import Run
 
-__all__ = ["COLOURS", "describe", "figure", "loss", "memory", "png", "stacked", "style", "throughput"]
+__all__ = ["COLOURS", "INK", "describe", "figure", "loss", "memory", "png", "stacked", "throughput"]
 
-# Source: Okabe and Ito, "Color Universal Design" (2008). Orange, sky blue and yellow are left out: under 3:1 on white.
-COLOURS = {"blue": "#0072B2", "vermilion": "#D55E00", "green": "#009E73", "purple": "#CC79A7"}
-INK = "#787878"  # 4.4:1 on white and 4.2:1 on #121212: nearly equal, because one picture serves both
-CSS_PIXELS_PER_INCH = 96
-DOTS_PER_INCH = 2 * CSS_PIXELS_PER_INCH  # sharp on a dense screen, and still about 40 KB a figure
-MiB = 2**20
 LONG, AVERAGED = 100, 25  # steps: from where on batches are drawn faintly, and how many are averaged
 FAINT = {"linewidth": 0.8, "alpha": 0.45}
-
-
-@contextmanager
-def style() -> Iterator[None]:
-    """Apply the course's look inside a ``with`` block, and nowhere else.
-
-    Example:
-        >>> import matplotlib
-        >>> before = matplotlib.rcParams["text.color"]
-        >>> with style():
-        ...     matplotlib.rcParams["text.color"] == before
-        False
-        >>> matplotlib.rcParams["text.color"] == before
-        True
-    """
-    import matplotlib as mpl
-    from cycler import cycler
-
-    # Line style changes with the colour, so that a curve is told apart without colour too.
-    with mpl.rc_context(
-        {
-            "axes.axisbelow": True,
-            "axes.edgecolor": INK,
-            "axes.facecolor": "none",
-            "axes.grid": True,
-            "axes.labelcolor": INK,
-            "axes.prop_cycle": cycler(color=list(COLOURS.values())) + cycler(linestyle=["-", "--", "-.", ":"]),
-            "axes.spines.right": False,
-            "axes.spines.top": False,
-            "axes.titlecolor": INK,
-            "axes.titlelocation": "left",
-            "axes.titlesize": 11,
-            "axes.titleweight": "bold",
-            "figure.dpi": DOTS_PER_INCH,
-            "figure.edgecolor": "none",
-            "figure.facecolor": "none",
-            "font.family": ["DejaVu Sans"],
-            "font.size": 10,
-            "grid.alpha": 0.3,
-            "grid.color": INK,
-            "legend.frameon": False,
-            "legend.labelcolor": INK,
-            "lines.linewidth": 2,
-            "savefig.facecolor": "none",
-            "text.color": INK,
-            "xtick.color": INK,
-            "ytick.color": INK,
-        }
-    ):
-        yield
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 Both are drawn from `data/stack.json` through `course_lib.stack_map`; nothing but the places of the boxes is kept here.
 Boxes of the linked diagram are plain links to the cards below it, so that it works in a static page, without a script.
-Text takes the colour of the page, and borders take the four colours of `course_lib.plots`, which fit both themes.
+Text takes the colour of the page, and borders take the four colours of `course_lib.plots_style`, which fit both themes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
 
-from course_lib import installation, plots, stack_map
+from course_lib import installation, plots_style, stack_map
 from course_lib.stack_map import Box
 
 if TYPE_CHECKING:
@@ -30,11 +30,11 @@ _PLACES = {
     "Megatron Core": (3, 1),
 }
 _LAYER_COLOURS = {
-    "data": plots.COLOURS["green"],
-    "blueprint": plots.COLOURS["blue"],
-    "orchestration": plots.COLOURS["purple"],
-    "engine": plots.COLOURS["vermilion"],
-    "machinery": plots.INK,
+    "data": plots_style.COLOURS["green"],
+    "blueprint": plots_style.COLOURS["blue"],
+    "orchestration": plots_style.COLOURS["purple"],
+    "engine": plots_style.COLOURS["vermilion"],
+    "machinery": plots_style.INK,
 }
 _WIDTH, _HEIGHT = 124, 52  # of a box, in CSS pixels
 _STEP_X, _STEP_Y, _EDGE = 182, 96, 4  # from box to box, and around all of them; a dark page of the book has 688
@@ -201,10 +201,10 @@ def _arrows(wide: int, high: int) -> str:
         drawn.append(f'<path d="{path}" marker-end="url(#stack-map-head)"/><text text-anchor="{align}">{spans}</text>')
     head = (
         '<defs><marker id="stack-map-head" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" '
-        f'orient="auto"><path d="M0 0 L10 5 L0 10 z" fill="{plots.INK}"/></marker></defs>'
+        f'orient="auto"><path d="M0 0 L10 5 L0 10 z" fill="{plots_style.INK}"/></marker></defs>'
     )
     return (
         f'<svg width="{wide}" height="{high}" viewBox="0 0 {wide} {high}" aria-hidden="true" fill="none" '
-        f'stroke="{plots.INK}" stroke-width="1.5"><style>.stack-map text {{ fill: currentColor; stroke: none; '
+        f'stroke="{plots_style.INK}" stroke-width="1.5"><style>.stack-map text {{ fill: currentColor; stroke: none; '
         f"font-size: 11.5px; }}</style>{head}{''.join(drawn)}</svg>"
     )

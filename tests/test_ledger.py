@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from course_lib import checks, hygiene, ledger, ledger_page, lessons, plots
+from course_lib import checks, hygiene, ledger, ledger_page, lessons, plots_style
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -114,7 +114,7 @@ def test_the_page_compares_predictions_on_one_scale() -> None:
     fill()
     scores = ledger.scores()
     assert list(scores.ratio) == [1, 0.1, 1e6]
-    with plots.style():
+    with plots_style.style():
         ax = ledger_page.draw(scores, ax=Figure().subplots(), title="1 of 3")
     assert list(ax.lines[-1].get_xdata()) == [1, 0.1, 100]
     assert "03  c" in ax.get_label() and "1e+06" in ax.get_label()
