@@ -1,6 +1,7 @@
 """Set the course up on a fresh Linux machine: `python3 course_lib/bootstrap.py`.
 
 It runs before the environment exists, so it imports the standard library only and works with any Python from 3.8 on.
+It stays one file, however long: started by its path, it would find a second one under another name than the tests do.
 What it does, in order:
 
 1. If `.venv` was made from today's lock file, it stops at once (a stamp file tells).
