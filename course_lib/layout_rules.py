@@ -4,7 +4,7 @@ Source: megatron-core 0.19.2 (``model_parallel_config.py``, ``parallel_state.py`
 ``pipeline_parallel/schedules.py``, ``ssm/mamba_mixer.py``, ``tensor_parallel/layers.py``, and in ``transformer/``
 ``transformer_config.py``, ``attention.py``, ``mlp.py``, ``moe/moe_layer.py``) and megatron-bridge 0.6.2
 (``training/config.py``, ``training/setup.py``, ``models/transformer_config.py``).
-``tests/test_layout.py`` holds these rules against those functions.
+``tests/test_layout_rules.py`` holds these rules against those functions.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Source: megatron-core 0.19.2 ``transformer/transformer_config.py`` (``__post_init__``),
 ``transformer/transformer_block.py`` (``get_num_layers_to_build``), ``pipeline_parallel_layer_layout.py``.
-``tests/test_layout.py`` holds this module against those functions.
+``tests/test_layout_stages.py`` holds this module against those functions.
 """
 
 from __future__ import annotations
