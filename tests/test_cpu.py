@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
 
 from course_lib import cpu
 from course_lib.cpu import device, redirection
-from course_lib.cpu.redirection import Misfit, Redirection
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -40,78 +38,7 @@ def in_a_rank(engine: object, tmp_path: Path, name: str) -> None:
     assert report == {"dead": {}}, f"{report}\n{log.read_text()[-4000:]}"
 
 
-# --------------------------------------------------------------------------------------------------- applying it
-
-
-@pytest.fixture
-def victim(monkeypatch):
-    """A module with a function, a class and a value to redirect."""
-    module = types.ModuleType("victim")
-
-    def function(a, b=1, *, c=2):
-        return "original"
-
-    class Holder:
-        def method(self, device):
-            return device
-
-    module.function, module.Holder, module.value = function, Holder, 7
-    monkeypatch.setitem(sys.modules, "victim", module)
-    return module
-
-
-def test_a_redirection_replaces_functions_methods_and_values(victim):
-    """Each kind of target is found by its dotted name and replaced with what the original was turned into."""
-    redirection.apply(
-        [
-            Redirection("victim.function", lambda f: lambda: f(1) + "!", "", "", ("a", "b", "c")),
-            Redirection("victim.Holder.method", lambda _: lambda self, device: "cpu", "", "", ("self", "device")),
-            Redirection("victim.value", lambda v: v + 1, "", ""),
-        ]
-    )
-    assert (victim.function(), victim.Holder().method("cuda"), victim.value) == ("original!", "cpu", 8)
-
-
-def test_all_misfits_are_named_at_once_and_nothing_is_applied(victim):
-    """When upstream moved, the message names every redirection that no longer fits, and why; none is half applied."""
-    rows = [
-        Redirection("victim.value", lambda _: "changed", "", ""),
-        Redirection("victim.gone", lambda _: None, "", ""),
-        Redirection("victim.Holder.gone", lambda _: None, "", ""),
-        Redirection("victim.Gone.method", lambda _: None, "", ""),
-        Redirection("no_such_package.name", lambda _: None, "", ""),
-        Redirection("victim.function", lambda _: None, "", "", ("a", "device")),
-    ]
-    with pytest.raises(Misfit) as caught:
-        redirection.apply(rows)
-    text = str(caught.value)
-    for row in rows[1:]:
-        assert row.target in text
-    assert "['device']" in text and "'a', 'b', 'c'" in text
-    assert victim.value == 7
-
-
-def test_a_replacement_that_fails_leaves_everything_as_it_was(victim):
-    """Replacements are all made before the first one is put in place."""
-
-    def fail(_: object) -> None:
-        raise ValueError("cannot be made")
-
-    rows = [Redirection("victim.value", lambda _: "changed", "", ""), Redirection("victim.function", fail, "", "")]
-    with pytest.raises(ValueError, match="cannot be made"):
-        redirection.apply(rows)
-    assert victim.value == 7
-
-
-def test_the_parameters_of_wrapped_functions_are_those_of_the_innermost(victim):
-    """Upstream decorates many functions; the check must look through functools.wraps."""
-    import functools
-
-    inner = victim.function
-    victim.function = functools.wraps(inner)(lambda *args, **kwargs: inner(*args, **kwargs))
-    redirection.apply([Redirection("victim.function", lambda f: f, "", "", ("a", "c"))])
-    with pytest.raises(Misfit):
-        redirection.apply([Redirection("victim.function", lambda f: f, "", "", ("args",))])
+# ------------------------------------------------------------------------------------------- where it may be active
 
 
 def test_every_redirection_says_what_and_why():
@@ -121,9 +48,6 @@ def test_every_redirection_says_what_and_why():
     for row in rows:
         assert row["becomes"] and len(row["reason"]) > 5, row
     assert not cpu.active(), "looking at the table must change nothing"
-
-
-# ------------------------------------------------------------------------------------------- where it may be active
 
 
 def test_it_refuses_untested_versions_unless_told_otherwise():
