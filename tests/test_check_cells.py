@@ -6,7 +6,6 @@ milliseconds and not a lesson.  `test_notebooks.py` breaks whole lessons by one 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import statistics as stats
@@ -18,28 +17,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from lesson_cells import Sample, cells, execute, tagged
 
 from course_lib import checks, corpus, lessons, recipes, sweep, vocabulary
 
 LESSONS = ("04", "05", "09")
 UNUSED = dict.fromkeys(("cfg", "cfg_lr", "cfg_short", "cfg_deep", "seeds", "follows"))
 """Names that a cell hands on to something that a stand-in replaces."""
-
-
-def cells(number: str) -> dict[str, tuple[str, list[str]]]:
-    """Source and tags of each code cell by id."""
-    notebook = json.loads(lessons.find(number).read_text(encoding="utf-8"))
-    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    return {cell["id"]: ("".join(cell["source"]), cell["metadata"].get("tags", [])) for cell in code}
-
-
-def execute(number: str, name: str, things: dict[str, Any], change: tuple[str, str] | None = None) -> None:
-    """Execute one cell of a lesson with these names, after a change of its source."""
-    source = cells(number)[name][0]
-    if change is not None:
-        assert source.count(change[0]) == 1, f"the cell no longer says {change[0]!r}"
-        source = source.replace(*change)
-    exec(compile(source, f"lesson {number}, cell {name}", "exec"), {**UNUSED, "checks": checks, "math": math, **things})
 
 
 class Encoder:
@@ -56,17 +40,6 @@ class Encoder:
 
     def decode_batch(self, ids: list[list[int]], *, skip_special_tokens: bool) -> list[str]:
         return [bytes(number - 1000 for number in each).decode() for each in ids]
-
-
-class Sample:
-    """What `train[n]` is in lesson 04: ids in a row and their labels."""
-
-    def __init__(self, labels: Callable[[np.ndarray], np.ndarray]) -> None:
-        ids = np.arange(17)
-        self.sample = {"tokens": ids[:-1], "labels": labels(ids[1:])}
-
-    def __getitem__(self, number: int) -> dict[str, np.ndarray]:
-        return self.sample
 
 
 def batch(size: int) -> SimpleNamespace:
@@ -353,7 +326,7 @@ def ledger(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("number", "name"), GOOD, ids=map(" ".join, GOOD))
 def test_a_check_holds_for_what_is_right(number, name, tmp_path):
     """The stand-ins are good enough: with nothing wrong, the cell passes."""
-    execute(number, name, GOOD[number, name](tmp_path))
+    execute(number, name, UNUSED | GOOD[number, name](tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -363,17 +336,17 @@ def test_a_check_names_what_is_wrong(number, name, what, wrong, words, tmp_path)
     """One wrong thing, and the same cell raises a claim that says so."""
     (tmp_path / "good").mkdir()
     with pytest.raises(checks.ClaimFailed, match=re.escape(words)):
-        execute(number, name, GOOD[number, name](tmp_path / "good") | wrong(tmp_path))
+        execute(number, name, UNUSED | GOOD[number, name](tmp_path / "good") | wrong(tmp_path))
 
 
 @pytest.mark.parametrize(("number", "name", "change", "words"), CHANGED, ids=[" ".join(row[:2]) for row in CHANGED])
 def test_a_second_change_is_noticed(number, name, change, words, tmp_path):
     """A learner who changes two fields at once is told."""
     with pytest.raises(checks.ClaimFailed, match=re.escape(words)):
-        execute(number, name, GOOD[number, name](tmp_path), change)
+        execute(number, name, UNUSED | GOOD[number, name](tmp_path), change)
 
 
 def test_every_check_cell_is_broken_at_least_once():
     """No check of these lessons is without a test that makes it fail."""
-    found = {(number, name) for number in LESSONS for name, (_, tags) in cells(number).items() if "check" in tags}
+    found = {(number, name) for number in LESSONS for name in tagged(number, "check")}
     assert found == set(GOOD) == {row[:2] for row in BROKEN} | {row[:2] for row in CHANGED}

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
-import json
 from types import SimpleNamespace as Some
 
 import pandas as pd
 import pytest
+from lesson_cells import execute, tagged
 
-from course_lib import lessons, orchestrate, units
+from course_lib import orchestrate, units
 
 
 class Verdicts:
@@ -40,10 +39,8 @@ class Verdicts:
 
 def verdicts(lesson, cell, facts):
     """What each claim of a cell finds."""
-    notebook = json.loads(lessons.find(lesson).read_text())
-    source = next("".join(c["source"]) for c in notebook["cells"] if c["id"] == cell)
     checks = Verdicts()
-    exec(compile(source, f"{lesson}:{cell}", "exec"), {"checks": checks, "copy": copy, "units": units} | facts)
+    execute(lesson, cell, {"checks": checks, "units": units} | facts)
     return checks.found
 
 
@@ -316,6 +313,4 @@ def test_each_claim_holds_on_right_facts_and_fails_on_wrong_ones(name, capsys):
 def test_no_check_cell_is_left_out():
     """Every check cell of these lessons stands in the table above."""
     for number in ("07", "10", "11", "12"):
-        notebook = json.loads(lessons.find(number).read_text())
-        cells = [c["id"] for c in notebook["cells"] if "check" in c["metadata"].get("tags", [])]
-        assert {f"{number}:{cell}" for cell in cells} <= CELLS.keys()
+        assert {f"{number}:{cell}" for cell in tagged(number, "check")} <= CELLS.keys()

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
 import pytest
+from lesson_cells import execute, tagged
 
 from course_lib import checks, units
 
-LESSON = Path(__file__).parent.parent / "notebooks" / "06_plan_an_8_gpu_run.ipynb"
 GIB = units.GiB
 SIZES = {
     **{"1B TP=1 DP=8": 20.6, "1B TP=2 DP=4": 11.2, "1B TP=4 DP=2": 6.5},
@@ -90,24 +88,17 @@ BROKEN = {
 """For each check cell the values that must make it fail."""
 
 
-def run(cell: str, values: dict[str, Any]) -> None:
-    """Execute one cell of the lesson."""
-    sources = {one["id"]: "".join(one["source"]) for one in json.loads(LESSON.read_text())["cells"]}
-    exec(sources[cell], values)
-
-
 def test_every_check_cell_is_broken_here():
     """A new check in the lesson needs a value that makes it fail."""
-    cells = json.loads(LESSON.read_text())["cells"]
-    assert {cell["id"] for cell in cells if "check" in cell["metadata"].get("tags", [])} == set(BROKEN)
+    assert tagged("06", "check") == set(BROKEN)
 
 
 @pytest.mark.parametrize("cell", BROKEN)
 def test_a_check_passes_and_each_wrong_value_fails_it(cell, monkeypatch, capsys):
     """With the page's numbers the cell passes; with one of them wrong it stops."""
     monkeypatch.setattr(checks, "measured", lambda *_, **__: None)
-    run(cell, page())
+    execute("06", cell, page())
     for name, wrong in BROKEN[cell]:
         with pytest.raises(checks.ClaimFailed):
-            run(cell, page() | {name: wrong})
+            execute("06", cell, page() | {name: wrong})
     capsys.readouterr()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from test_check_cells import Sample, cells, execute
+from lesson_cells import Sample, cells, execute
 
 from course_lib import checks, leak, units
 
