@@ -117,7 +117,8 @@ def _page(path: Path) -> str:
     notebook: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     for cell in notebook["cells"]:
         if cell["cell_type"] == "markdown":
-            cell["source"] = "".join(cell["source"]).replace("](../book/", "](../")
+            source = "".join(cell["source"]).replace("](../book/", "](../")
+            cell["source"] = source.replace("](your_ledger.ipynb)", "](../your_ledger.md)")  # a reader has no ledger
         described = [
             output["metadata"]["image/png"]["alt"]
             for output in cell.get("outputs", ())

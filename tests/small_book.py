@@ -37,7 +37,8 @@ def executed_lesson(root: Path, *, extra: str = "") -> Path:
 
     lesson = clean()
     text = (
-        "The loss is $\\ln V$ [nats](../book/glossary.md#nat).\n\n```mermaid\nflowchart LR\n    a --> b\n```\n" + extra
+        "The loss is $\\ln V$ [nats](../book/glossary.md#nat).\nSee [your ledger](your_ledger.ipynb).\n\n"
+        "```mermaid\nflowchart LR\n    a --> b\n```\n" + extra
     )
     lesson["cells"].insert(3, markdown("formula", text))
     lesson["cells"].insert(4, code("picture", "show()"))

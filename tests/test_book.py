@@ -47,6 +47,7 @@ def test_pictures_have_words_and_links_fit(built: Path) -> None:
     page = (built / "lessons" / "07_small.html").read_text()
     assert 'alt="Loss falls."' in page and "720" in page
     assert 'href="../glossary.html#nat"' in page
+    assert 'href="../your_ledger.html"' in page, "the learner's notebook is no page; the page about it is"
 
 
 def test_the_archive_is_the_book_and_the_same_twice(built: Path, tmp_path: Path) -> None:
