@@ -170,14 +170,18 @@ def _compared(name: str, one: Path, eight: Path) -> list[bench.Figure]:
     tokens = cfg.train.global_batch_size * cfg.model.seq_length
     flops = tokens * accounting.flops_per_token(cfg.model, vocab_size=VOCAB_SIZE)
     shares, against, data, kept = [], [], [], []
+
+    def step_ms(config: Path, ranks: int) -> float:
+        run = launch.run(config, ranks=ranks, name="step", show=None)
+        return float(accounting.steady(run, skip=LEFT_OUT).elapsed_ms.median())
+
     for _ in range(bench.REPEATS):
         rows = in_one_rank(one, threads=len(os.sched_getaffinity(0)))
         step_seconds = statistics.median(rows["bridge"])
         shares.append(flops / step_seconds / statistics.median(rows["matrix"]))
         against.append(step_seconds / statistics.median(rows["hugging face"]))
         data.append(sum(rows["data"]) / sum(rows["bridge"]))
-        run = launch.run(eight, ranks=8, name="eight", show=None)
-        kept.append(step_seconds / float(accounting.steady(run, skip=LEFT_OUT).elapsed_ms.median() / 1e3))
+        kept.append(step_ms(one, 1) / step_ms(eight, 8))
     return [
         bench.figure(f"{name}: FLOP/s of 1 rank / matrix rate", shares, "x", "at least 0.65", "0.8", "all threads"),
         bench.figure(f"{name}: 1-rank step / Hugging Face", against, "x", "at most 1.1", "1", "same size, interleaved"),

@@ -26,6 +26,9 @@ __all__ = ["BookError", "build"]
 
 PROJECT = Path(__file__).resolve().parent.parent
 
+PROJECT_OF_A_READER = "/home/you/course"
+"""What a page says instead of the folder of whoever built the book."""
+
 
 class BookError(RuntimeError):
     """The book cannot be built."""
@@ -90,7 +93,7 @@ def _stage(book: Path, pages: list[Path]) -> Path:
     source = book / "_build" / "source"
     texts = {path.name: path.read_text(encoding="utf-8") for path in [*book.glob("*.md"), *book.glob("_*.yml")]}
     wanted = {name: book_facts.fill(text, root=book.parent) for name, text in texts.items()}
-    wanted |= {f"lessons/{path.name}": _page(path) for path in pages}
+    wanted |= {f"lessons/{path.name}": _page(path, project=book.parent) for path in pages}
     old = {
         path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file() and not path.is_symlink()
     }
@@ -109,10 +112,11 @@ def _stage(book: Path, pages: list[Path]) -> Path:
     return source
 
 
-def _page(path: Path) -> str:
-    """Turn an executed lesson into a page: links fit the book's folders, and pictures carry their words.
+def _page(path: Path, *, project: Path) -> str:
+    """Turn an executed lesson into a page: links fit the book's folders, pictures carry their words, paths are yours.
 
-    myst-nb takes the alternative text from the cell, while a notebook keeps it with the output.
+    myst-nb takes the alternative text from the cell, while a notebook keeps it with the output.  Messages and tables
+    name files of the project where it was executed, which says nothing to a reader.
     """
     notebook: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     for cell in notebook["cells"]:
@@ -126,7 +130,7 @@ def _page(path: Path) -> str:
         ]
         if described:
             cell["metadata"]["mystnb"] = {"image": {"alt": " ".join(described)}}
-    return json.dumps(notebook, indent=1, ensure_ascii=False)
+    return json.dumps(notebook, indent=1, ensure_ascii=False).replace(os.fspath(project), PROJECT_OF_A_READER)
 
 
 def _run_jupyter_book(source: Path, *, output: Path) -> None:

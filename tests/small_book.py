@@ -48,6 +48,7 @@ def executed_lesson(root: Path, *, extra: str = "") -> Path:
     view = {"model_id": control.model_id, "version_major": 2, "version_minor": 0}
     lesson["cells"][4]["outputs"] = [
         {"output_type": "display_data", "data": {"image/png": PICTURE}, "metadata": {"image/png": words}},
+        {"output_type": "stream", "name": "stdout", "text": f"wrote {root}/runs/smoke/config.yaml\n"},
         {"output_type": "display_data", "data": {"application/vnd.jupyter.widget-view+json": view}, "metadata": {}},
     ]  # fmt: skip
     lesson["cells"][4]["execution_count"] = 1

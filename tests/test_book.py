@@ -50,6 +50,13 @@ def test_pictures_have_words_and_links_fit(built: Path) -> None:
     assert 'href="../your_ledger.html"' in page, "the learner's notebook is no page; the page about it is"
 
 
+def test_a_page_names_no_folder_of_whoever_built_it(built: Path) -> None:
+    """What a cell printed about files reads as it would for the reader."""
+    page = (built / "lessons" / "07_small.html").read_text()
+    assert "wrote /home/you/course/runs/smoke/config.yaml" in page
+    assert "/project/runs/smoke" not in page
+
+
 def test_the_archive_is_the_book_and_the_same_twice(built: Path, tmp_path: Path) -> None:
     """One folder with every page and script, no file's time or build directory, and equal bytes for equal pages."""
     one = book_archive.pack(built, tmp_path / "one.zip")

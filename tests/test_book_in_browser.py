@@ -86,13 +86,20 @@ def test_a_phone_shows_the_whole_width(page, site: str, name: str) -> None:
 
 
 def test_paper_shows_the_article_alone(page, site: str) -> None:
-    """In print the sidebars are gone, and the page stays black on white even from the dark theme."""
+    """In print sidebars and folded solutions are gone, and the page stays black on white even from the dark theme."""
     page.goto(f"{site}/eight_gpu_plan.html")
     page.evaluate("document.documentElement.dataset.theme = 'dark'")
     page.emulate_media(media="print")
     assert not page.locator(".bd-sidebar-primary").is_visible()
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     page.pdf(path=str(_shot("eight_gpu_plan.pdf")), format="A4")
+
+    page.emulate_media(media="screen")
+    page.goto(f"{site}/lessons/07_small.html")
+    solution = page.locator("details.hide")
+    assert solution.is_visible()
+    page.emulate_media(media="print")
+    assert not solution.is_visible()
 
 
 def _shot(name: str) -> Path:

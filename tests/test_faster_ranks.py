@@ -187,6 +187,38 @@ def test_shards_go_straight_to_where_they_belong(warm_engine, tmp_path: Path):
     assert report == {"dead": {}}, f"{report}\n{log.read_text()[-4000:]}"
 
 
+def rank_groups(_: str) -> None:
+    """In each of two ranks: many groups work, keep their own limit of time, and wake one thread."""
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    def loops() -> int:
+        names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+        return sum(name.startswith("gloo_tcp_loop") for name in names)
+
+    dist.init_process_group("gloo")
+    groups = [dist.new_group([0, 1], timeout=timedelta(seconds=60 + number)) for number in range(5)]
+    for number, group in enumerate(groups):
+        gathered = [torch.zeros(1) for _ in range(2)]
+        dist.all_gather(gathered, torch.tensor([float(dist.get_rank())]), group=group)
+        assert gathered == [torch.zeros(1), torch.ones(1)]
+        options = group._get_backend(torch.device("cpu")).options
+        assert options._timeout == timedelta(seconds=60 + number)
+    assert loops() == 1, loops()
+    dist.destroy_process_group()
+
+
+def test_groups_share_one_thread_that_watches(warm_engine, tmp_path: Path):
+    """gloo would start one for each group, and each would wake up a hundred times a second."""
+    log = tmp_path / "agent.log"
+    launched = warm_engine.launch(f"{__name__}:rank_groups", str(tmp_path), ranks=2, log=log, env={})
+    report = launched.wait_for(120)
+    launched.close()
+    assert report == {"dead": {}}, f"{report}\n{log.read_text()[-4000:]}"
+
+
 PAGES = """
 import resource
 import torch

@@ -117,6 +117,25 @@ def _alone(original: Callable) -> Callable:
     return all_reduce
 
 
+def _one_device(original: Callable) -> Callable:
+    """Let all groups of this process share a device of gloo's, whose thread looks a hundred times a second for news."""
+    device = None
+
+    @functools.wraps(original)
+    def init(self: object, store: object, rank: int, size: int, *args: object, **named: object) -> None:
+        nonlocal device
+        from torch.distributed import ProcessGroupGloo
+
+        if args or set(named) != {"timeout"}:
+            return original(self, store, rank, size, *args, **named)
+        device = device or ProcessGroupGloo.create_default_device()
+        options = ProcessGroupGloo._Options()
+        options._devices, options._timeout = [device], named["timeout"]
+        return original(self, store, rank, size, options)
+
+    return init
+
+
 def redirections() -> list[Redirection]:
     """What is faster on a CPU and otherwise the same, in the order in which it is applied."""
     layers = "megatron.core.tensor_parallel.layers"
@@ -133,5 +152,11 @@ def redirections() -> list[Redirection]:
         ),
         Redirection(f"{linear}.forward", _without_autocast, "direct unless autocast is on", autocast),
         Redirection(f"{linear}.backward", _without_autocast, "direct unless autocast is on", autocast),
+        Redirection(
+            "torch.distributed.ProcessGroupGloo.__init__",
+            _one_device,
+            "all groups share one device",
+            "a thread for each of some twenty groups wakes up all the time, and eight ranks have two cores",
+        ),
         Redirection("torch.distributed.all_reduce", _alone, "nothing, in a group of one", "there is nobody to add to"),
     ]
