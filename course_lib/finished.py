@@ -1,4 +1,4 @@
-"""Which runs of a sweep are finished: the same configuration, ranks, versions and data, and a note of their success."""
+"""Which runs of a sweep are finished: the same configuration, ranks, code and data, and a note of their success."""
 
 from __future__ import annotations
 
@@ -30,8 +30,14 @@ def digest(cfg: Any, ranks: int) -> str:
     data = [
         _stamp(value) for value in sorted({str(leaf) for leaf in _leaves(recipes.flatten(cfg)) if "/" in str(leaf)})
     ]
-    whole = json.dumps([text, data, ranks, stack.device(ranks), stack.versions()])
+    whole = json.dumps([text, data, ranks, stack.device(ranks), stack.versions(), _engine()])
     return hashlib.sha256(whole.encode()).hexdigest()
+
+
+def _engine(course_lib: Path = Path(__file__).parent) -> str:
+    """What this project itself does in a rank: its sums, its norms, its settings for a CPU can change a result too."""
+    files = [course_lib / "train.py", course_lib / "devices.py", *sorted((course_lib / "cpu").glob("*.py"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _leaves(value: Any) -> list[Any]:

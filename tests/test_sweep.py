@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -155,3 +157,15 @@ def test_a_line_is_silent_where_nobody_reads_it(capsys):
     line.say("half way")
     line.close("done")
     assert capsys.readouterr().err == ""
+
+
+def test_another_engine_is_another_run(tmp_path: Path) -> None:
+    """A changed file of what a rank executes makes a finished run stale; the same files elsewhere do not."""
+    source = Path(finished.__file__).parent
+    for name in ("train.py", "devices.py", "cpu"):
+        copy = shutil.copytree if (source / name).is_dir() else shutil.copy
+        copy(source / name, tmp_path / name)
+    assert finished._engine(tmp_path) == finished._engine()
+    with open(tmp_path / "cpu" / "fused.py", "a") as file:
+        file.write("# changed\n")
+    assert finished._engine(tmp_path) != finished._engine()
