@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +22,21 @@ def warm_engine():
     lease = warm.lease()
     yield lease
     lease.close()
+
+
+@pytest.fixture(scope="session")
+def in_ranks(warm_engine) -> Callable[..., None]:
+    """Run a function of a test module in so many real ranks, forks with everything redirected."""
+
+    def run(function: Callable[[str], None], directory: Path, *, ranks: int = 1) -> None:
+        """Call `function(directory)` in each rank; an error in one of them fails the test with the rank's words."""
+        log, target = directory / "agent.log", f"{function.__module__}:{function.__name__}"
+        launched = warm_engine.launch(target, str(directory), ranks=ranks, log=log, env={})
+        report = launched.wait_for(500)
+        launched.close()
+        assert report == {"dead": {}}, f"{report}\n{log.read_text()[-4000:]}"
+
+    return run
 
 
 @pytest.fixture(scope="session")

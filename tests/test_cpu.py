@@ -29,15 +29,6 @@ def python(code: str, **environment: str) -> str:
     return ran.stdout
 
 
-def in_a_rank(engine: object, tmp_path: Path, name: str) -> None:
-    """Run one of the `rank_...` functions below in a real rank, which is a fork with everything redirected."""
-    log = tmp_path / "agent.log"
-    launched = engine.launch(f"{__name__}:{name}", str(tmp_path), ranks=1, log=log, env={})
-    report = launched.wait_for(300)
-    launched.close()
-    assert report == {"dead": {}}, f"{report}\n{log.read_text()[-4000:]}"
-
-
 # ------------------------------------------------------------------------------------------- where it may be active
 
 
@@ -204,9 +195,9 @@ def rank_devices(_: str) -> None:
     assert 0 < free <= total == torch.cuda.get_device_properties(0).total_memory
 
 
-def test_cuda_shaped_calls_land_on_the_cpu(warm_engine, tmp_path):
+def test_cuda_shaped_calls_land_on_the_cpu(in_ranks, tmp_path):
     """In a rank, every way to name CUDA makes CPU tensors, and what is not about CUDA stays as it was."""
-    in_a_rank(warm_engine, tmp_path, "rank_devices")
+    in_ranks(rank_devices, tmp_path)
 
 
 def rank_random(_: str) -> None:
@@ -262,9 +253,9 @@ def rank_random(_: str) -> None:
         assert torch.equal(drawn[1], torch.rand(4, generator=torch.Generator().manual_seed(2)))
 
 
-def test_there_are_two_random_streams(warm_engine, tmp_path):
+def test_there_are_two_random_streams(in_ranks, tmp_path):
     """What Megatron draws or seeds on a GPU never shifts the CPU's stream, from which weights are initialised."""
-    in_a_rank(warm_engine, tmp_path, "rank_random")
+    in_ranks(rank_random, tmp_path)
 
 
 def rank_recompute(_: str) -> None:
@@ -299,9 +290,9 @@ def rank_recompute(_: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_selective_recomputation_gives_the_same_gradients(warm_engine, tmp_path):
+def test_selective_recomputation_gives_the_same_gradients(in_ranks, tmp_path):
     """Outputs that are discarded and computed again, dropout mask included, change no gradient."""
-    in_a_rank(warm_engine, tmp_path, "rank_recompute")
+    in_ranks(rank_recompute, tmp_path)
 
 
 def rank_again(_: str) -> None:
@@ -334,9 +325,9 @@ def test_a_shared_sequence_trains_as_a_whole_one(bridge, runs_directory, fields)
         assert shared == pytest.approx(whole, rel=1e-5)
 
 
-def test_activating_twice_changes_nothing(warm_engine, tmp_path):
+def test_activating_twice_changes_nothing(in_ranks, tmp_path):
     """The mark survives functools.wraps, so that no wrapper is ever wrapped in itself."""
-    in_a_rank(warm_engine, tmp_path, "rank_again")
+    in_ranks(rank_again, tmp_path)
 
 
 def test_the_compiler_still_imports_afterwards():

@@ -178,13 +178,9 @@ def rank_shards(_: str) -> None:
     dist.destroy_process_group()
 
 
-def test_shards_go_straight_to_where_they_belong(warm_engine, tmp_path: Path):
+def test_shards_go_straight_to_where_they_belong(in_ranks, tmp_path: Path):
     """Sums and gathers are exact, within their own buffer too; a maximum and a group of one work as before."""
-    log = tmp_path / "agent.log"
-    launched = warm_engine.launch(f"{__name__}:rank_shards", str(tmp_path), ranks=4, log=log, env={})
-    report = launched.wait_for(120)
-    launched.close()
-    assert report == {"dead": {}}, f"{report}\n{log.read_text()[-4000:]}"
+    in_ranks(rank_shards, tmp_path, ranks=4)
 
 
 def rank_groups(_: str) -> None:
@@ -210,13 +206,9 @@ def rank_groups(_: str) -> None:
     dist.destroy_process_group()
 
 
-def test_groups_share_one_thread_that_watches(warm_engine, tmp_path: Path):
+def test_groups_share_one_thread_that_watches(in_ranks, tmp_path: Path):
     """gloo would start one for each group, and each would wake up a hundred times a second."""
-    log = tmp_path / "agent.log"
-    launched = warm_engine.launch(f"{__name__}:rank_groups", str(tmp_path), ranks=2, log=log, env={})
-    report = launched.wait_for(120)
-    launched.close()
-    assert report == {"dead": {}}, f"{report}\n{log.read_text()[-4000:]}"
+    in_ranks(rank_groups, tmp_path, ranks=2)
 
 
 PAGES = """

@@ -184,20 +184,12 @@ def optimizer_round_trip(directory: str) -> None:
 # --------------------------------------------------------------------------------------------------- the tests
 
 
-def launch(engine: object, function: object, directory: Path, ranks: int) -> Path:
-    """Run one of the functions above in so many real ranks."""
-    log = directory / "agent.log"
-    launched = engine.launch(f"{__name__}:{function.__name__}", str(directory), ranks=ranks, log=log, env={})
-    report = launched.wait_for(500)
-    launched.close()
-    assert report == {"dead": {}}, f"{report}\n{log.read_text()[-4000:]}"
-    return directory
-
-
 @pytest.fixture(scope="module")
-def eight_ranks(warm_engine, tmp_path_factory):
+def eight_ranks(in_ranks, tmp_path_factory):
     """One launch of eight ranks serves the tests of weights and of collectives."""
-    return launch(warm_engine, build_in_every_layout, tmp_path_factory.mktemp("init"), RANKS)
+    directory = tmp_path_factory.mktemp("init")
+    in_ranks(build_in_every_layout, directory, ranks=RANKS)
+    return directory
 
 
 @pytest.mark.parametrize("size", SIZES[1:])
@@ -248,10 +240,10 @@ def test_gathers_take_parts_of_different_sizes(eight_ranks):
         assert answer["reduced"] == [[float(rank * RANKS)] * 2] * (rank + 1)
 
 
-def test_the_distributed_optimizer_resumes_exactly(warm_engine, tmp_path):
+def test_the_distributed_optimizer_resumes_exactly(in_ranks, tmp_path):
     """Torch's AdamW in the distributed optimizer: after loading its state the losses are bitwise those without a stop."""
-    directory = launch(warm_engine, optimizer_round_trip, tmp_path, 2)
-    straight, resumed = json.loads((directory / "losses.json").read_text())
+    in_ranks(optimizer_round_trip, tmp_path, ranks=2)
+    straight, resumed = json.loads((tmp_path / "losses.json").read_text())
     assert straight == resumed
     assert straight[-1] < straight[0]
-    assert os.path.exists(directory / "state0.pt")
+    assert os.path.exists(tmp_path / "state0.pt")

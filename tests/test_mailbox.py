@@ -13,15 +13,6 @@ LARGE = 5_000_001
 """Numbers of fp32 that need three rounds of a mailbox, the last one short."""
 
 
-def in_ranks(warm_engine, tmp_path: Path, function: str, *, ranks: int) -> None:
-    """Run one of the functions below in forked ranks; its assertions fail the test."""
-    log = tmp_path / "agent.log"
-    launched = warm_engine.launch(f"{__name__}:{function}", str(tmp_path), ranks=ranks, log=log, env={})
-    report = launched.wait_for(120)
-    launched.close()
-    assert report == {"dead": {}}, f"{report}\n{log.read_text()[-4000:]}"
-
-
 def started() -> tuple[Any, Any, list]:
     """Start gloo in this rank, whose collectives are redirected already; returns torch's module, the group of all
     ranks, and a list that gets each exchange as it is opened."""
@@ -73,9 +64,9 @@ def rank_sums(_: str) -> None:
     dist.destroy_process_group()
 
 
-def test_sums_through_memory_are_exact(warm_engine, tmp_path: Path):
+def test_sums_through_memory_are_exact(in_ranks, tmp_path: Path):
     """Small, large and whole numbers, maxima, and what a mailbox does not do; all ranks open mailboxes once."""
-    in_ranks(warm_engine, tmp_path, "rank_sums", ranks=4)
+    in_ranks(rank_sums, tmp_path, ranks=4)
 
 
 def rank_alone(_: str) -> None:
@@ -100,9 +91,9 @@ def rank_alone(_: str) -> None:
     dist.destroy_process_group()
 
 
-def test_without_shared_memory_they_send_messages(warm_engine, tmp_path: Path):
+def test_without_shared_memory_they_send_messages(in_ranks, tmp_path: Path):
     """Not one rank goes another way than the others, and nothing stays open."""
-    in_ranks(warm_engine, tmp_path, "rank_alone", ranks=4)
+    in_ranks(rank_alone, tmp_path, ranks=4)
 
 
 def rank_quarrels(_: str) -> None:
@@ -140,9 +131,9 @@ def rank_quarrels(_: str) -> None:
     dist.destroy_process_group()
 
 
-def test_a_lost_or_mistaken_rank_is_named(warm_engine, tmp_path: Path):
+def test_a_lost_or_mistaken_rank_is_named(in_ranks, tmp_path: Path):
     """Nobody waits for ever, reads a tensor of another size, or has to guess who it was."""
-    in_ranks(warm_engine, tmp_path, "rank_quarrels", ranks=2)
+    in_ranks(rank_quarrels, tmp_path, ranks=2)
 
 
 def test_a_stranger_is_no_mailbox(tmp_path: Path):
