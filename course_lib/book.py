@@ -26,7 +26,7 @@ __all__ = ["BookError", "build"]
 
 PROJECT = Path(__file__).resolve().parent.parent
 
-PROJECT_OF_A_READER = "/home/you/course"
+PROJECT_OF_A_READER = "~/course"
 """What a page says instead of the folder of whoever built the book."""
 
 

@@ -53,7 +53,7 @@ def test_pictures_have_words_and_links_fit(built: Path) -> None:
 def test_a_page_names_no_folder_of_whoever_built_it(built: Path) -> None:
     """What a cell printed about files reads as it would for the reader."""
     page = (built / "lessons" / "07_small.html").read_text()
-    assert "wrote /home/you/course/runs/smoke/config.yaml" in page
+    assert "wrote ~/course/runs/smoke/config.yaml" in page
     assert "/project/runs/smoke" not in page
 
 
