@@ -148,7 +148,7 @@ def _hugging_face(cfg: Any, *, vocab_size: int) -> Any:
 def course_run(work: Path) -> list[bench.Figure]:
     """Lesson 08's run: its share of the machine's matrix rate on one rank, what eight ranks keep of that, its data.
 
-    A second, larger model is measured beside it: the first is small because three minutes must be enough to learn
+    A second, larger model is measured beside it: the first is small because a few minutes must be enough to learn
     something, and then attention, norms and the loss over 8,192 ids weigh more beside the matrix products.
 
     Args:

@@ -46,9 +46,9 @@ def check_sums(dist, rank: int, size: int) -> None:
     assert reduced(dist, torch.tensor(2**40 + rank)).item() == size * 2**40 + sum(range(size))
     assert reduced(dist, torch.tensor([rank, -rank]), dist.ReduceOp.MAX).tolist() == [size - 1, 0]
     assert reduced(dist, torch.tensor([rank + 1.0]), dist.ReduceOp.PRODUCT).item() == 24.0
-    apart = torch.zeros(4, 3).t()[::2]  # gloo's own way takes what does not lie in one piece, or refuses it
-    before = torch.full((2, 4), 2.0**rank).copysign(apart)
-    assert torch.equal(reduced(dist, before), torch.full((2, 4), 15.0))
+    across = torch.full((4, 2), 2.0**rank).t()  # does not lie in one piece, so gloo sums it
+    assert not across.is_contiguous()
+    assert torch.equal(reduced(dist, across), torch.full((2, 4), 15.0))
     work = dist.all_reduce(later := torch.ones(3), async_op=True)
     work.wait()
     assert later.tolist() == [size] * 3

@@ -157,10 +157,10 @@ def connect(group: Any) -> Exchange:
     descriptor, own = _new_memory(secret)
     pipes = {rank: [FileIO(end, mode) for end, mode in zip(os.pipe(), "rw", strict=True)] for rank in _others(group)}
     where = {rank: [os.getpid(), descriptor, secret, written.fileno()] for rank, (_, written) in pipes.items()}
-    told = messages.deal({rank: torch.tensor(card) for rank, card in where.items()})
+    cards = messages.deal({rank: torch.tensor(card) for rank, card in where.items()})
     peers, limit = {}, group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
     with contextlib.suppress(OSError):
-        for rank, card in told.items():
+        for rank, card in cards.items():
             pid, box, their_secret, pipe = card.tolist()
             memory = _visit(f"/proc/{pid}/fd/{box}", their_secret)
             words = FileIO(f"/proc/{pid}/fd/{pipe}", "w")
