@@ -73,7 +73,7 @@ def passes(run: Run, *, step: int | None = None) -> pd.DataFrame:
     return rows[["stage", "kind", "microbatch", "chunk", "begin", "end", "busy_seconds"]]
 
 
-def replay(rows: pd.DataFrame) -> pd.DataFrame:
+def replay(rows: pd.DataFrame, *, equal_stages: bool = False) -> pd.DataFrame:
     """The same passes with a core for each stage and transfers that take no time.
 
     Each stage keeps its recorded order.  A forward pass waits for the previous stage's of the same microbatch, a backward
@@ -81,6 +81,8 @@ def replay(rows: pd.DataFrame) -> pd.DataFrame:
 
     Args:
         rows: What `passes` returned.
+        equal_stages: Whether a pass takes the median of its kind over all stages and chunks instead.  What is waited for
+            then follows from the order alone, and no clock can change it.
 
     Returns:
         The same columns, with new `begin` and `end`.
@@ -91,8 +93,8 @@ def replay(rows: pd.DataFrame) -> pd.DataFrame:
     >>> replay(rows.assign(begin=[0, 2, 4, 6], end=[1, 3, 5, 7])).end.tolist()
     [1.0, 2.0, 3.0, 4.0]
     """
-    keys = ["kind", "stage", "chunk"]
-    took = rows.groupby(keys).busy_seconds.median()
+    alike = ["kind"] if equal_stages else ["kind", "stage", "chunk"]
+    took = rows.groupby(alike).busy_seconds.transform("median")
     stages = int(rows.stage.max()) + 1
     last_place = stages * (int(rows.chunk.max()) + 1) - 1
     free = dict.fromkeys(range(stages), 0.0)
@@ -114,7 +116,7 @@ def replay(rows: pd.DataFrame) -> pd.DataFrame:
                 if None in ends:
                     break
                 begin = max([free[stage], *ends])
-                end = begin + took[row.kind, stage, row.chunk]
+                end = begin + took[queue[0]]
                 free[stage] = done[row.kind, place, row.microbatch] = end
                 times[queue.pop(0)] = (begin, end)
         if len(times) == before:
@@ -132,7 +134,7 @@ def idle_share(rows: pd.DataFrame) -> float:
         A share between 0 and 1.
     """
     span = rows.end.max() - rows.begin.min()
-    return 1 - float((rows.end - rows.begin).sum()) / (span * rows.stage.nunique())
+    return float(1 - (rows.end - rows.begin).sum() / (span * rows.stage.nunique()))
 
 
 def draw(rows: pd.DataFrame, *, ax: Axes, title: str = "") -> Axes:

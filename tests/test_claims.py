@@ -255,30 +255,35 @@ def lesson_12():
     twice = Some(recorded=lambda run: moved[run.rows], by_group=lambda rows: sent(dp_cp=1 + (rows is moved["plain"])))
     wrong = [{"recipes": Some(parameter_count=gives(99))}, {"run": Some(metrics=metrics(2.0), rows="sharded")}]
     yield "check-data", data, [*wrong, {"collectives": twice}]
-    shares = {2: 0.35, 8: 0.12, "interleaved": 0.06}
-    maths = Some(
-        idle_share=lambda key: shares[key],
-        replay=lambda key: key,
-        passes=lambda key: key,
-        bubble_share=lambda stages, microbatches, chunks=1: 1 / (chunks * microbatches + 1),
-    )
+
+    def stages(order=lambda m: 1 / (m + 1), busy=lambda m: 1 / (m + 1) + 0.05):
+        """`pipeline`, where `order` and `busy` say how long is waited for m passes by order and with real times."""
+        return Some(
+            idle_share=lambda share: share,
+            replay=lambda m, equal_stages=False: (order if equal_stages else busy)(m),
+            passes=lambda run: run.passes,
+            bubble_share=lambda stages, microbatches, chunks=1: 1 / (chunks * microbatches + 1),
+        )
+
     piped = {
-        "pipelines": {2: 2, 8: 8}, "microbatches": 8, "bubble_tolerance": 0.08, "pipeline": maths,
+        "pipelines": {m: Some(passes=m) for m in (2, 8)}, "microbatches": 8, "pipeline": stages(),
         "collectives": Some(compare=gives(table())),
     }  # fmt: skip
-    waits = Some(**vars(maths) | {"idle_share": gives(0.6)})
-    yield "check-pipeline", piped, [{"pipeline": waits}, {"collectives": Some(compare=gives(table(False)))}]
+    longer, rising = stages(order=lambda m: 2 / (m + 2)), stages(busy=lambda m: m / 20)
+    yield "check-pipeline", piped, [
+        {"pipeline": longer}, {"pipeline": rising}, {"collectives": Some(compare=gives(table(False)))},
+    ]  # fmt: skip
 
-    def transfers(count, key):
-        return Some(collectives=pd.DataFrame({"operation": ["send"] * count + ["recv"]}), key=key)
+    def transfers(count, passes):
+        return Some(collectives=pd.DataFrame({"operation": ["send"] * count + ["recv"]}), passes=passes)
 
-    passes = Some(**vars(maths) | {"passes": lambda run: run.key})
     woven = {
-        "interleaved": transfers(6, "interleaved"), "pipelines": {8: transfers(2, 8)}, "microbatches": 8, "share": 0.12,
-        "bubble_tolerance": 0.08, "pipeline": passes,
+        "interleaved": transfers(6, 16), "pipelines": {8: transfers(2, 8)}, "microbatches": 8, "by_order": 1 / 9,
+        "many": 0.16, "pipeline": stages(),
     }  # fmt: skip
-    slow = Some(**vars(passes) | {"idle_share": gives(0.5)})
-    yield "check-interleave", woven, [{"pipeline": slow}, {"interleaved": transfers(2, "interleaved")}]
+    yield "check-interleave", woven, [
+        {"pipeline": longer}, {"by_order": 1 / 20}, {"interleaved": transfers(2, 16)},
+    ]  # fmt: skip
     gathers = pd.DataFrame({"group": ["cp"], "operation": ["all_gather"], "bytes": [8 * 2 * 4 * 16 * 4]})
     shared = {
         "cfg": Some(model=Some(seq_length=8, num_query_groups=4, kv_channels=16), train=Some(micro_batch_size=2)),

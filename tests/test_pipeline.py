@@ -37,6 +37,22 @@ def test_unequal_stages_wait_longer():
     assert pipeline.idle_share(pipeline.replay(rows)) > pipeline.bubble_share(2, 8) + 0.1
 
 
+def test_by_order_alone_no_clock_changes_the_waiting():
+    """With equal stages the waiting is that of the formula, however uneven the recorded times are."""
+    rows = one_forward_one_backward(2, 8)
+    rows["busy_seconds"] += rows.stage + rows.index % 5
+    assert pipeline.idle_share(pipeline.replay(rows)) > pipeline.bubble_share(2, 8) + 0.01
+    by_order = pipeline.idle_share(pipeline.replay(rows, equal_stages=True))
+    assert by_order == pytest.approx(pipeline.bubble_share(2, 8))
+
+
+def test_another_order_waits_longer():
+    """A schedule that ends each microbatch before it begins the next is not 1F1B, and the waiting by order shows it."""
+    rows = one_forward_one_backward(2, 4).sort_values(["stage", "microbatch", "kind"], ascending=[True, True, False])
+    rows = rows.reset_index(drop=True)
+    assert pipeline.idle_share(pipeline.replay(rows, equal_stages=True)) == pytest.approx(0.5)
+
+
 def test_passes_that_cannot_follow_each_other_are_refused():
     """A recording without some passes is named as such, instead of waiting for ever."""
     rows = one_forward_one_backward(2, 2)
