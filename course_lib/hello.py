@@ -26,7 +26,8 @@ def ranks(count: int, *, wait_seconds: float = 180.0) -> pd.DataFrame:
 
     Returns:
         One row a rank: `rank`, `pid`, `sum` (what the all-reduce returned), `cuda` (what `torch.cuda.is_available()`
-        says in the rank), `seconds` (from the request until the rank was alive).
+        says in the rank), `seconds` (from the request until the rank was alive), `import_seconds` (how long the process
+        that it is a copy of had imported the stack).
 
     Raises:
         ValueError: If `count` is below 1.
@@ -46,6 +47,7 @@ def ranks(count: int, *, wait_seconds: float = 180.0) -> pd.DataFrame:
             raise RuntimeError(f"{len(answers)} of {count} ranks answered. The end of the launcher's log:\n{tail}")
     frame = pd.DataFrame(answers).sort_values("rank", ignore_index=True)
     frame["seconds"] = (frame.pop("alive") - started).round(2)
+    frame["import_seconds"] = frame.pop("import_seconds").round(1)
     return frame.set_index("rank")
 
 
@@ -54,11 +56,14 @@ def say_hello(work: str) -> None:
     alive = time.time()
     import torch
 
+    from course_lib import preload  # this process is a fork of one that has imported it
+
     torch.distributed.init_process_group("gloo")
     number = torch.tensor(float(os.environ["RANK"]))
     torch.distributed.all_reduce(number)
     rank = torch.distributed.get_rank()
     answer = {"rank": rank, "pid": os.getpid(), "sum": int(number), "cuda": torch.cuda.is_available(), "alive": alive}
+    answer["import_seconds"] = preload.import_seconds
     runs.write_json(Path(work) / f"{rank}.json", answer)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

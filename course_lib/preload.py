@@ -2,17 +2,19 @@
 
 This is the one module that does something when it is imported: it is what a fork server preloads.  Rules for what
 happens here: nothing that starts threads, one torch thread, and what was allocated so far is frozen, so that the ranks'
-garbage collectors neither walk nor copy it.
+garbage collectors neither walk nor copy it.  How long it took stays in `import_seconds`, which every fork inherits.
 """
 
 from __future__ import annotations
 
 import gc
 import os
+import time
 import traceback
 
-__all__: list[str] = []
+__all__ = ["import_seconds"]
 
+_begin = time.monotonic()
 os.environ.update(TORCHDYNAMO_DISABLE="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -34,3 +36,5 @@ try:
 except Exception:
     # The fork server swallows an ImportError; a rank will meet it again and report it, and this line says it early.
     traceback.print_exc()
+
+import_seconds = time.monotonic() - _begin
