@@ -1,19 +1,20 @@
-"""Cells of lessons, executed one at a time with stand-ins for what the lesson had made by then."""
+"""Cells of lessons, executed one at a time with stand-ins for what the lesson had made by then, and their claims."""
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from course_lib import cells as notebook_cells
-from course_lib import checks, lessons
+from course_lib import checks, lessons, units
 
 
 def cells(number: str) -> dict[str, tuple[str, list[str]]]:
@@ -62,3 +63,56 @@ class Sample:
 
     def __getitem__(self, number: int) -> dict[str, np.ndarray]:
         return self.sample
+
+
+class Verdicts:
+    """Stands for `checks`: notes what each claim found instead of stopping at the first that does not hold."""
+
+    def __init__(self) -> None:
+        self.found: list[bool] = []
+
+    def claim(self, condition: object, message: str, *, otherwise: str = "") -> None:
+        self.found.append(bool(condition))
+
+    def close(self, measured: float, expected: float, *, rtol: float = 0.0, atol: float = 0.0, **_: str) -> None:
+        self.found.append(abs(measured - expected) <= max(atol, rtol * abs(expected)))
+
+    def measured(self, *_: object, **__: object) -> None:
+        pass
+
+    @contextlib.contextmanager
+    def expect_error(self, kind: type[Exception], *, contains: str = "") -> Iterator[None]:
+        try:
+            yield
+            self.found.append(False)
+        except kind as error:
+            self.found.append(contains in str(error))
+
+
+def verdicts(number: str, name: str, facts: Mapping[str, Any]) -> list[bool]:
+    """What each claim of a cell finds."""
+    noted = Verdicts()
+    execute(number, name, {"checks": noted, "units": units, **facts})
+    return noted.found
+
+
+def falsify(number: str, name: str, facts: Mapping[str, Any], wrong: Iterable[Mapping[str, Any]]) -> None:
+    """All claims of a cell hold on right facts, each of them fails on one of the wrong ones, and no wrong one passes.
+
+    Args:
+        number: The lesson's number.
+        name: The cell's id.
+        facts: What the cell finds, by name.
+        wrong: Each time, the facts that are not as they should be.
+    """
+    right = verdicts(number, name, facts)
+    assert right and all(right), f"claims that do not hold on right facts: {right}"
+    found = [verdicts(number, name, {**facts, **change}) for change in wrong]
+    failed = {claim for one in found for claim, holds in enumerate(one) if not holds}
+    assert failed == set(range(len(right))), f"claims that nothing makes fail: {set(range(len(right))) - failed}"
+    assert not any(map(all, found)), f"wrong facts on which all claims hold: {[all(one) for one in found]}"
+
+
+def gives(value: Any) -> Callable[..., Any]:
+    """A function of anything that returns a value."""
+    return lambda *_, **__: value
