@@ -25,7 +25,7 @@ def torch(gpus):
 def lesson_00():
     """Facts of lesson 00, and for each check cell what may be wrong with them, in words."""
     machine = {
-        "importlib": Some(metadata=Some(version=gives("2.13.0"))), "packages": {"torch": Some(version="2.13.0")},
+        "importlib": Some(metadata=Some(version=gives("2.13.0+cu130"))), "packages": {"torch": Some(version="2.13.0+cu130")},
         "stack": Some(TESTED={"torch": "2.13.0"}, device=gives("cpu")), "torch": torch(0), "ranks": 8,
         "report": Some(findings=[Finding("import of nemo-run", "ok", "0.11.1, nemo_run")]),
     }  # fmt: skip
