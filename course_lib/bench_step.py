@@ -25,8 +25,8 @@ SOURCES, VOCAB_SIZE = ("prose", "code"), 8192
 SEQUENCES = 8
 """The global batch size."""
 
-COURSE = {"num_layers": 2, "hidden_size": 384, "num_attention_heads": 4, "num_query_groups": 4}
-COURSE |= {"ffn_hidden_size": 1024, "seq_length": 256}
+COURSE = {"num_layers": 2, "hidden_size": 256, "num_attention_heads": 2, "num_query_groups": 2}
+COURSE |= {"ffn_hidden_size": 768, "seq_length": 256}
 LARGER = {"num_layers": 6, "hidden_size": 512, "num_attention_heads": 8, "num_query_groups": 8}
 LARGER |= {"ffn_hidden_size": 1408, "seq_length": 256}
 
@@ -71,9 +71,7 @@ def compare(config: str) -> None:
     from megatron.bridge.training.pretrain import pretrain
 
     from course_lib import accounting, cpu, devices, train
-    from course_lib.cpu import heap
 
-    heap.keep()  # as every rank of a run does
     cpu.activate()
     cfg = train.read_config(Path(config))
     devices.apply(cfg)
