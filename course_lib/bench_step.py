@@ -71,7 +71,9 @@ def compare(config: str) -> None:
     from megatron.bridge.training.pretrain import pretrain
 
     from course_lib import accounting, cpu, devices, train
+    from course_lib.cpu import heap
 
+    heap.keep()  # as every rank of a run does
     cpu.activate()
     cfg = train.read_config(Path(config))
     devices.apply(cfg)

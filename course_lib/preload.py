@@ -20,9 +20,6 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 try:
-    from course_lib.cpu import heap
-
-    heap.keep()
     from course_lib import cpu, devices, failures, layout, runs, train  # noqa: F401
 
     cpu.activate(allow_untested=os.environ.get("COURSE_ALLOW_UNTESTED") == "1")

@@ -236,24 +236,3 @@ def test_a_tensor_of_the_next_step_takes_the_place_of_the_last():
     assert ran.returncode == 0, ran.stderr[-4000:]
     by_default, kept = map(int, ran.stdout.split())
     assert by_default > 10 * max(kept, 1), (by_default, kept)
-
-
-LARGE = """
-from course_lib.cpu import heap
-
-heap.keep()
-import torch
-
-kept = torch.zeros(2**24)
-print(sum(int(line.split()[1]) for line in open("/proc/self/smaps") if line.startswith("AnonHugePages")))
-"""
-
-
-def test_a_large_tensor_lies_in_large_pages_if_the_kernel_has_them():
-    """After `heap.keep` a tensor of 64 MiB lies in pages of 2 MiB, some of it at least, unless the kernel never gives them."""
-    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    given = setting.exists() and "[never]" not in setting.read_text()
-    project = Path(__file__).resolve().parent.parent
-    ran = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True, cwd=project, timeout=300)
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    assert (int(ran.stdout) > 0) == given, ran.stdout

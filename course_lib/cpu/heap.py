@@ -1,9 +1,8 @@
-"""Memory that a step frees is kept for the next one, as torch's allocator keeps it on a GPU, and in large pages."""
+"""Memory that a step frees is kept for the next one, as torch's allocator keeps it on a GPU."""
 
 from __future__ import annotations
 
 import ctypes
-import os
 
 __all__ = ["keep"]
 
@@ -12,16 +11,11 @@ LARGEST = 2**30
 
 
 def keep() -> None:
-    """Let this process's heap give nothing back before it ends, and torch ask for large pages.
+    """Let this process's heap give nothing back before it ends.
 
     By default large tensors are mapped when they are made and unmapped when they go, and the kernel must clear every
-    page of the next one: in a small model that costs as much as its matrix products.  A tensor from 2 MiB on gets pages
-    of 2 MiB, if the kernel has them (`madvise` or `always` in /sys/kernel/mm/transparent_hugepage/enabled): logits of 64
-    MiB are some thirty pages then, and not sixteen thousand to be looked up.
-
-    Torch reads its setting at the first tensor, so call this before torch is imported.
+    page of the next one: in a small model that costs as much as its matrix products.
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     change = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc has it; other C libraries keep their ways
     if change is not None:
         change(M_MMAP_THRESHOLD, LARGEST)
