@@ -22,7 +22,7 @@ SPIKE_NATS = 1.0
 """The average of ten losses may lie this far above its lowest value so far; single batches differ more."""
 
 GRADIENT_RATIO = 5.0
-"""A gradient norm may be this many times that of step 1, where the weights are still random."""
+"""The average of ten gradient norms may be this many times the norm of step 1; runs get over a single jump."""
 
 START_SHARE = 0.05
 """The first loss may differ from ln(vocabulary) by this share."""
@@ -85,7 +85,7 @@ def symptoms(run: Run, *, vocab_size: int) -> pd.DataFrame:
     start = abs(losses.iloc[0] / math.log(vocab_size) - 1)
     calm = smoothed(losses)
     above = calm - calm.cummin()
-    norms = metrics["grad_norm"].astype(float) / float(metrics["grad_norm"].iloc[0])
+    norms = smoothed(metrics["grad_norm"].astype(float)) / float(metrics["grad_norm"].iloc[0])
     growth = memory_growth(run)
     worst = growth["share_per_step"].idxmax()
     unusable = int(metrics["skipped"].astype(bool).sum() + (~losses.map(math.isfinite)).sum())

@@ -92,6 +92,12 @@ def test_a_healthy_run_has_no_symptom(tmp_path):
     assert (health.symptoms(run_in(tmp_path), vocab_size=1024).verdict == "ok").all()
 
 
+def test_a_single_jump_of_the_gradient_is_no_symptom(tmp_path):
+    """A run gets over one step with a large gradient, which clipping makes small."""
+    run = run_in(tmp_path, grad_norm=[1.0] * 10 + [12.0] + [1.0] * 9)
+    assert (health.symptoms(run, vocab_size=1024).verdict == "ok").all()
+
+
 SICK = [
     ("first loss away from ln(V)", {"loss": [9.0 - 0.1 * i for i in range(20)]}),
     ("loss above its lowest so far", {"loss": [6.9] * 10 + [10.0] * 4 + [6.9] * 6}),
