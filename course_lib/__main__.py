@@ -94,11 +94,19 @@ def ledger(
 
 
 @app.command()
-def bench() -> None:
+def bench(
+    only: Annotated[
+        list[str] | None, typer.Option(help="Only this part, for example course-run; may be repeated.")
+    ] = None,
+) -> None:
     """Measure the engine and write the figures as JSON and as a table."""
     from course_lib import bench as module
 
-    raise typer.Exit(module.main() or 0)
+    try:
+        raise typer.Exit(module.main(only or ()))
+    except module.UnknownPart as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
 
 
 def _parameters(pairs: list[str]) -> dict[str, object]:

@@ -6,20 +6,26 @@ test: the figures are written to `bench/` and shown beside what they should reac
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Figure", "changed", "figure", "main"]
+__all__ = ["Figure", "UnknownPart", "changed", "figure", "main", "parts"]
 
 REPEATS = 3
 PROJECT = Path(__file__).resolve().parent.parent
+
+
+class UnknownPart(ValueError):
+    """The bench has no part of that name."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +51,42 @@ class Figure:
     note: str
 
 
-def main() -> int:
-    """Measure everything, write `bench/results.json`, and print a table; returns 0."""
-    from rich.console import Console
-    from rich.table import Table
+def main(only: Sequence[str] = ()) -> int:
+    """Measure everything, write `bench/results.json`, and print a table; returns 0.
 
+    Args:
+        only: Parts to measure instead of all of them; then nothing is written, and the table is all.
+
+    Raises:
+        UnknownPart: If a part does not exist; the message names those that do.
+    """
+    figures: list[Figure] = []
+    with tempfile.TemporaryDirectory(prefix="course-bench-") as work:
+        os.environ["COURSE_RUNS"] = work
+        every = parts(Path(work))
+        if unknown := sorted(set(only) - every.keys()):
+            raise UnknownPart(f"no part of the bench is named {', '.join(unknown)}: choose from {', '.join(every)}")
+        for measure in (every[name] for name in only or every):
+            found = measure()
+            figures += found
+            for figure in found:
+                print(f"{figure.name}: {figure.value:.2f} {figure.unit}", file=sys.stderr, flush=True)
+    _print(figures)
+    if not only:
+        home = PROJECT / "bench"
+        home.mkdir(exist_ok=True)
+        results = {"machine": _machine(), "figures": [asdict(figure) for figure in figures]}
+        (home / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        print(f"written to {home / 'results.json'}")
+    return 0
+
+
+def parts(work: Path) -> dict[str, Callable[[], list[Figure]]]:
+    """What the bench measures, by name, in the order in which it does.
+
+    Args:
+        work: An empty directory for texts and runs.
+    """
     from course_lib import (
         bench_checkpoints,
         bench_launch,
@@ -60,39 +97,31 @@ def main() -> int:
         bench_text,
     )
 
-    figures: list[Figure] = []
-    with tempfile.TemporaryDirectory(prefix="course-bench-") as work:
-        os.environ["COURSE_RUNS"] = work
-        config = _tiny_config(Path(work))
-        for measure in (
-            lambda: [bench_launch.import_ratio()],
-            lambda: bench_launch.figures(config),
-            lambda: bench_recorder.figures(config),
-            lambda: bench_checkpoints.figures(Path(work), config),
-            lambda: [_against_hugging_face(config)],
-            lambda: [bench_memory.shared(config)],
-            lambda: [bench_launch.slope()],
-            lambda: bench_text.figures(Path(work) / "text"),
-            lambda: bench_step.course_run(Path(work) / "course-run"),
-            lambda: bench_planner.figures(),
-            lambda: [bench_launch.fresh_clone(Path(work))],
-        ):
-            found = measure()
-            figures += found
-            for figure in found:
-                print(f"{figure.name}: {figure.value:.2f} {figure.unit}", file=sys.stderr, flush=True)
-    home = PROJECT / "bench"
-    home.mkdir(exist_ok=True)
-    (home / "results.json").write_text(
-        json.dumps({"machine": _machine(), "figures": [asdict(figure) for figure in figures]}, indent=1) + "\n"
-    )
+    config = functools.cache(lambda: _tiny_config(work))
+    return {
+        "import": lambda: [bench_launch.import_ratio()],
+        "launch": lambda: bench_launch.figures(config()),
+        "recorder": lambda: bench_recorder.figures(config()),
+        "checkpoints": lambda: bench_checkpoints.figures(work, config()),
+        "tiny-step": lambda: [_against_hugging_face(config())],
+        "memory": lambda: [bench_memory.shared(config())],
+        "slope": lambda: [bench_launch.slope()],
+        "text": lambda: bench_text.figures(work / "text"),
+        "course-run": lambda: bench_step.course_run(work / "course-run"),
+        "planner": lambda: bench_planner.figures(),
+        "fresh-clone": lambda: [bench_launch.fresh_clone(work)],
+    }
+
+
+def _print(figures: list[Figure]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table("figure", "measured", "must reach", "aim", "spread", "how")
     for figure in figures:
         spread = f"{min(figure.samples):.2f} to {max(figure.samples):.2f}"
         table.add_row(figure.name, f"{figure.value:.2f} {figure.unit}", figure.must, figure.aim, spread, figure.note)
     Console(width=160 if not sys.stdout.isatty() else None).print(table)
-    print(f"written to {home / 'results.json'}")
-    return 0
 
 
 def figure(name: str, samples: list[float], unit: str, must: str, aim: str, note: str) -> Figure:

@@ -14,6 +14,18 @@ def test_a_figure_is_the_median_of_its_samples():
     assert found.value == 2.0 and found.samples == (1.0, 9.0, 2.0)
 
 
+def test_one_part_is_measured_alone_and_a_wrong_name_is_answered_with_the_right_ones(monkeypatch, capsys):
+    """`--only` runs that part and writes no results; an unknown name costs no measurement."""
+    monkeypatch.setenv("COURSE_RUNS", "as it was")
+    monkeypatch.setattr(bench, "PROJECT", None)  # nothing may be written
+    made = bench.figure("step", [1.0], "s", "-", "-", "by hand")
+    monkeypatch.setattr(bench, "parts", lambda work: {"step": lambda: [made], "never": lambda: 1 / 0})
+    assert bench.main(["step"]) == 0
+    assert "by hand" in capsys.readouterr().out
+    with pytest.raises(bench.UnknownPart, match="named stop: choose from step, never"):
+        bench.main(["stop"])
+
+
 def test_bridge_hugging_face_and_products_are_measured_in_turn(bridge, tmp_path):
     """Each counted step of Bridge has a step of Hugging Face and a product beside it, and waits for data within."""
     cfg = config(tp=1, train_iters=bench_step.LEFT_OUT + 4)
