@@ -108,6 +108,15 @@ def interrupt_when(run_name: str, stage: str) -> threading.Thread:
     return thread
 
 
+@pytest.fixture
+def listens_to_ctrl_c():
+    """Python's own answer to an interrupt, as a kernel has it: a shell's background jobs are born ignoring it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("listens_to_ctrl_c")
 def test_an_interrupted_cell_leaves_nothing_behind(cfg):
     """The learner's interrupt ends the ranks, is no error of the run, and the next cell works."""
     watcher = interrupt_when("interrupted", "training")
