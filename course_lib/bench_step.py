@@ -25,6 +25,9 @@ SOURCES, VOCAB_SIZE = ("prose", "code"), 8192
 SEQUENCES = 8
 """The global batch size."""
 
+MATRICES = 8
+"""Products that are timed between two steps."""
+
 COURSE = {"num_layers": 2, "hidden_size": 256, "num_attention_heads": 2, "num_query_groups": 2}
 COURSE |= {"ffn_hidden_size": 768, "seq_length": 256}
 LARGER = {"num_layers": 6, "hidden_size": 512, "num_attention_heads": 8, "num_query_groups": 8}
@@ -106,7 +109,9 @@ def compare(config: str) -> None:
             begin = time.perf_counter()
             self.step_of_hugging_face()
             seconds["hugging face"].append(time.perf_counter() - begin)
-            seconds["matrix"].append(accounting.machine_flops_per_second(repeats=8))
+            # The fastest of them would be held against a median step: this is a median too.
+            products = [accounting.machine_flops_per_second(repeats=1) for _ in range(MATRICES)]
+            seconds["matrix"].append(statistics.median(products))
             waited, self.since = 0.0, time.perf_counter()
 
     pretrain(cfg, step, callbacks=[Interleave()])
@@ -183,7 +188,7 @@ def _compared(name: str, one: Path, eight: Path) -> list[bench.Figure]:
         data.append(sum(rows["data"]) / sum(rows["bridge"]))
         kept.append(step_ms(one, 1) / step_ms(eight, 8))
     return [
-        bench.figure(f"{name}: FLOP/s of 1 rank / matrix rate", shares, "x", "at least 0.65", "0.8", "all threads"),
+        bench.figure(f"{name}: FLOP/s of 1 rank / matrix rate", shares, "x", "at least 0.65", "0.8", "both medians"),
         bench.figure(f"{name}: 1-rank step / Hugging Face", against, "x", "at most 1.1", "1", "same size, interleaved"),
         bench.figure(f"{name}: rate of 8 ranks / 1 rank", kept, "x", "at least 0.75", "0.9", "TP=2 DP=4"),
         bench.figure(f"{name}: data / step", data, "x", "under 0.05", "0", "waiting for the loader, 1 rank"),
