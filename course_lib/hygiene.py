@@ -169,6 +169,14 @@ def one_sentence_a_line(notebook: Notebook) -> Found:
                 yield cell["id"], f"two sentences on one line: {line.strip()[:60]!r}"
 
 
+def powers_are_code(notebook: Notebook) -> Found:
+    """A power in prose stands in backquotes or in a formula; two bare ones print what is between them in bold."""
+    for cell in cells.of_kind(notebook, "markdown"):
+        for line in cells.prose(cell).splitlines():
+            if found := re.search(r"\w+\*\*\d+", re.sub(r"`[^`]*`|\$[^$]*\$", "x", line)):
+                yield cell["id"], f"{found[0]} is no formula in Markdown: write `{found[0]}` in backquotes"
+
+
 def plain_words(notebook: Notebook) -> Found:
     """No "simply" and no emoji."""
     for cell in notebook["cells"]:
@@ -205,6 +213,7 @@ RULES: tuple[Callable[[Notebook], Found], ...] = (
     hygiene_code.cells_are_short,
     hygiene_code.parameters_are_literals,
     one_sentence_a_line,
+    powers_are_code,
     plain_words,
     attempts_are_harmless,
 )

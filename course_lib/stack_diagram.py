@@ -43,13 +43,13 @@ _STYLE = """<style>
 .stack-map-scroll { overflow-x: auto; }
 .stack-map svg { position: absolute; inset: 0; overflow: visible; }
 .stack-map a, .stack-map a:visited { position: absolute; box-sizing: border-box; border: 2px solid; border-radius: 8px;
-  display: flex; flex-direction: column; justify-content: center; text-align: center; font-size: 12.5px; line-height: 1.35;
+  display: flex; flex-direction: column; justify-content: center; text-align: center; font-size: 11.5px; line-height: 1.35;
   text-decoration: none; color: inherit; }
 .stack-map a b { white-space: nowrap; }
 .stack-map a:hover, .stack-map a:focus { background: rgba(128, 128, 128, 0.18); }
 .stack-card { margin: 0.9rem 0; border-left: 4px solid; padding-left: 0.8rem; scroll-margin-top: 5rem; }
 .stack-card:target { background: rgba(128, 128, 128, 0.18); }
-.stack-card dl { display: grid; grid-template-columns: 8rem 1fr; margin: 0.3rem 0; font-size: 88%; }
+.stack-card dl { display: grid; grid-template-columns: 8rem minmax(0, 1fr); margin: 0.3rem 0; font-size: 88%; }
 .stack-card dl dt, .stack-card dl dd { float: none; width: auto; margin: 0; padding: 0; text-align: left; line-height: 1.5;
   font-weight: normal; overflow-wrap: anywhere; }
 </style>"""
@@ -115,7 +115,7 @@ def card(box: Box) -> str:
         "enters": escape(box.enters),
         "consumes": escape(box.consumes),
         "produces": escape(box.produces),
-        "proof": f"<code>{box.module}.{box.object}</code>, a {escape(box.kind)}",
+        "proof": f"<code>{box.module}.{box.object}</code>, {'an' if box.kind[0] in 'aeiou' else 'a'} {escape(box.kind)}",
         "version": escape(version or "not installed"),
         "imported from": f"<code>{escape(stack_map.home(box))}</code>",
         "repository": escape(box.repository),
@@ -206,5 +206,5 @@ def _arrows(wide: int, high: int) -> str:
     return (
         f'<svg width="{wide}" height="{high}" viewBox="0 0 {wide} {high}" aria-hidden="true" fill="none" '
         f'stroke="{plots_style.INK}" stroke-width="1.5"><style>.stack-map text {{ fill: currentColor; stroke: none; '
-        f"font-size: 11.5px; }}</style>{head}{''.join(drawn)}</svg>"
+        f"font-size: 10.5px; }}</style>{head}{''.join(drawn)}</svg>"
     )

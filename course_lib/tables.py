@@ -1,7 +1,9 @@
-"""Tables for reading: every word of a cell is shown, and text stands on the left."""
+"""Tables for reading: every word of a cell is shown, text stands on the left, and a wide table still fits the page."""
 
 from __future__ import annotations
 
+import html
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -10,12 +12,19 @@ if TYPE_CHECKING:
 
 __all__ = ["full"]
 
+_JOINT = re.compile(r"(?<=[._=])(?=[A-Za-z])")
+_ROOMY = "min-width: 11em; overflow-wrap: anywhere"
+_LONG_PATH = 24  # characters; a shorter one takes no more room than a word
+
 
 def full(frame: pd.DataFrame, *, index: bool = True) -> Styler:
     """The table with its long cells whole; a notebook cuts them at 50 characters.
 
+    A column is as narrow as the page asks for: `transformer_engine` goes on below after its underscore, a path where
+    the line ends.
+
     Args:
-        frame: Any table.
+        frame: Any table; a value that is missing becomes a dash, and a number is shown with up to six digits.
         index: Show the index as a column of its own.
 
     Returns:
@@ -27,7 +36,26 @@ def full(frame: pd.DataFrame, *, index: bool = True) -> Styler:
         True
     """
     cell = "text-align: left; vertical-align: top; white-space: normal; padding-right: 0.9em; font-size: 88%;"
-    last = "min-width: 11em; overflow-wrap: anywhere; padding-right: 0;"
-    words = [{"selector": "th, td", "props": cell}, {"selector": "td:last-child", "props": last}]
-    styled = frame.style.set_table_styles(words)
+    words = [
+        {"selector": "th, td", "props": cell},
+        {"selector": "td:last-child", "props": f"{_ROOMY}; padding-right: 0;"},
+    ]
+    styled = frame.style.set_table_styles(words).format(_shown).map(_room)
+    styled = styled.format_index(_shown).format_index(_shown, axis=1)
     return styled if index else styled.hide(axis="index")
+
+
+def _shown(value: object) -> str:
+    """The value as HTML that may go on below at each joint of a name; a path stays in one piece, to be copied whole."""
+    import pandas as pd
+
+    if value is not None and pd.api.types.is_scalar(value) and pd.isna(value):
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    text = html.escape(str(value), quote=False)
+    return text if "/" in text else _JOINT.sub("<wbr>", text)
+
+
+def _room(value: object) -> str | None:
+    return _ROOMY if isinstance(value, str) and "/" in value and len(value) > _LONG_PATH else None

@@ -87,6 +87,7 @@ BREAKS: list[tuple[str, str, Change]] = [
     ("parameters_are_literals", "no assignment", change("parameters", source="print(2)  # shown")),
     ("one_sentence_a_line", "two sentences", change("title", source="# T\n\nOne sentence. Another sentence.\n")),
     ("one_sentence_a_line", "two in a list", change("takeaways", source="- You added. You know it.\n- You did.\n")),
+    ("powers_are_code", "a bare power", change("title", source="# T\n\nA GiB is 2**30, a GB 10**9.\n")),
     ("plain_words", "simply", change("title", source="# T\n\nSimply run it.\n")),
     ("plain_words", "an emoji", change("title", source="# T \U0001f680\n")),
     ("attempts_are_harmless", "an attempt with an answer", change("attempt", source="answer = 4\ncheck(answer)")),
