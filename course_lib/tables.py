@@ -40,7 +40,8 @@ def full(frame: pd.DataFrame, *, index: bool = True) -> Styler:
         {"selector": "th, td", "props": cell},
         {"selector": "td:last-child", "props": f"{_ROOMY}; padding-right: 0;"},
     ]
-    styled = frame.style.set_table_styles(words).format(_shown).map(_room)
+    # As objects: a column of nullable numbers would answer for its missing values itself, and with no words.
+    styled = frame.astype(object).style.set_table_styles(words).format(_shown).map(_room)
     styled = styled.format_index(_shown).format_index(_shown, axis=1)
     return styled if index else styled.hide(axis="index")
 

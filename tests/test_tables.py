@@ -30,6 +30,13 @@ def test_a_value_is_shown_whole(value: object, shown: str):
     assert f">{shown}</td>" in tables.full(frame).to_html()
 
 
+def test_a_column_may_lack_numbers():
+    """pandas keeps whole numbers with gaps in a type of its own."""
+    frame = pd.DataFrame({"GPUs": pd.array([8, None], dtype="Int64"), "why": ["because", None]})
+    shown = tables.full(frame, index=False).to_html()
+    assert ">8</td>" in shown and ">–</td>" in shown
+
+
 def test_the_names_of_rows_and_columns_go_on_below_too():
     """A long field name as a row or a column would make the table wider than the page."""
     frame = pd.DataFrame({"tokens_per_second": [1]}, index=pd.Index(["model.masked_softmax"], name="field"))
