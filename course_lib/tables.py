@@ -59,4 +59,6 @@ def _shown(value: object) -> str:
 
 
 def _room(value: object) -> str | None:
+    if isinstance(value, int | float):
+        return "white-space: nowrap !important"  # or 3e-05 would go on below after its minus
     return _ROOMY if isinstance(value, str) and "/" in value and len(value) > _LONG_PATH else None

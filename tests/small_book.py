@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from notebooks_made_here import clean, code, markdown, write
 
-from course_lib import book, book_assets
+from course_lib import book, book_assets, tables
 
 PROJECT = Path(__file__).resolve().parent.parent
 # One transparent pixel.
@@ -31,8 +31,9 @@ def copy_book(tmp_path: Path) -> Path:
 
 
 def executed_lesson(root: Path, *, extra: str = "") -> Path:
-    """A lesson and its executed copy, with a widget, a picture with words, a formula and a diagram."""
+    """A lesson and its executed copy, with a widget, a picture with words, a formula, a diagram and a wide table."""
     import ipywidgets
+    import pandas as pd
     from ipywidgets.embed import dependency_state
 
     lesson = clean()
@@ -45,11 +46,14 @@ def executed_lesson(root: Path, *, extra: str = "") -> Path:
     write(root / "notebooks" / "07_small.ipynb", lesson)
     words = {"alt": "Loss falls.", "width": 720}
     control = ipywidgets.Dropdown(options=["TP=1", "TP=2"], description="layout")
+    names = ["model.gradient_accumulation_fusion", "transformer_engine", "AttnBackend.unfused"]
+    wide = pd.DataFrame([[*names, 3e-5, "A CPU emulates the type, and takes six times as long as with fp32."]])
     view = {"model_id": control.model_id, "version_major": 2, "version_minor": 0}
     lesson["cells"][4]["outputs"] = [
         {"output_type": "display_data", "data": {"image/png": PICTURE}, "metadata": {"image/png": words}},
         {"output_type": "stream", "name": "stdout", "text": f"wrote {root}/runs/smoke/config.yaml\n"},
         {"output_type": "display_data", "data": {"application/vnd.jupyter.widget-view+json": view}, "metadata": {}},
+        {"output_type": "display_data", "data": {"text/html": tables.full(wide).to_html()}, "metadata": {}},
     ]  # fmt: skip
     lesson["cells"][4]["execution_count"] = 1
     state = {"state": dependency_state(control), "version_major": 2, "version_minor": 0}

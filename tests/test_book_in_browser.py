@@ -85,6 +85,20 @@ def test_a_phone_shows_the_whole_width(page, site: str, name: str) -> None:
     page.screenshot(path=str(_shot(f"book_phone_{name.replace('/', '_')}.png")))
 
 
+def test_a_wide_table_fits(page, site: str) -> None:
+    """Long names go on below in their cells: nobody scrolls sideways to find a column, and no number is cut in two."""
+    page.goto(f"{site}/lessons/07_small.html")
+    table = page.locator("div.cell_output table")
+    width, room = table.evaluate("table => [table.scrollWidth, table.closest('.output').clientWidth]")
+    assert width <= room
+    number = table.locator("td", has_text="3e-05")
+    lines = number.evaluate(
+        "cell => { const words = document.createRange(); words.selectNodeContents(cell);"
+        " return words.getClientRects().length }"
+    )
+    assert lines == 1
+
+
 def test_paper_shows_the_article_alone(page, site: str) -> None:
     """In print sidebars and folded solutions are gone, and the page stays black on white even from the dark theme."""
     page.goto(f"{site}/eight_gpu_plan.html")
