@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import json
+
 import pytest
 from small import config
 
-from course_lib import bench, bench_step
+from course_lib import bench, bench_step, lessons
 
 
 def test_a_figure_is_the_median_of_its_samples():
@@ -36,6 +39,16 @@ def test_bridge_hugging_face_and_products_are_measured_in_turn(bridge, tmp_path)
     assert len(rows["hugging face"]) == len(rows["matrix"]) == 4
     assert all(0 < waited < step for waited, step in zip(rows["data"], rows["bridge"], strict=True))
     assert min(rows["matrix"]) > 1e8
+
+
+def test_the_course_run_is_measured_in_the_shape_of_its_lesson():
+    """Lesson 08 shows the sizes and the bench repeats them: a change of one is a change of both."""
+    cells = {cell["id"]: "".join(cell["source"]) for cell in json.loads(lessons.find("08").read_text())["cells"]}
+    calls = [node for node in ast.walk(ast.parse(cells["config-model"])) if isinstance(node, ast.Call)]
+    (shrunk,) = [call for call in calls if getattr(call.func, "attr", "") == "shrink"]
+    assert {word.arg: ast.literal_eval(word.value) for word in shrunk.keywords} == bench_step.COURSE
+    assert f"vocab_size = {bench_step.VOCAB_SIZE} " in cells["parameters"]
+    assert f"= steps, {bench_step.SEQUENCES // 4}, {bench_step.SEQUENCES}" in cells["config-run"]
 
 
 def test_a_rank_that_fails_is_told_with_its_log(bridge, tmp_path):

@@ -106,7 +106,8 @@ def test_paper_shows_the_article_alone(page, site: str) -> None:
     page.emulate_media(media="print")
     assert not page.locator(".bd-sidebar-primary").is_visible()
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
-    page.pdf(path=str(_shot("eight_gpu_plan.pdf")), format="A4")
+    printed = page.pdf(path=str(_shot("eight_gpu_plan.pdf")), format="A4")
+    assert b"/Count 1\n" in printed, "the plan on one page prints on one page"
 
     page.emulate_media(media="screen")
     page.goto(f"{site}/lessons/07_small.html")
