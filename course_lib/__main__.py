@@ -52,8 +52,13 @@ def book(
 ) -> None:
     """Build the book from the executed lessons, with no request to the network's pages."""
     from course_lib import book as module
+    from course_lib import book_assets, book_facts, lessons
 
-    page = module.build()
+    try:
+        page = module.build()
+    except (module.BookError, book_assets.AssetError, book_facts.FactError, lessons.LessonFailed) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
     typer.echo(f"book              {_shown(page)}")
     if archive:
         from course_lib import book_archive

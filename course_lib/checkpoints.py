@@ -203,7 +203,7 @@ def read(checkpoint: Checkpoint, name: str) -> torch.Tensor:
 
 
 def compare(one: Checkpoint, other: Checkpoint) -> pd.DataFrame:
-    """Two checkpoints tensor by tensor: `name, part, largest_difference`; `nan` where only one has the tensor.
+    """Two checkpoints tensor by tensor: `name, part, largest_difference`; `nan` where only one has the tensor, or another shape.
 
     Whatever layout saved them: a tensor is read whole.
     """

@@ -113,9 +113,10 @@ def counted_flops_per_token(cfg: Any) -> float:
 def sent_bytes(cfg: Any, *, ranks: int) -> dict[str, float]:
     """How many bytes does a rank of the first stage send in a step, with ring algorithms?
 
-    The operations are those of `course_lib.closed_form`, which recorded runs are held to.  It leaves out context
-    parallelism and recomputation, so they are added here: CP ranks share their gradients as DP ranks do, their keys and
-    values travel round a ring and back with their gradients, and full recomputation repeats what the forward pass sends.
+    The operations are those of `course_lib.closed_form`, which recorded runs are held to.  It counts context parallelism
+    in the all-gather form only and leaves recomputation out, so both are added here: CP
+    ranks share their gradients as DP ranks do, their keys and values travel round a ring and back with their gradients,
+    and full recomputation repeats what the forward pass sends.
 
     Args:
         cfg: A Bridge ``ConfigContainer`` with its layout set.

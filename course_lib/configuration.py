@@ -68,9 +68,12 @@ def read_file(path: Path) -> dict:
         content = yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist") from None
-    except yaml.YAMLError as error:
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a directory: give its config.yaml") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    missing = [name for name in ("train", "model", "dataset") if not isinstance((content or {}).get(name), dict)]
+    sections = content if isinstance(content, dict) else {}
+    missing = [name for name in ("train", "model", "dataset") if not isinstance(sections.get(name), dict)]
     if missing:
         raise ConfigError(f"{path} has no section {' and no '.join(missing)}; let ConfigContainer.to_yaml write it")
     return content

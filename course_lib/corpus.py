@@ -195,7 +195,7 @@ def build(documents: Iterable[corpus_sources.Document], directory: Path, *, held
     if not 0 < held_out_percent < 50:
         raise ValueError(f"held_out_percent={held_out_percent}: must be above 0 and below 50")
     documents = _named(documents)
-    if directory.exists() and not (directory / "manifest.json").exists() and any(directory.iterdir()):
+    if directory.exists() and any(directory.iterdir()) and not _is_corpus(directory):
         raise ValueError(f"{directory} holds files that are no corpus: name an empty or a new directory")
     half = directory.with_name(f".{directory.name}.{os.getpid()}")
     half.mkdir(parents=True)
@@ -214,11 +214,23 @@ def build(documents: Iterable[corpus_sources.Document], directory: Path, *, held
             "modules": modules,
         }
         (half / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        shutil.rmtree(directory, ignore_errors=True)
+        before = half.with_name(f"{half.name}.before")
+        if directory.exists():
+            os.replace(directory, before)
         os.replace(half, directory)
+        shutil.rmtree(before, ignore_errors=True)
     finally:
         shutil.rmtree(half, ignore_errors=True)
     return Built(directory)
+
+
+def _is_corpus(directory: Path) -> bool:
+    """True if the manifest is one of ours: other programs call a file so, too, and their files are not ours to delete."""
+    try:
+        manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and {"steps", "files", "modules"} <= set(manifest)
 
 
 def _named(documents: Iterable[corpus_sources.Document]) -> Iterator[corpus_sources.Document]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from course_lib import failures, runs, stack, warm
+from course_lib import checkpoints, failures, runs, stack, warm
 
 if TYPE_CHECKING:
     import numpy as np
@@ -133,10 +133,10 @@ def generate(
         Prompt and continuation, one text for each prompt.
 
     Raises:
-        FileNotFoundError: If the run has no checkpoint.
+        NoCheckpoint: If the run has no whole checkpoint.
         RuntimeError: If the rank fails; the end of its log says why.
     """
-    checkpoint = _last_checkpoint(run)
+    checkpoint = checkpoints.latest(run).path
     work = run.path / "generate"
     work.mkdir(exist_ok=True)
     request = {
@@ -155,16 +155,6 @@ def generate(
         tail = log.read_text(errors="replace")[-1500:]
         raise RuntimeError(f"generating from run {run.name!r} failed. {failures.hint_for(tail)}\n{tail}")
     return json.loads(answer.read_text())
-
-
-def _last_checkpoint(run: runs.Run) -> Path:
-    """The newest whole checkpoint, as Bridge's tracker file names it."""
-    home = run.path / "checkpoints"
-    try:
-        iteration = int((home / "latest_checkpointed_iteration.txt").read_text())
-    except (FileNotFoundError, ValueError):
-        raise FileNotFoundError(f"run {run.name!r} has no checkpoint: launch it with save=True") from None
-    return home / f"iter_{iteration:07d}"
 
 
 def generate_rank(work: str) -> None:

@@ -1,8 +1,8 @@
 """Which rank failed first, and what to do about it.
 
 Eight ranks that fail look like eight errors.  Seven of them only lost the eighth.  The rules here tell them apart: a rank
-that was killed by a signal beats a rank that raised, a rank that raised beats one that lost its peer, and among equals
-the earliest wins.
+that raised an error of its own beats one that was killed by a signal, because the launcher ends the others that way; a
+killed one beats those that only lost a peer; and among equals the earliest wins.
 """
 
 from __future__ import annotations

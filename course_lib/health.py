@@ -76,7 +76,7 @@ def symptoms(run: Run, *, vocab_size: int) -> pd.DataFrame:
         vocab_size: Ids of the tokenizer, for the loss of a model that knows nothing.
 
     Returns:
-        One row a sign, indexed by its name: `measured`, `limit`, `verdict`, `where`.
+        One row a sign, indexed by its name: `measured`, `limit`, `unit`, `where`, `verdict`.
     """
     import pandas as pd
 
@@ -91,8 +91,8 @@ def symptoms(run: Run, *, vocab_size: int) -> pd.DataFrame:
     unusable = int(metrics["skipped"].astype(bool).sum() + (~losses.map(math.isfinite)).sum())
     rows = [
         ("first loss away from ln(V)", start, START_SHARE, "share", "step 1"),
-        ("loss above its lowest so far", above.max(), SPIKE_NATS, "nats/token", _step(metrics, above)),
-        ("gradient norm against step 1", norms.max(), GRADIENT_RATIO, "times", _step(metrics, norms)),
+        ("loss, average of 10, above its lowest", above.max(), SPIKE_NATS, "nats/token", _step(metrics, above)),
+        ("gradient norm, average of 10, against step 1", norms.max(), GRADIENT_RATIO, "times", _step(metrics, norms)),
         ("steps skipped or not a number", unusable, 0, "steps", ""),
         (
             "memory growth of one rank",

@@ -99,6 +99,8 @@ def run(
     """
     if launcher not in (None, "warm", "torchrun"):
         raise ValueError(f"launcher={launcher!r}: use 'warm' or 'torchrun', or prepare() the run and start it yourself")
+    if show not in (None, "live"):
+        raise ValueError(f"show={show!r}: use 'live' or None")
     run_ = prepare(cfg, ranks=ranks, name=name, save=save, load=load, launcher=launcher, record=record)
     warm_start = functools.partial(_start_warm, target=target)
     start = warm_start if run_.launch["launcher"] == "warm" else torchrun.start
@@ -155,11 +157,11 @@ def prepare(
         else:
             configuration.write_config(cfg, path, places)
             content = runs.Run(path).config
-    except ConfigError:
+        launcher = launcher or ("torchrun" if device == "cuda" else "warm")
+        runs.write_json(path / "launch.json", _about(content, path, ranks, device, launcher, plan, record))
+    except BaseException:  # a directory without its launch.json would look like a run that goes on
         shutil.rmtree(path)
         raise
-    launcher = launcher or ("torchrun" if device == "cuda" else "warm")
-    runs.write_json(path / "launch.json", _about(content, path, ranks, device, launcher, plan, record))
     return runs.Run(path)
 
 
@@ -193,8 +195,6 @@ def _about(content: dict, path: Path, ranks: int, device: str, launcher: str, pl
 def _view(show: str | None, train_iters: int, path: Path) -> live.View | None:
     if show is None:
         return None
-    if show != "live":
-        raise ValueError(f"show={show!r}: use 'live' or None")
     from course_lib import live
 
     return live.view(train_iters, name=path.name)

@@ -53,7 +53,7 @@ def remaining(run: Run, *, total_steps: int) -> float | None:
 
 
 def _harmless(method: Callable[..., None]) -> Callable[..., None]:
-    """Keep an error of the view out of the cell that trains: the view goes dark and says so once when it closes."""
+    """Keep an error of the view out of the cell that trains: the view says so once and goes dark."""
 
     @wraps(method)
     def guarded(self: View, run: Run) -> None:
@@ -199,7 +199,7 @@ class View:
         if steps:
             text += f", loss {run.metrics['loss'].iloc[-1]:.3f} nats/token"
         if outcome and status == "failed":
-            text += f". {outcome.cause}" if outcome.rank is None else f". Rank {outcome.rank}: {outcome.cause}"
+            text += f". {outcome.cause[:1].upper()}{outcome.cause[1:]}"
         return text
 
 

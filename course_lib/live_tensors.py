@@ -1,6 +1,6 @@
 """What a rank really holds: bytes of live tensors after a step, and of what one forward pass leaves for the backward.
 
-A run whose target is :data:`TARGET` trains as every run does, and each rank writes one line of ``tensors.jsonl``::
+A run whose target is :data:`TARGET` trains as every run does, and each rank writes its own ``ranks/N.tensors``::
 
     run = launch.run(cfg, ranks=8, name="measured", target=live_tensors.TARGET)
     live_tensors.read(run)

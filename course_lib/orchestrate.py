@@ -111,20 +111,26 @@ def run_agents(run: Run, *, nodes: int = 2, ranks_per_node: int = 4, limit_secon
         RunFailed: If a rank failed, or the agents did not end within the limit.
     """
     commands = agents(run, nodes=nodes, ranks_per_node=ranks_per_node, port=free_port())
-    started = [launch.start_process(run, words) for words in commands]
     end = time.monotonic() + limit_seconds
-    try:
+    with contextlib.ExitStack() as agents_end:
+        started = []
+        for words in commands:
+            started.append(launch.start_process(run, words))
+            agents_end.callback(_end, started[-1])
         for process in started:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.1, end - time.monotonic()))
-    finally:
-        for process in started:
-            if process.poll() is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGTERM)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(30)
     return settled(run)
+
+
+def _end(agent: subprocess.Popen[bytes]) -> None:
+    """Let an agent end its ranks, and kill it if it does not."""
+    for patience_seconds, number in ((30, signal.SIGTERM), (5, signal.SIGKILL)):
+        if agent.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(agent.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                agent.wait(patience_seconds)
 
 
 # ------------------------------------------------------------------------------------------------- NeMo Run and Slurm

@@ -1,7 +1,7 @@
 """When does each pipeline stage work, and how much of a step does it wait?
 
 A recorded run has real timestamps.  On a machine whose ranks share cores those show the sharing too, so `replay` puts the
-same passes, in the same order and with the processor time that each took, on cores of their own.
+same passes, in the same order and each with the median processor time of its kind, on cores of their own.
 """
 
 from __future__ import annotations

@@ -157,8 +157,12 @@ STAGES = (
 
 
 def directory() -> Path:
-    """The directory that holds all runs: `COURSE_RUNS`, else `runs/` beside the package."""
-    return Path(os.environ.get("COURSE_RUNS") or Path(__file__).resolve().parent.parent / "runs")
+    """The directory that holds all runs: `COURSE_RUNS`, else `runs/` beside the package.
+
+    Always absolute: ranks do not start in the directory in which you are.
+    """
+    given = os.environ.get("COURSE_RUNS")
+    return Path(given).expanduser().absolute() if given else Path(__file__).resolve().parent.parent / "runs"
 
 
 def create(name: str) -> Path:

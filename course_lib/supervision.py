@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,7 +58,8 @@ def until_the_end(
     (run.path / ".reserve").write_bytes(b"\0" * RESERVE_BYTES)
     report: dict | None = None
     try:
-        launched = start(run, ranks)
+        with _outcome_if_it_fails(run):
+            launched = start(run, ranks)
         try:
             patience = _Patience()
             while (report := launched.wait(0.1)) is None:
@@ -77,6 +78,11 @@ def until_the_end(
             outcome = runs.Outcome("interrupted", cause="stopped by the learner")
             runs.write_outcome(run.path, outcome)
             raise RunInterrupted(f"run {run.name!r} was stopped; all {ranks} ranks are gone") from None
+        except BaseException:  # of `watch`, or a second interrupt
+            with _outcome_if_it_fails(run):
+                launched.stop()
+                _wait_for_the_end(launched, run)
+                raise
         finally:
             launched.close()
         outcome = _outcome_of(run, report)
@@ -87,6 +93,17 @@ def until_the_end(
     if outcome.status != "succeeded":
         raise RunFailed(run.again(), outcome)
     return run.again()
+
+
+@contextlib.contextmanager
+def _outcome_if_it_fails(run: runs.Run) -> Iterator[None]:
+    """Leave no run behind that looks as if it went on: what stopped the launch is its outcome."""
+    try:
+        yield
+    except BaseException as error:
+        if run.again().outcome is None:
+            runs.write_outcome(run.path, runs.Outcome("failed", cause=f"{type(error).__name__}: {error}"[:500]))
+        raise
 
 
 class _Patience:

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Change", "Comparison", "NotOneChange", "compare", "held_out", "moved", "one_change", "repeat", "seeded"]
 
-SEED_FIELDS = ("rng.seed", "dataset.random_seed")
-"""The two seeds of a run: first weights (and dropout), and the order of the data."""
 
 CONFIDENCE = 0.95
 
@@ -82,7 +80,9 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """`"better"`, `"worse"` or `"no difference beyond noise"`."""
+        """`"better"`, `"worse"`, `"no difference beyond noise"`, or `"diverged"` where a loss is no number."""
+        if not math.isfinite(self.difference):
+            return "diverged"
         if not abs(self.difference) > self.noise:
             return "no difference beyond noise"
         return "better" if self.difference < 0 else "worse"
@@ -258,7 +258,7 @@ def moved(before: Any, after: Any, *, ranks: int = 8) -> pd.DataFrame:
     """What else moves when a field is changed: quantities that follow from several fields.
 
     Returns:
-        One row for each of these that differs: sequences drawn (they also decide the order of the data), training
+        One row for each of these that differs: sequences drawn (beyond one pass they also decide the order of the data), training
         tokens, tokens per step, micro-batches per step, data-parallel size.
     """
     import pandas as pd

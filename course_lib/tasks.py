@@ -92,11 +92,13 @@ def multiple_choice(questions: Iterable[Pair]) -> list[Choice]:
         questions: Pairs of one split.
 
     Raises:
-        ValueError: If there are fewer than four pairs.
+        ValueError: If the pairs have fewer than four different outputs.
     """
     questions = list(questions)
-    if len(questions) < OPTIONS:
-        raise ValueError(f"{len(questions)} pairs: at least {OPTIONS} are needed for {OPTIONS} different options")
+    if (different := len({pair.output for pair in questions})) < OPTIONS:
+        raise ValueError(
+            f"{len(questions)} pairs with {different} different outputs: {OPTIONS} are needed for {OPTIONS} options"
+        )
     by_module: dict[str, list[str]] = defaultdict(list)
     for pair in questions:
         by_module[pair.module].append(pair.output)

@@ -19,7 +19,7 @@ import pandas as pd
 import pytest
 from lesson_cells import Sample, cells, execute, tagged
 
-from course_lib import checks, corpus, lessons, recipes, sweep, vocabulary
+from course_lib import checks, corpus, lessons, recipes, sweep, tables, vocabulary
 
 LESSONS = ("04", "05", "09")
 UNUSED = dict.fromkeys(("cfg", "cfg_lr", "cfg_short", "cfg_deep", "seeds", "follows"))
@@ -74,6 +74,13 @@ def round_trip(*, end: int = 0, lost: str = "") -> dict[str, Any]:
     )
     ends = SimpleNamespace(end_of_document=lambda encoder: 0)
     return {"texts": texts, "work": Path("w"), "microscope": microscope, "tokenizers": ends, "encoder": encoder}
+
+
+def cut(*, first_token: int) -> dict[str, Any]:
+    """Four samples of one document each, which begin with this token of it."""
+    source = SimpleNamespace(datasets=[None], dataset_index=[0] * 4, dataset_sample_index=range(4))
+    pieces = pd.DataFrame({"first token": [first_token]})
+    return {"train": source, "labels": [None] * 4, "microscope": SimpleNamespace(pieces=lambda dataset, number: pieces)}
 
 
 def counted(prose: float, *, code_tokens: int = 300) -> dict[str, Any]:
@@ -151,7 +158,14 @@ def swap() -> dict[str, Any]:
 
     cfg = part(tokenizer=part(name="bpe"), dataset=part(blend_per_split="bpe"), optimizer=part(lr=1e-3))
     flat = SimpleNamespace(diff=lambda one, other: recipes.diff(plain(one), plain(other)))
-    return {"cfg": cfg, "copy": copy, "megatron_config": part(name="nemotron"), "blend": str, "recipes": flat}
+    return {
+        "cfg": cfg,
+        "copy": copy,
+        "megatron_config": part(name="nemotron"),
+        "blend": str,
+        "recipes": flat,
+        "tables": tables,
+    }
 
 
 def plain(thing: Any) -> Any:
@@ -237,6 +251,7 @@ GOOD: dict[tuple[str, str], Callable[[Path], dict[str, Any]]] = {
     ("04", "check-split"): lambda path: split(),
     ("04", "check-loss-free"): lambda path: round_trip(),
     ("04", "check-labels"): lambda path: {"train": Sample(in_order), "steps": 2, "cfg": batch(4)},
+    ("04", "check-cuts"): lambda path: cut(first_token=5),
     ("04", "check-blend"): lambda path: counted(0.7),
     ("04", "check"): lambda path: indices(path),
     ("05", "check-ids"): lambda path: encoders(),
@@ -271,6 +286,7 @@ BROKEN: list[tuple[str, str, str, Callable[[Path], dict[str, Any]], str]] = [
     ("04", "check-loss-free", "a lost character", lambda path: round_trip(lost="1"), "decode to their text"),
     ("04", "check-labels", "shuffled targets", lambda path: {"train": Sample(SHUFFLE)}, "shuffled targets"),
     ("04", "check-labels", "labels that are the inputs", lambda path: {"train": Sample(lambda y: y - 1)}, "next token"),
+    ("04", "check-cuts", "samples that are documents", lambda path: cut(first_token=0), "begin inside a document"),
     ("04", "check-blend", "swapped weights", lambda path: counted(0.3), "Are the weights in the order"),
     ("04", "check-blend", "less code", lambda path: counted(0.7, code_tokens=150), "twice as much code"),
     ("04", "check", "another loss", lambda path: indices(path, loss=8.0), "loss at step 1"),
@@ -282,7 +298,7 @@ BROKEN: list[tuple[str, str, str, Callable[[Path], dict[str, Any]], str]] = [
      "the larger the vocabulary"),
     ("05", "compare", "bytes that cost least", lambda path: vocabularies(nats=[5, 6, 11], bits=[3, 4, 4]),
      "worst for single bytes"),
-    ("05", "check-padding", "no padding", lambda path: padded(lambda ids, of: ids), "Megatron pads mock data"),
+    ("05", "check-padding", "no padding", lambda path: padded(lambda ids, of: ids), "mock data: "),
     ("05", "check-padding", "an odd vocabulary", lambda path: padded(multiple, nemotron=131_000), "never padded"),
     ("05", "check", "a loss that is too low", lambda path: runs_of_two(first=6.0), "loss at step 1, BPE"),
     ("05", "check", "more parameters than rows", lambda path: runs_of_two(added=64), "and nothing else"),

@@ -53,10 +53,14 @@ SCRIPT = """#SBATCH --nodes=1
 #SBATCH --account=my_account
 #SBATCH --time=01:00:00
 export NCCL_DEBUG=WARN
+export PYTHONPATH=/course
 srun --container-image nvcr.io/nvidia/nemo:26.06 --container-mounts /shared/course:/course \\
   torchrun --nproc-per-node 8 -m course_lib.train /course/runs/smoke/config.yaml
 """
-WORDS = ("nodes=1", "--container-image", "/shared/course:", "--nproc-per-node 8", "NCCL_DEBUG=WARN", "course_lib.train")
+WORDS = (
+    *("nodes=1", "--container-image", "/shared/course:", "--nproc-per-node 8", "NCCL_DEBUG=WARN"),
+    *("export PYTHONPATH=/course", "course_lib.train"),
+)
 
 
 def lesson_07():
@@ -134,7 +138,8 @@ def lesson_10():
     listing = pd.DataFrame({"missing": ["", ".metadata: not written"]}, index=[6, 12])
     space = "No space left on device"
     full = {
-        "full": Some(ranks=gives({3: {"message": "CheckpointException"}})), "why": Some(rank=3, cause=space), "cfg": 0,
+        "full": Some(ranks=gives({3: {"exception": "CheckpointException", "message": ""}})), "cfg": 0,
+        "why": Some(rank=3, cause=space),
         "checkpoints": Some(latest=gives(Some(step=6)), listing=gives(listing)), "save_interval": 6,
         "launch": Some(run=gives(0)), "distance": gives(0),
     }  # fmt: skip
@@ -143,7 +148,7 @@ def lesson_10():
         full,
         [
             {"why": Some(rank=0, cause=space)},
-            {"full": Some(ranks=gives({3: {"message": space}})), "distance": gives(1e-6)},
+            {"full": Some(ranks=gives({3: {"exception": "OSError", "message": space}})), "distance": gives(1e-6)},
             {"checkpoints": Some(latest=gives(Some(step=12)), listing=gives(listing.iloc[::-1].set_axis([6, 12])))},
         ],
     )

@@ -144,6 +144,15 @@ def test_what_is_no_corpus_is_not_overwritten(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["keep.txt"]
 
 
+def test_a_folder_with_a_manifest_of_another_program_is_not_deleted(tmp_path):
+    """Browsers and package managers call a file manifest.json, too."""
+    for content in ('{"name": "an app"}', "no json", "[]"):
+        (tmp_path / "manifest.json").write_text(content)
+        with pytest.raises(ValueError, match="no corpus"):
+            corpus.build([], tmp_path)
+        assert (tmp_path / "manifest.json").read_text() == content
+
+
 def test_pairs_follow_the_split_and_share_no_answer(built, tmp_path):
     """Train, validation and test have other modules and other texts."""
     found = tasks.pairs(built)
@@ -169,8 +178,10 @@ def test_choices_are_fair(built):
     near = [of_module[option] == choice.module for choice in choices for option in choice.options]
     assert sum(near) / len(near) > 0.9
     assert tasks.multiple_choice(questions) == choices
-    with pytest.raises(ValueError, match="at least 4"):
+    with pytest.raises(ValueError, match="4 are needed"):
         tasks.multiple_choice(questions[:3])
+    with pytest.raises(ValueError, match="9 pairs with 1 different outputs"):
+        tasks.multiple_choice(questions[:1] * 9)
 
 
 def test_a_corpus_from_the_hub_is_described_first(tmp_path, monkeypatch):

@@ -50,9 +50,10 @@ def lesson_00():
         "CUDA faked in the kernel": {"torch": torch(8)},
         "a rank without the redirection": {"warm": warm.assign(cuda=[True] * 7 + [False])},
     }  # fmt: skip
-    yield "check-broken", {"doctor_there": Some(returncode=1, stdout="Run `pip uninstall -y megatron`.")}, {
-        "a doctor that is content": {"doctor_there": Some(returncode=0, stdout="Run `pip uninstall -y megatron`.")},
-        "a doctor without a fix": {"doctor_there": Some(returncode=1, stdout="hidden by megatron/__init__.py")},
+    stranger = {"fix": "Run `pip uninstall -y megatron`."}
+    yield "check-broken", {"doctor_there": Some(returncode=1), "stranger": stranger}, {
+        "a doctor that is content": {"doctor_there": Some(returncode=0)},
+        "a doctor without a fix": {"stranger": {"fix": ""}},
     }  # fmt: skip
 
 
@@ -148,8 +149,9 @@ def lesson_02():
     }  # fmt: skip
     tables = {
         "census": Some(count=gives(totals())), "counted": totals(1_241_581_568, 3_221_400_576, 8_053_329_920),
-        "five": dict.fromkeys(["Nano 30B-A3B", "Nano 4B", *totals()]), "llamas": None, "ranks": 8, "recipes": recipes,
-        "llama_1b": LLAMA_1B, "llama_8b": Some(model=Some(vocab_size=128_256, hidden_size=4096)), "vocab_size": 131_072,
+        "llamas": None, "ranks": 8, "recipes": recipes, "llama_1b": LLAMA_1B, "llama_3b": llama_3b,
+        "llama_8b": other(LLAMA_1B, model={"hidden_size": 4096, "share_embeddings_and_output_weights": False}),
+        "vocab_size": 131_072,
     }  # fmt: skip
     yield "vocabulary", tables, {
         "a built table more": {"census": Some(count=gives(totals(b1=1_498_482_688)))},

@@ -126,6 +126,52 @@ def test_a_configuration_file_is_enough(bridge, first_run, runs_directory):
     assert again.metrics.loss.tolist() == first_run.metrics.loss.tolist()
 
 
+def test_a_refusal_leaves_no_directory(bridge, runs_directory, tmp_path):
+    """A directory without an outcome looks like a run that goes on, so nothing that was refused may leave one."""
+    cfg = small.config()
+    with pytest.raises(ValueError, match="show='none'"):
+        launch.run(cfg, ranks=2, show="none")
+    cfg.to_yaml(str(tmp_path / "config.yaml"))
+    text = (tmp_path / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(text.replace("train_iters:", "other_iters:"))
+    with pytest.raises(KeyError, match="train_iters"):
+        launch.prepare(tmp_path / "config.yaml", ranks=2)
+    assert not runs_directory.exists() or not list(runs_directory.iterdir())
+
+
+@pytest.mark.parametrize(("content", "words"), [(b"- 1\n", "no section"), (b"\xff\xfe", "not valid YAML")])
+def test_a_file_of_another_kind_is_refused(bridge, tmp_path, content, words):
+    """A list, a file that is no text, a directory: each is told as what it is."""
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(launch.ConfigError, match=words):
+        launch.prepare(tmp_path / "config.yaml", ranks=2)
+    with pytest.raises(launch.ConfigError, match="is a directory"):
+        launch.prepare(tmp_path, ranks=2)
+
+
+def test_runs_are_found_from_any_directory(monkeypatch, tmp_path):
+    """Ranks start in another directory than the learner, so a relative COURSE_RUNS must not travel as it is."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COURSE_RUNS", "mine")
+    assert runs.directory() == tmp_path / "mine"
+    monkeypatch.setenv("COURSE_RUNS", "~/mine")
+    assert runs.directory().is_absolute() and "~" not in str(runs.directory())
+
+
+def test_a_watch_that_fails_ends_the_run(bridge, runs_directory):
+    """What stopped the launch is the run's outcome, and the ranks do not train on."""
+
+    def watch(run: runs.Run) -> None:
+        if run.stage() == "training":
+            raise ZeroDivisionError("in the notebook")
+
+    with pytest.raises(ZeroDivisionError):
+        launch.run(small.config(train_iters=2000), ranks=2, name="watched", show=None, watch=watch)
+    run = runs.Run(runs_directory / "watched")
+    assert run.outcome.status == "failed" and "ZeroDivisionError: in the notebook" in run.outcome.cause
+    assert not any(os.path.exists(f"/proc/{rank['pid']}") for rank in run.ranks().values())
+
+
 def test_a_file_neither_saves_nor_resumes_unless_asked(bridge, runs_directory, tmp_path):
     """Bridge's default checkpoint directory, which every recipe shares, is not used; with `save` it is the run's own."""
     cfg = small.config(train_iters=1)

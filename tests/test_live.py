@@ -24,7 +24,9 @@ def run_of(steps: int, *, ranks: int = 8, status: str | None = None, stage: str 
     memory = [
         (rank, s, (300 + rank) * 2**20, (310 + rank) * 2**20) for s in range(1, steps + 1) for rank in range(ranks)
     ]
-    ended = runs.Outcome(status, rank=3, cause="ValueError: heads", finished=time.time()) if status else None
+    ended = (
+        runs.Outcome(status, rank=3, cause="rank 3 raised ValueError: heads", finished=time.time()) if status else None
+    )
     return SimpleNamespace(
         path=Path("runs") / "smoke",
         launch={"ranks": ranks, "started": time.time() - 5},
@@ -152,7 +154,7 @@ def test_a_failed_run_says_why(notebook: Notebook) -> None:
     """The closing line of a failed run names the rank and its cause; a run without a step has no empty picture."""
     view = live.view(3)
     view.close(run_of(0, status="failed"))
-    assert "failed, 0 of 3 steps" in notebook.text and "Rank 3: ValueError: heads" in notebook.text
+    assert "failed, 0 of 3 steps" in notebook.text and "Rank 3 raised ValueError: heads" in notebook.text
     assert notebook.pictures == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
@@ -47,8 +48,11 @@ def test_the_limit_ends_agents_that_hang(bridge, runs_directory, monkeypatch):
     prepared = launch.prepare(small.config(), ranks=2, name="hangs")
     sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]
     monkeypatch.setattr(orchestrate, "agents", lambda *_, **__: [sleeper, sleeper])
+    started, start = [], launch.start_process
+    monkeypatch.setattr(launch, "start_process", lambda *given: started.append(start(*given)) or started[-1])
     with pytest.raises(launch.RunFailed):
         orchestrate.run_agents(prepared, limit_seconds=0.2)
+    assert [agent.poll() for agent in started] == [-signal.SIGTERM] * 2
 
 
 def test_an_unknown_launcher_is_refused(bridge, runs_directory):

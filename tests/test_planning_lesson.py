@@ -39,13 +39,20 @@ def holds(states_gib: float, optimizer_gib: float) -> SimpleNamespace:
 
 def page() -> dict[str, Any]:
     """The values that the check cells read, near those of the page."""
-    values = {"checks": checks, "units": units, "models": ["1B", "3B", "8B"], "limit": 79.6, "headroom_gib": 3.0}
+    values = {
+        "checks": checks,
+        "units": units,
+        "models": dict.fromkeys(["1B", "3B", "8B"]),
+        "limit": 79.6,
+        "headroom_gib": 3.0,
+    }
     values |= {"planned": {("8B", tp): size for tp, size in ((1, 56.1), (2, 33.7), (4, 22.4))}}
     values |= {"by_hand": {(tp, 8 // tp): size * GIB for tp, size in ((1, 56.1), (2, 33.7), (4, 22.4))}}
     values |= {"needs": SIZES, "plans": {"8B TP=1 DP=8": kept(36.9), "8B PP=2 DP=4": kept(36.8)}}
     values |= {"counted": SimpleNamespace(states=holds(33.7, 11.2)), "kept": 19.6 * GIB}
     values |= {"estimate": {"states": 33.7 * GIB, "activations": 21.0 * GIB}}
     values |= {"rows": {"weights": (2**20, 2**20), "activations": (2**21, 2**21)}}
+    values |= {"vocab_size": 128_256, "compute": SimpleNamespace(flops_per_token=lambda model, vocab_size: 51.5e9)}
     values |= {"by_torch": 57.9e9, "formula": 57.9e9, "rate": RATES, "published": NEMO}
     values |= {"best": {"1B": "1B TP=1 DP=8", "3B": "3B TP=1 DP=8", "8B": "8B CP=2 DP=4"}}
     values |= {"bubble": {m: 6.8 / m for m in (4, 8, 16, 32)}, "waits": 0.78, "work": 6.8}
@@ -65,6 +72,7 @@ BROKEN = {
     "check-run": [("rows", {"weights": (2**20, 1.04 * 2**20)}), ("rows", {"activations": (2**20, 1.15 * 2**20)})],
     "check-time": [
         ("by_torch", 51.5e9),
+        ("compute", SimpleNamespace(flops_per_token=lambda model, vocab_size: 57.9e9)),
         ("rate", RATES | {"3B TP=2 DP=4": 30_000}),
         ("published", NEMO.assign(tokens_per_second_per_gpu=19_000)),
     ],

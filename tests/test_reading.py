@@ -100,8 +100,8 @@ def test_a_single_jump_of_the_gradient_is_no_symptom(tmp_path):
 
 SICK = [
     ("first loss away from ln(V)", {"loss": [9.0 - 0.1 * i for i in range(20)]}),
-    ("loss above its lowest so far", {"loss": [6.9] * 10 + [10.0] * 4 + [6.9] * 6}),
-    ("gradient norm against step 1", {"grad_norm": [1.0] * 10 + [9.0] * 10}),
+    ("loss, average of 10, above its lowest", {"loss": [6.9] * 10 + [10.0] * 4 + [6.9] * 6}),
+    ("gradient norm, average of 10, against step 1", {"grad_norm": [1.0] * 10 + [9.0] * 10}),
     ("steps skipped or not a number", {"loss": [6.9] * 19 + [math.nan]}),
     ("steps skipped or not a number", {"skipped": [False] * 19 + [True]}),
     ("memory growth of one rank", {"leak_rank": 2}),

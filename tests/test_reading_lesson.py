@@ -29,16 +29,22 @@ def counted(causal_flops: float, whole_flops: float) -> SimpleNamespace:
     return SimpleNamespace(flops_per_token=lambda model, *, causal, **_: causal_flops if causal else whole_flops)
 
 
-def signs(verdict: str) -> pd.DataFrame:
+def signs(verdict: str, *, skipped: int = 0) -> pd.DataFrame:
     """Symptoms with one verdict."""
-    return pd.DataFrame({"verdict": [verdict]}, index=["loss above its lowest so far"])
+    names = ["loss, average of 10, above its lowest", "steps skipped or not a number"]
+    return pd.DataFrame({"verdict": [verdict, verdict], "measured": [0, skipped]}, index=names)
 
 
-def ill(*, rank: int = leak.RANK, mib: float = 16.0, hot: str = "look") -> SimpleNamespace:
+def ended(*losses: float) -> SimpleNamespace:
+    """A run with these losses."""
+    return SimpleNamespace(metrics=pd.DataFrame({"loss": losses}))
+
+
+def ill(*, rank: int = leak.RANK, mib: float = 16.0, hot: str = "look", skipped: int = 0) -> SimpleNamespace:
     """What `health` says of the sick runs: the rank that grows, and by how much."""
     grown = pd.Series([mib * units.MiB if each == rank else 0.0 for each in range(8)])
     growth = pd.DataFrame({"bytes_per_step": grown, "share_per_step": grown / units.GiB})
-    return SimpleNamespace(symptoms=lambda run, **_: signs(hot), memory_growth=lambda run: growth)
+    return SimpleNamespace(symptoms=lambda run, **_: signs(hot, skipped=skipped), memory_growth=lambda run: growth)
 
 
 def memory(printed_mib: float, peak_mib: float) -> dict[str, Any]:
@@ -83,7 +89,10 @@ GOOD: dict[str, dict[str, Any]] = {
     },
     "check-memory": memory(12.0, 90.0) | {"state_bytes": 12.0 * units.MiB},
     "check-healthy": {"run": None, "vocab_size": 8192, "health": SimpleNamespace(symptoms=lambda run, **_: signs("ok"))},
-    "check-sick": {"hot": None, "leaking": None, "vocab_size": 8192, "health": ill()},
+    "check-sick": {
+        "hot": ended(9.0, 10.4), "run": ended(9.0, 8.3, 7.0), "sick_steps": 2, "vocab_size": 8192, "health": ill(),
+    },
+    "check-leak": {"leaking": None, "vocab_size": 8192, "health": ill()},
 }  # fmt: skip
 """Cell, and what it reads where all is well."""
 
@@ -109,8 +118,10 @@ BROKEN: list[tuple[str, str, dict[str, Any], str]] = [
     ("check-healthy", "a symptom", {"health": SimpleNamespace(symptoms=lambda run, **_: signs("look"))},
      "the healthy run shows no symptom"),
     ("check-sick", "a tame learning rate", {"health": ill(hot="ok")}, "shows as a loss spike"),
-    ("check-sick", "another rank", {"health": ill(rank=5)}, f"rank {leak.RANK} grows fastest"),
-    ("check-sick", "half the leak", {"health": ill(mib=8.0)}, "growth of rank"),
+    ("check-sick", "a skipped step", {"health": ill(skipped=1)}, "no step of the hot run was skipped"),
+    ("check-sick", "a hot run that learned", {"hot": ended(9.0, 8.0)}, "where the healthy run had 8.3"),
+    ("check-leak", "another rank", {"health": ill(rank=5)}, f"rank {leak.RANK} of the other sick run grows fastest"),
+    ("check-leak", "half the leak", {"health": ill(mib=8.0)}, "growth of rank"),
 ]  # fmt: skip
 """Cell, what is wrong, the names that are, and the words of the check."""
 

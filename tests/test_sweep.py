@@ -159,6 +159,13 @@ def test_a_line_is_silent_where_nobody_reads_it(capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_change_that_diverges_is_no_equal(loss: float) -> None:
+    """A loss that is no number is not within the noise."""
+    change = sweep.Change("optimizer.lr", 1e-3, 10.0)
+    assert sweep.Comparison.of(change, [5.0, 5.1, 5.2], [loss, 5.1, loss]).verdict == "diverged"
+
+
 def test_another_engine_is_another_run(tmp_path: Path) -> None:
     """A changed file of what a rank executes makes a finished run stale; the same files elsewhere do not."""
     source = Path(finished.__file__).parent

@@ -58,6 +58,8 @@ def activate(*, allow_untested: bool = False) -> None:
 
     if "ipykernel.kernelapp" in sys.modules:
         raise Refused("course_lib.cpu works in rank processes only, and this is a notebook kernel. Use launch.run().")
+    if active():
+        return
     installed = stack.versions()
     wrong = [f"{n} {installed[n]} (tested: {v})" for n, v in stack.TESTED.items() if installed[n] != v]
     if wrong and not allow_untested:
@@ -68,7 +70,5 @@ def activate(*, allow_untested: bool = False) -> None:
     stack.prepare_imports()
     import torch
 
-    if active():
-        return
     redirection.apply(redirections())
     torch.cuda.is_available.__course_cpu__ = True
