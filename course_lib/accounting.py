@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from course_lib.layout_sizes import Fields
+from course_lib.parameters import layer_weights
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -91,12 +92,11 @@ def flops_per_token(model: Any, *, vocab_size: int, seq_length: int | None = Non
     >>> [round(flops_per_token(llama, vocab_size=128256, causal=causal) / 1e9, 1) for causal in (True, False)]
     [51.5, 57.9]
     """
-    get = Fields.of(model).model
+    fields = Fields.of(model)
+    get = fields.model
     hidden, layers, heads = get("hidden_size"), get("num_layers"), get("num_attention_heads")
-    channels, groups = get("kv_channels", hidden // heads), get("num_query_groups", heads)
-    attention = hidden * channels * (2 * heads + 2 * groups)
-    feed_forward = hidden * get("ffn_hidden_size") * (3 if get("gated_linear_unit", False) else 2)
-    multiplied = layers * (attention + feed_forward) + hidden * vocab_size
+    channels = get("kv_channels", hidden // heads)
+    multiplied = layers * layer_weights(fields) + hidden * vocab_size
     return 6 * multiplied + (6 if causal else 12) * layers * (seq_length or get("seq_length")) * heads * channels
 
 

@@ -130,7 +130,7 @@ def _kept(cfg: Any, *, ranks: int, stage: int) -> tuple[dict[str, dict[str, int]
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
                 out = meta_model.forward(chunk, cfg, ranks=ranks)
             if chunk.post_process:
-                copies += _second_copy(cfg, ranks=ranks, tokens=out.numel(), model=chunk)
+                copies += _second_copy(cfg, tokens=out.numel(), model=chunk)
     kept: dict[str, dict[str, int]] = {}
     for layer, part, storage in found:  # only now: recomputation gives storages back after they were kept
         parts = kept.setdefault(layer, {})
@@ -149,7 +149,7 @@ def _follow(chunk: Any, inside: list[str]) -> None:
         module.register_forward_hook(leave)
 
 
-def _second_copy(cfg: Any, *, ranks: int, tokens: int, model: Any) -> int:
+def _second_copy(cfg: Any, *, tokens: int, model: Any) -> int:
     """16-bit logits live on while their fp32 copy is made; Transformer Engine's loss needs no copy."""
     from course_lib import meta_model
 

@@ -7,7 +7,6 @@ test: the figures are written to `bench/` and shown beside what they should reac
 from __future__ import annotations
 
 import functools
-import json
 import os
 import statistics
 import sys
@@ -17,6 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from course_lib import runs
 
 __all__ = ["Figure", "UnknownPart", "changed", "figure", "main", "parts"]
 
@@ -76,7 +77,7 @@ def main(only: Sequence[str] = ()) -> int:
         home = PROJECT / "bench"
         home.mkdir(exist_ok=True)
         results = {"machine": _machine(), "figures": [asdict(figure) for figure in figures]}
-        (home / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        runs.write_json(home / "results.json", results)
         print(f"written to {home / 'results.json'}")
     return 0
 

@@ -148,6 +148,8 @@ def solved(answer: object, check: Callable[[Any], object]) -> None:
         raise ClaimFailed("there is no answer to check: the solution is None")
     try:
         verdict = check(answer)
+        # numpy's own False is no singleton, and a check that only asserts returns None.
+        wrong = verdict is not None and not bool(verdict)
     except ClaimFailed:
         raise
     except AssertionError as error:
@@ -155,8 +157,7 @@ def solved(answer: object, check: Callable[[Any], object]) -> None:
     except Exception as error:  # an attempt may be of any kind: a string where a number was meant, say
         kinds = f"a {type(answer).__name__} ({type(error).__name__}: {error})"
         raise ClaimFailed(f"the check cannot work with the answer {answer!r}, {kinds}") from error
-    # numpy's own False is no singleton, and a check that only asserts returns None.
-    if verdict is not None and not bool(verdict):
+    if wrong:
         raise ClaimFailed(f"the answer {answer!r} is not right")
 
 

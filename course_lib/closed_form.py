@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from course_lib.layout import padded_vocab_size, stage_layers
 from course_lib.layout_sizes import Fields, Layout
+from course_lib.parameters import layer_weights
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -113,7 +114,9 @@ def _rows(fields: Fields, layout: Layout, rank: int, element_bytes: int, gradien
         yield "forward", "all_reduce", "tp", tp, stream, m * split_out, "row-parallel outputs and the embedding"
         yield "backward", "all_reduce", "tp", tp, stream, m * split_in, "gradients of column-parallel inputs"
     yield "forward", "all_reduce", "tp", tp, 4 * sequence * micro, 3 * m * last, "loss: maximum, target logit, sum"
-    _, groups, channels = _attention(fields)
+    heads = fields.model("num_attention_heads")
+    groups = fields.model("num_query_groups", heads)
+    channels = fields.model("kv_channels", fields.model("hidden_size") // heads)
     keys = cp * sequence * micro * groups * channels // tp * element_bytes
     yield "forward", "all_gather", "cp", cp, keys, 2 * m * layers, "keys, and values, of the whole sequence"
     yield "backward", "reduce_scatter", "cp", cp, keys, 2 * m * layers, "their gradients, to the rank that has them"
@@ -194,23 +197,13 @@ def _vocabulary(fields: Fields, layout: Layout) -> int:
     return padded_vocab_size(given, tensor_model_parallel_size=tp, divisible_by=divisible_by) // tp
 
 
-def _attention(fields: Fields) -> tuple[int, int, int]:
-    """Query heads, heads of keys and values, and channels of each."""
-    heads = fields.model("num_attention_heads")
-    channels = fields.model("kv_channels", fields.model("hidden_size") // heads)
-    return heads, fields.model("num_query_groups", heads), channels
-
-
 def _parameters(fields: Fields, layout: Layout, stage: int, chunk: int) -> int:
     """Parameters of one model chunk on one rank."""
     tp, chunks = layout.tensor_model_parallel_size, stage_layers(fields)[stage]
     hidden = fields.model("hidden_size")
-    heads, groups, channels = _attention(fields)
-    matrices = 3 if fields.model("gated_linear_unit", False) else 2
-    cut = hidden * channels * (2 * heads + 2 * groups) + matrices * hidden * fields.model("ffn_hidden_size", 4 * hidden)
     begins = stage == 0 and chunk == 0
     ends = stage == layout.pipeline_model_parallel_size - 1 and chunk == len(chunks) - 1
     tied = fields.model("share_embeddings_and_output_weights", True)
     tables = 1 if begins and ends and tied else int(begins) + int(ends)
     norms = hidden * (2 * chunks[chunk] + int(ends))
-    return chunks[chunk] * cut // tp + norms + tables * _vocabulary(fields, layout) * hidden
+    return chunks[chunk] * layer_weights(fields) // tp + norms + tables * _vocabulary(fields, layout) * hidden

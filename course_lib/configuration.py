@@ -51,11 +51,7 @@ def as_the_ranks_see_it(cfg: ConfigContainer, device: str) -> ConfigContainer:
         return cfg
     from course_lib import devices
 
-    mine = copy.copy(cfg)
-    for part in ("model", "dist", "optimizer", "ddp", "dataset", "checkpoint"):
-        setattr(mine, part, copy.copy(getattr(cfg, part)))
-    devices.apply(mine)
-    return mine
+    return devices.applied(cfg)
 
 
 def read_file(path: Path) -> dict:

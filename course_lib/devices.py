@@ -7,6 +7,7 @@ from `config.yaml` in exactly these fields.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["FIELDS", "Difference", "Field", "apply", "differences", "table"]
+__all__ = ["FIELDS", "Difference", "Field", "applied", "apply", "differences", "table"]
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,15 @@ def apply(cfg: object, *, fields: tuple[Field, ...] = FIELDS) -> list[Difference
     for difference in changed:
         setattr(*_holder(cfg, difference.field), difference.on_cpu)
     return changed
+
+
+def applied(cfg: object) -> object:
+    """A copy of the configuration as CPU ranks see it; `cfg` itself stays as it is."""
+    mine = copy.copy(cfg)
+    for section in {field.path.split(".")[0] for field in FIELDS if "." in field.path}:
+        setattr(mine, section, copy.copy(getattr(cfg, section)))
+    apply(mine)
+    return mine
 
 
 def table(cfg: object) -> pd.DataFrame:

@@ -182,13 +182,9 @@ def with_layout(cfg: Any, *, tp: int = 1, pp: int = 1, cp: int = 1, ep: int = 1,
 
 def on_cpu(cfg: Any) -> Any:
     """A copy of a configuration with the fields that CPU ranks set (`course_lib.devices`), to plan what they hold."""
-    import copy
-
     from course_lib import devices
 
-    mine = copy.deepcopy(cfg)
-    devices.apply(mine)
-    return mine
+    return devices.applied(cfg)
 
 
 def bridge_estimate(cfg: Any, *, ranks: int) -> dict[str, float]:

@@ -9,7 +9,6 @@ same parameters; :mod:`course_lib.meta_kernels` replaces its kernels by function
 
 from __future__ import annotations
 
-import copy
 import logging
 import sys
 import warnings
@@ -140,11 +139,7 @@ def _without_devices(cfg: Any) -> Any:
     """A copy of the model's configuration that builds on the meta device, with the vocabulary that Bridge would use."""
     from course_lib import devices
 
-    mine = copy.copy(cfg)
-    for part in ("model", "dist", "optimizer", "ddp", "dataset", "checkpoint"):
-        setattr(mine, part, copy.copy(getattr(cfg, part)))
-    fused, mixed = _fused(cfg), precision(cfg)
-    devices.apply(mine)
+    mine, fused, mixed = devices.applied(cfg), _fused(cfg), precision(cfg)
     model = mine.model
     # What Bridge's _validate_and_set_vocab_size does: ids of the tokenizer are padded, a model's own are taken as given.
     if model.vocab_size is None or getattr(cfg.tokenizer, "use_tokenizer_vocab_size", False):

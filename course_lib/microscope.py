@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
-__all__ = ["ForeignFile", "Index", "datasets", "document", "index_bytes", "pieces", "read", "realised_blend"]
+__all__ = ["ForeignFile", "Index", "datasets", "document", "pieces", "read", "realised_blend"]
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER_BYTES = 34
@@ -44,18 +44,6 @@ class Index:
     lengths: np.ndarray
     pointers: np.ndarray
     table: pd.DataFrame
-
-
-def index_bytes(documents: int) -> int:
-    """Size of an `.idx` file whose documents are one sequence each.
-
-    34 bytes of header, 20 a document (4 length, 8 pointer, 8 boundary), and 8 for the boundary before the first.
-
-    Example:
-        >>> index_bytes(1000)
-        20042
-    """
-    return HEADER_BYTES + 20 * documents + 8
 
 
 def read(prefix: Path) -> Index:

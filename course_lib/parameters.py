@@ -1,13 +1,12 @@
-"""Closed forms about a dense model: how many parameters it has, and what it loses before it has learnt anything."""
+"""Closed forms about a dense model: how many parameters it has, and how many of them stand in matrices."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from course_lib.layout_sizes import Fields
 
-__all__ = ["initial_loss", "parameter_count"]
+__all__ = ["layer_weights", "parameter_count"]
 
 
 def parameter_count(model: Any, *, vocab_size: int | None = None) -> int:
@@ -36,7 +35,8 @@ def parameter_count(model: Any, *, vocab_size: int | None = None) -> int:
     >>> parameter_count(llama, vocab_size=128256)
     1235814400
     """
-    get = Fields.of(model).model
+    fields = Fields.of(model)
+    get = fields.model
     wanted = {
         "normalization": ("RMSNorm", "LayerNorm"),
         "add_bias_linear": (False, True),
@@ -56,36 +56,28 @@ def parameter_count(model: Any, *, vocab_size: int | None = None) -> int:
                 "count the built model instead"
             )
     hidden, heads, layers = get("hidden_size"), get("num_attention_heads"), get("num_layers")
-    groups, width = get("num_query_groups", heads), get("ffn_hidden_size", 4 * hidden)
+    groups = get("num_query_groups", heads)
     rows = vocab_size if vocab_size is not None else get("vocab_size")
     if rows is None:
         raise ValueError("the model has no vocab_size: give vocab_size=")
     channels = get("kv_channels", hidden // heads)
-    attention = hidden * channels * (2 * heads + 2 * groups)
-    feed_forward = hidden * width * (3 if get("gated_linear_unit", False) else 2)
+    layer = layer_weights(fields) + 2 * hidden
     if get("add_qkv_bias", False):
-        attention += channels * (heads + 2 * groups)
+        layer += channels * (heads + 2 * groups)
     if get("qk_layernorm", False):
-        attention += 2 * channels
+        layer += 2 * channels
     embeddings = rows * hidden * (1 if get("share_embeddings_and_output_weights", True) else 2)
-    return embeddings + layers * (attention + feed_forward + 2 * hidden) + hidden
+    return embeddings + layers * layer + hidden
 
 
-def initial_loss(vocab_size: int) -> float:
-    """The loss of a model that knows nothing: every id is equally likely.
+def layer_weights(fields: Fields) -> int:
+    """How many weights stand in the matrices of a dense layer: attention's four, and the feed-forward's two or three.
 
     Args:
-        vocab_size: Number of ids among which the model chooses.
-
-    Returns:
-        ln(vocab_size), in nats a token.
-
-    Raises:
-        ValueError: If it is not positive.
-
-    >>> round(initial_loss(32000), 2)
-    10.37
+        fields: The model's fields; those with a default of Megatron's may be missing.
     """
-    if vocab_size < 1:
-        raise ValueError(f"vocab_size={vocab_size} must be at least 1")
-    return math.log(vocab_size)
+    get = fields.model
+    hidden, heads = get("hidden_size"), get("num_attention_heads")
+    channels, groups = get("kv_channels", hidden // heads), get("num_query_groups", heads)
+    matrices = 3 if get("gated_linear_unit", False) else 2
+    return hidden * channels * (2 * heads + 2 * groups) + matrices * hidden * get("ffn_hidden_size", 4 * hidden)

@@ -11,7 +11,7 @@ import html
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from course_lib import compute, memory
+from course_lib import compute, memory, plots_style
 from course_lib.layout import LayoutError
 from course_lib.units import gib
 
@@ -46,13 +46,7 @@ def bars(plans: Mapping[str, memory.Plan], *, gpu: compute.Gpu, ax: Axes, title:
     Returns:
         The axis, in GiB.
     """
-    shades = {
-        "weights": "#0072B2",
-        "gradients": "#D55E00",
-        "optimizer": "#009E73",
-        "activations": "#CC79A7",
-        "loss": "#787878",
-    }
+    shades = dict(zip(memory.COMPONENTS, (*plots_style.COLOURS.values(), plots_style.INK), strict=True))
     hatches = dict(zip(memory.COMPONENTS, ("", "//", "..", "\\\\", "xx"), strict=True))
     labels, limit = list(plans), gib(gpu.memory_bytes)
     left = [0.0] * len(labels)

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from course_lib.model_facts import ModelFacts, UnknownModel, known_models, offline
-from course_lib.parameters import initial_loss, parameter_count
+from course_lib.parameters import parameter_count
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,7 +24,6 @@ __all__ = [
     "describe",
     "diff",
     "flatten",
-    "initial_loss",
     "known_models",
     "offline",
     "parameter_count",
@@ -223,6 +222,8 @@ def _leaf(value: Any) -> Any:
 
 def _same(one: Any, other: Any) -> bool:
     """Equality that also tells 1 from True and 1 from 1.0: YAML and Megatron do."""
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
     try:
         return type(one) is type(other) and bool(one == other)
     except (TypeError, ValueError, RuntimeError):  # arrays and the like

@@ -188,6 +188,8 @@ def _put_stand_ins() -> None:
     importlib.import_module("megatron.core.fp8_utils")
     importlib.import_module("megatron.core.extensions.transformer_engine")
     for name in missing_modules():
+        if name in sys.modules:  # called before: a second stand-in would have other classes of the same names
+            continue
         module = _empty_module(name)
         for child in _MODULES[name][1]:
             setattr(module, child, _empty_module(f"{name}.{child}"))

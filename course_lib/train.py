@@ -14,7 +14,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -185,7 +185,6 @@ def rank_main(
     cfg: ConfigContainer | None = None,
     *,
     callbacks: Sequence[object] = (),
-    forward_step: Callable | None = None,
 ) -> None:
     """Run one rank from start to end; `RANK` and `WORLD_SIZE` are in the environment.
 
@@ -199,8 +198,6 @@ def rank_main(
         cfg: This rank's own copy of what `prepare()` returned; `None` reads the file.
         callbacks: Further listeners, called after this module's own.  Each has methods named as Bridge's events
             (`on_train_step_end(context)` and so on); it need not inherit from Bridge's `Callback`.
-        forward_step: The function that takes a batch and computes the loss, for Bridge's `pretrain()`; `None` is
-            Bridge's GPT step.
 
     Raises:
         SystemExit: With code 1 after a failure, which then stands in `ranks/N.json` and `outcome.json`.
@@ -209,7 +206,7 @@ def rank_main(
     with _output_to(path / "logs" / f"rank_{rank}.log"):
         try:
             stage(path, rank, "reading the configuration")
-            _train(path, rank, world, cfg, callbacks, forward_step)
+            _train(path, rank, world, cfg, callbacks)
             stage(path, rank, "done")
         except BaseException as error:
             failures.record(path, rank, error)
@@ -231,7 +228,6 @@ def _train(
     world: int,
     cfg: ConfigContainer | None,
     further: Sequence[object],
-    forward_step: Callable | None,
 ) -> None:
     launch = runs.Run(path).launch
     device = launch.get("device") or stack.device(world)
@@ -244,7 +240,7 @@ def _train(
         cpu.activate(allow_untested=os.environ.get("COURSE_ALLOW_UNTESTED") == "1")
     import torch
     from megatron.bridge.training.finetune import finetune
-    from megatron.bridge.training.gpt_step import forward_step as gpt_step
+    from megatron.bridge.training.gpt_step import forward_step
     from megatron.bridge.training.pretrain import pretrain
 
     from course_lib import devices, layout
@@ -263,7 +259,7 @@ def _train(
 
         callbacks.append(recording.callback(path, rank))
     try:
-        train(cfg, forward_step or gpt_step, callbacks=[*callbacks, *further])
+        train(cfg, forward_step, callbacks=[*callbacks, *further])
     except SystemExit as leaving:  # Bridge leaves this way when a limit of time or a signal ends a run
         if leaving.code not in (None, 0):
             raise RuntimeError(f"Bridge ended the run with exit code {leaving.code}") from None

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["GB", "GiB", "KiB", "MiB", "format_bytes", "format_count", "format_number", "gb", "gib"]
+__all__ = ["GB", "GiB", "MiB", "format_bytes", "format_number", "gib"]
 
-KiB: int = 2**10
 MiB: int = 2**20
 GiB: int = 2**30
 GB: int = 10**9
@@ -29,21 +28,6 @@ def gib(size_bytes: float) -> float:
     3.0
     """
     return size_bytes / GiB
-
-
-def gb(size_bytes: float) -> float:
-    """How many GB (10**9 bytes) are these bytes?
-
-    Args:
-        size_bytes: A size in bytes.
-
-    Returns:
-        The size in GB.
-
-    >>> gb(80 * 10**9), round(gib(80 * 10**9), 1)
-    (80.0, 74.5)
-    """
-    return size_bytes / GB
 
 
 def format_bytes(size_bytes: float) -> str:
@@ -67,30 +51,6 @@ def format_bytes(size_bytes: float) -> str:
         if abs(size) < 1023.95:
             return f"{size:.1f} {unit}"
     return f"{size / 1024:.1f} PiB"
-
-
-def format_count(count: float) -> str:
-    """A number of parameters or tokens, short: three significant digits and K, M, B (10**9) or T.
-
-    Args:
-        count: A number of things.
-
-    Returns:
-        Text such as ``"1.24B"``; below 1000 the whole number.
-
-    >>> format_count(1_235_814_400), format_count(787_584), format_count(512), format_count(999_999)
-    ('1.24B', '788K', '512', '1.00M')
-    """
-    size = float(count)
-    if abs(round(size)) < 1000:
-        return f"{size:.0f}"
-    for unit in ("K", "M", "B", "T"):
-        size /= 1000
-        # 999.5 has three significant digits too many: it belongs to the next unit.
-        if abs(size) < 999.5 or unit == "T":
-            break
-    decimals = 2 if abs(size) < 9.995 else 1 if abs(size) < 99.95 else 0
-    return f"{size:.{decimals}f}{unit}"
 
 
 def format_number(value: float) -> str:

@@ -61,14 +61,14 @@ def _serve_one(connection: socket.socket, finished: Callable[[socket.socket], No
             if "target" not in request:
                 lines.readline()  # a lease: returns when the client goes away
                 return
-            connection.sendall((json.dumps(_supervise(request, connection, lines)) + "\n").encode())
+            connection.sendall((json.dumps(_supervise(request, lines)) + "\n").encode())
     except (OSError, ValueError):
         pass
     finally:
         finished(connection)
 
 
-def _supervise(request: dict, connection: socket.socket, lines: object) -> dict:
+def _supervise(request: dict, lines: object) -> dict:
     """Start an agent and wait for its end, or for the client's word or disappearance."""
     import multiprocessing
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 
 from course_lib import checks
@@ -65,6 +66,11 @@ def test_an_attempt_never_fails_the_notebook(answer: object, capsys: pytest.Capt
     assert ("not attempted yet" if answer is None else "not yet: ") in out and "Traceback" not in out
 
 
+def test_an_array_where_a_number_was_meant_is_answered() -> None:
+    """An array has no truth of its own, and numpy says so with an error."""
+    assert checks.exercise(numpy.array([4, 4]), lambda value: value == 4) is False
+
+
 def test_a_right_answer_is_right(capsys: pytest.CaptureFixture[str]) -> None:
     """The same check passes the solution, by raising nothing or by returning True."""
     assert checks.exercise(4, is_four) and checks.exercise(4, lambda value: value == 4)
@@ -75,8 +81,6 @@ def test_a_right_answer_is_right(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("answer", [None, 3])
 def test_a_solution_must_pass(answer: object) -> None:
     """A solution cell fails when its answer is missing or wrong, however the check says so."""
-    import numpy
-
     for check in (is_four, lambda value: value == 4, lambda value: numpy.bool_(False)):
         with pytest.raises(checks.ClaimFailed):
             checks.solved(answer, check)

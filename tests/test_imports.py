@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import small
 
-from course_lib import imports, launch
+from course_lib import imports, launch, stack
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -266,3 +266,11 @@ def test_a_rank_never_runs_what_it_does_not_need(bridge, runs_directory):
     assert run.outcome.status == "succeeded"
     for rank in range(2):
         assert json.loads((run.path / f"loaded{rank}.json").read_text()) == []
+
+
+def test_preparing_twice_keeps_the_stand_ins(bridge):
+    """A rank prepares its imports twice; a second stand-in would have other classes of the same names."""
+    names = [name for name in stack.missing_modules() if name in sys.modules]
+    before = [sys.modules[name] for name in names]
+    stack.prepare_imports()
+    assert names and [sys.modules[name] for name in names] == before

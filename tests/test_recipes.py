@@ -219,11 +219,13 @@ def test_flatten_shows_functions_and_types_as_text(bridge: Any) -> None:
 
 def test_diff_tells_absent_none_and_types_apart() -> None:
     """A missing setting, None, False, 0 and 0.0 are five different things."""
-    before, after = {"a": None, "b": 0, "c": 1, "d": [1]}, {"a": False, "b": 0.0, "d": [1], "e": None}
+    before = {"a": None, "b": 0, "c": 1, "d": [1], "f": [1, 2]}
+    after = {"a": False, "b": 0.0, "d": [1], "e": None, "f": [True, 2.0]}
     assert recipes.diff(before, after).values.tolist() == [
         ["a", None, False],
         ["b", 0, 0.0],
         ["c", 1, "(absent)"],
+        ["f", [1, 2], [True, 2.0]],
         ["e", "(absent)", None],
     ]
 
@@ -343,14 +345,3 @@ def test_shrink_of_a_hybrid_follows_its_pattern(bridge: Any) -> None:
     for wrong, words in (({"hybrid_layer_pattern": "MM"}, "no layer pattern"), ({"num_moe_experts": 8}, "no experts")):
         with pytest.raises(ValueError, match=words):
             recipes.shrink(dense, **wrong)
-
-
-def test_initial_loss_is_that_of_a_uniform_guess() -> None:
-    """A model that spreads its belief evenly pays ln V nats for each token."""
-    import torch
-
-    for vocab in (2, 512, 32_000):
-        uniform = torch.nn.functional.cross_entropy(torch.zeros(1, vocab), torch.tensor([0]))
-        assert recipes.initial_loss(vocab) == pytest.approx(uniform.item(), abs=1e-5)
-    with pytest.raises(ValueError, match="vocab_size=0"):
-        recipes.initial_loss(0)
