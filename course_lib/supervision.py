@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,8 +58,11 @@ def until_the_end(
     (run.path / ".reserve").write_bytes(b"\0" * RESERVE_BYTES)
     report: dict | None = None
     try:
-        with _outcome_if_it_fails(run):
+        try:
             launched = start(run, ranks)
+        except BaseException as error:
+            runs.write_outcome(run.path, _stopped_by(error))
+            raise
         try:
             patience = _Patience()
             while (report := launched.wait(0.1)) is None:
@@ -72,17 +75,15 @@ def until_the_end(
                     launched.stop()
                     _wait_for_the_end(launched, run)
                     break
-        except KeyboardInterrupt:
+        except BaseException as error:  # the learner's interrupt, or what `watch` raised
             launched.stop()
-            _wait_for_the_end(launched, run)
-            outcome = runs.Outcome("interrupted", cause="stopped by the learner")
-            runs.write_outcome(run.path, outcome)
-            raise RunInterrupted(f"run {run.name!r} was stopped; all {ranks} ranks are gone") from None
-        except BaseException:  # of `watch`, or a second interrupt
-            with _outcome_if_it_fails(run):
-                launched.stop()
+            try:
                 _wait_for_the_end(launched, run)
-                raise
+            finally:  # a second interrupt ends the waiting, and the run still has its last word
+                runs.write_outcome(run.path, _stopped_by(error))
+            if isinstance(error, KeyboardInterrupt):
+                raise RunInterrupted(f"run {run.name!r} was stopped; all {ranks} ranks are gone") from None
+            raise
         finally:
             launched.close()
         outcome = _outcome_of(run, report)
@@ -95,15 +96,11 @@ def until_the_end(
     return run.again()
 
 
-@contextlib.contextmanager
-def _outcome_if_it_fails(run: runs.Run) -> Iterator[None]:
-    """Leave no run behind that looks as if it went on: what stopped the launch is its outcome."""
-    try:
-        yield
-    except BaseException as error:
-        if run.again().outcome is None:
-            runs.write_outcome(run.path, runs.Outcome("failed", cause=f"{type(error).__name__}: {error}"[:500]))
-        raise
+def _stopped_by(error: BaseException) -> runs.Outcome:
+    """The outcome of a launch that was ended from outside: without one a run looks as if it went on."""
+    if isinstance(error, KeyboardInterrupt):
+        return runs.Outcome("interrupted", cause="stopped by the learner")
+    return runs.Outcome("failed", cause=f"{type(error).__name__}: {error}"[:500])
 
 
 class _Patience:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Change", "Comparison", "NotOneChange", "compare", "held_out", "moved", "one_change", "repeat", "seeded"]
 
-
 CONFIDENCE = 0.95
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import small
 
-from course_lib import devices, launch, layout, runs, torchrun, warm
+from course_lib import devices, launch, layout, runs, supervision, torchrun, warm
 
 
 @pytest.fixture(scope="module")
@@ -260,3 +261,17 @@ def alive(pid: int) -> bool:
     import psutil
 
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def test_a_second_interrupt_leaves_an_outcome(bridge, runs_directory):
+    """Whoever presses stop twice gets a run that says so, and its launch is closed."""
+    closed = []
+
+    def interrupted(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    fake = SimpleNamespace(wait=interrupted, stop=lambda: None, close=lambda: closed.append(True))
+    run = launch.prepare(small.config(), ranks=2, name="twice")
+    with pytest.raises(KeyboardInterrupt):
+        supervision.until_the_end(run, ranks=2, start=lambda *_: fake, view=None, watch=None)
+    assert run.again().outcome.status == "interrupted" and closed
