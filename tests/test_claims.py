@@ -137,8 +137,12 @@ def lesson_10():
     yield "check-kill", kill, [{"again": 1}, {"distance": gives(1e-6)}, {"checkpoints": apart}]
     listing = pd.DataFrame({"missing": ["", ".metadata: not written"]}, index=[6, 12])
     space = "No space left on device"
+
+    def of_rank_0(message, exception="CheckpointException"):
+        return {rank: {"exception": exception, "message": "[]" if rank else message} for rank in range(8)}
+
     full = {
-        "full": Some(ranks=gives({3: {"exception": "CheckpointException", "message": ""}})), "cfg": 0,
+        "full": Some(ranks=gives(of_rank_0("[3]"))), "cfg": 0,
         "why": Some(rank=3, cause=space),
         "checkpoints": Some(latest=gives(Some(step=6)), listing=gives(listing)), "save_interval": 6,
         "launch": Some(run=gives(0)), "distance": gives(0),
@@ -148,7 +152,7 @@ def lesson_10():
         full,
         [
             {"why": Some(rank=0, cause=space)},
-            {"full": Some(ranks=gives({3: {"exception": "OSError", "message": space}})), "distance": gives(1e-6)},
+            {"full": Some(ranks=gives(of_rank_0(space, "OSError"))), "distance": gives(1e-6)},
             {"checkpoints": Some(latest=gives(Some(step=12)), listing=gives(listing.iloc[::-1].set_axis([6, 12])))},
         ],
     )
