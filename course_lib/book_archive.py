@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from pathlib import Path
+
+from course_lib import files
 
 __all__ = ["FOLDER", "pack"]
 
@@ -29,17 +30,13 @@ def pack(html: Path, target: Path) -> Path:
     """
     if not (html / "index.html").is_file():
         raise FileNotFoundError(f"{html} holds no built book. Run `make book` first.")
-    half = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        with zipfile.ZipFile(half, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
-            for path in sorted(html.rglob("*")):
-                name = path.relative_to(html)
-                if not path.is_file() or name.parts[0].startswith("."):  # Sphinx's own notes, and a mark for Pages
-                    continue
-                entry = zipfile.ZipInfo(f"{FOLDER}/{name.as_posix()}", date_time=OLDEST)
-                entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
-                archive.writestr(entry, path.read_bytes())
-        os.replace(half, target)
-    finally:
-        half.unlink(missing_ok=True)
+    compression = {"compression": zipfile.ZIP_DEFLATED, "compresslevel": 6}
+    with files.replacing(target) as half, zipfile.ZipFile(half, "w", **compression) as archive:
+        for path in sorted(html.rglob("*")):
+            name = path.relative_to(html)
+            if not path.is_file() or name.parts[0].startswith("."):  # Sphinx's own notes, and a mark for Pages
+                continue
+            entry = zipfile.ZipInfo(f"{FOLDER}/{name.as_posix()}", date_time=OLDEST)
+            entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
+            archive.writestr(entry, path.read_bytes())
     return target

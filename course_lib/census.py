@@ -145,7 +145,6 @@ def _child(asked: Mapping[str, Any]) -> None:
 
     from course_lib import meta_model
 
-    _make_hybrid_models_buildable()
     for name in asked["recipes"]:
         module, function = name.split(":")
         with offline_recipes.offline():
@@ -172,15 +171,11 @@ def _child(asked: Mapping[str, Any]) -> None:
 
 def _lay_out(cfg: Any, ranks: int, vocab_size: int | None) -> None:
     """TP=1 PP=1 and the experts over all ranks, of Megatron's own unfused layers: the same parameters."""
-    from megatron.core.post_training.modelopt.hybrid.model_specs import get_hybrid_stack_modelopt_spec
-
     model = cfg.model
     model.vocab_size = vocab_size or model.vocab_size
     if not model.vocab_size:
         raise CensusFailed("the recipe leaves its vocabulary to a tokenizer: give vocab_size")
     cfg.tokenizer.use_tokenizer_vocab_size = False  # the model as published, not the recipe's stand-in tokenizer
-    if hasattr(model, "hybrid_stack_spec"):
-        model.hybrid_stack_spec = get_hybrid_stack_modelopt_spec(local_core_attention=True)
     for size in ("tensor_model", "pipeline_model", "context", "expert_model", "expert_tensor"):
         setattr(model, f"{size}_parallel_size", 1)
     model.virtual_pipeline_model_parallel_size, model.pipeline_model_parallel_layout = None, None
@@ -192,39 +187,6 @@ def _lay_out(cfg: Any, ranks: int, vocab_size: int | None) -> None:
     model.recompute_granularity = model.recompute_modules = None
     cfg.dataset.seq_length = model.seq_length
     cfg.train.micro_batch_size, cfg.train.global_batch_size = 1, ranks
-
-
-def _make_hybrid_models_buildable() -> None:
-    """What a hybrid model touches while it is built, and needs only when it computes."""
-    from contextlib import nullcontext
-    from types import SimpleNamespace
-
-    import torch
-    from megatron.core.models.hybrid import hybrid_block
-    from megatron.core.post_training.modelopt.hybrid import model_specs
-    from megatron.core.ssm import mamba_mixer
-    from megatron.core.transformer.moe import moe_layer
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
-
-    class GatedNorm(torch.nn.Module):
-        """The shape of mamba-ssm's gated RMSNorm: one weight a channel."""
-
-        def __init__(self, channels: int, *, device: object = None, **_: object) -> None:
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.empty(channels, device=device))
-
-    class Duplicated(torch.nn.Module):
-        """The shape of Transformer Engine's linear layer, which Megatron demands around experts in a latent space."""
-
-        def __init__(self, inputs: int, outputs: int, **_: object) -> None:
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.empty(outputs, inputs))
-
-    moe_layer.HAVE_TE, moe_layer.TELinear = True, Duplicated
-    mamba_mixer.HAVE_MAMBA_SSM = True
-    mamba_mixer.ExtendedRMSNorm = GatedNorm
-    mamba_mixer.get_cuda_rng_tracker = lambda: SimpleNamespace(fork=nullcontext)
-    model_specs.Norm = hybrid_block.TENorm = WrappedTorchNorm
 
 
 if __name__ == "__main__":

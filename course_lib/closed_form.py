@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from math import ceil, lcm
 from typing import TYPE_CHECKING, Any
 
-from course_lib.layout import padded_vocab_size, stage_layers
+from course_lib.layout import embedding_rows, stage_layers
 from course_lib.layout_sizes import Fields, Layout
 from course_lib.parameters import layer_weights
 
@@ -157,7 +157,7 @@ def _update_rows(
         else:
             yield "update", "all_reduce", "dp-cp", dp, gradient_bytes * count, 1, "gradients"
     if tied and pp > 1 and stage in (0, pp - 1):
-        size_bytes = gradient_bytes * _vocabulary(fields, layout) * fields.model("hidden_size")
+        size_bytes = gradient_bytes * _table(fields, layout)
         yield "update", "all_reduce", "embedding", 2, size_bytes, 1, "the tied embedding, kept on two stages"
     if sharded:
         yield "update", "all_reduce", "optimizer", layout.world_size, 4, 1, "norm of the gradient"
@@ -177,7 +177,7 @@ def _buckets(fields: Fields, layout: Layout, stage: int, *, sharded: bool) -> It
     """Parameters of each buffer that is reduced at once, for one rank of a stage."""
     pp, chunks = layout.pipeline_model_parallel_size, len(stage_layers(fields)[stage])
     tied = bool(fields.model("share_embeddings_and_output_weights", True))
-    table = _vocabulary(fields, layout) * fields.model("hidden_size")
+    table = _table(fields, layout)
     for chunk in range(chunks):
         count = _parameters(fields, layout, stage, chunk)
         shared = (stage == 0 and chunk == 0) or (stage == pp - 1 and chunk == chunks - 1)
@@ -187,14 +187,9 @@ def _buckets(fields: Fields, layout: Layout, stage: int, *, sharded: bool) -> It
         yield count
 
 
-def _vocabulary(fields: Fields, layout: Layout) -> int:
-    """Rows of the embedding on one rank."""
-    tp, preset = layout.tensor_model_parallel_size, fields.model("vocab_size")
-    if preset is not None and not fields.get("tokenizer", "use_tokenizer_vocab_size", False):
-        return preset // tp  # Bridge takes a preset size as it is
-    divisible_by = fields.model("make_vocab_size_divisible_by", 128)
-    given = fields.get("tokenizer", "vocab_size")
-    return padded_vocab_size(given, tensor_model_parallel_size=tp, divisible_by=divisible_by) // tp
+def _table(fields: Fields, layout: Layout) -> int:
+    """Weights of the embedding on one rank."""
+    return embedding_rows(fields) // layout.tensor_model_parallel_size * fields.model("hidden_size")
 
 
 def _parameters(fields: Fields, layout: Layout, stage: int, chunk: int) -> int:
@@ -206,4 +201,4 @@ def _parameters(fields: Fields, layout: Layout, stage: int, chunk: int) -> int:
     tied = fields.model("share_embeddings_and_output_weights", True)
     tables = 1 if begins and ends and tied else int(begins) + int(ends)
     norms = hidden * (2 * chunks[chunk] + int(ends))
-    return chunks[chunk] * layer_weights(fields) // tp + norms + tables * _vocabulary(fields, layout) * hidden
+    return chunks[chunk] * layer_weights(fields) // tp + norms + tables * _table(fields, layout)

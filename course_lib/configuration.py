@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
 
+from course_lib import files
 from course_lib.credentials import secrets
 from course_lib.runs import ConfigError
 
@@ -90,9 +90,9 @@ def write_config(cfg: ConfigContainer, path: Path, places: dict[str, str | None]
     mine.checkpoint, mine.logger = copy.copy(cfg.checkpoint), copy.copy(cfg.logger)
     mine.checkpoint.save, mine.checkpoint.load = places["save"], places["load"]
     mine.logger.tensorboard_dir = None  # the run directory records the same numbers
-    temporary = path / ".config.yaml"
-    mine.to_yaml(str(temporary))
-    _put_in_place(temporary, path)
+    with files.replacing(path / "config.yaml") as half:
+        mine.to_yaml(str(half))
+        _refuse_secrets(half)
 
 
 def write_content(content: dict, path: Path, places: dict[str, str | None]) -> None:
@@ -103,17 +103,15 @@ def write_content(content: dict, path: Path, places: dict[str, str | None]) -> N
         mine["checkpoint"].update(places)
     if isinstance(mine.get("logger"), dict):
         mine["logger"]["tensorboard_dir"] = None
-    temporary = path / ".config.yaml"
-    temporary.write_text(yaml.safe_dump(mine, sort_keys=False))
-    _put_in_place(temporary, path)
+    with files.replacing(path / "config.yaml") as half:
+        half.write_text(yaml.safe_dump(mine, sort_keys=False))
+        _refuse_secrets(half)
 
 
-def _put_in_place(temporary: Path, path: Path) -> None:
-    """Rename a written configuration to `config.yaml`, unless an access token stands in it."""
-    if found := secrets(temporary.read_text()):
-        temporary.unlink()
+def _refuse_secrets(half: Path) -> None:
+    """Raise while the configuration is not in place yet, if an access token stands in it."""
+    if found := secrets(half.read_text()):
         raise ConfigError(
             f"config.yaml would hold an access token ({found[0].removeprefix('text, ')}), and everybody who may read a run "
             "may read that: take it out of cfg, and set it as an environment variable of the process that needs it"
         )
-    os.replace(temporary, path / "config.yaml")

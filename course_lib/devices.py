@@ -121,18 +121,17 @@ def _holder(cfg: object, path: str) -> tuple[object, str] | None:
     return (cfg, name) if cfg is not None and hasattr(cfg, name) else None
 
 
-def differences(cfg: object, *, fields: tuple[Field, ...] = FIELDS) -> list[Difference]:
+def differences(cfg: object) -> list[Difference]:
     """Which fields of this configuration change on a CPU.
 
     Args:
         cfg: Bridge's `ConfigContainer`; it is not changed.
-        fields: The table to use.
 
     Returns:
         One entry for each field whose value differs; fields that the configuration does not have are left out.
     """
     found = []
-    for field in fields:
+    for field in FIELDS:
         holder = _holder(cfg, field.path)
         if holder is None:
             continue
@@ -143,9 +142,9 @@ def differences(cfg: object, *, fields: tuple[Field, ...] = FIELDS) -> list[Diff
     return found
 
 
-def apply(cfg: object, *, fields: tuple[Field, ...] = FIELDS) -> list[Difference]:
+def apply(cfg: object) -> list[Difference]:
     """Set the CPU's values in place and return what changed, as `differences()` would say it."""
-    changed = differences(cfg, fields=fields)
+    changed = differences(cfg)
     for difference in changed:
         setattr(*_holder(cfg, difference.field), difference.on_cpu)
     return changed

@@ -158,8 +158,8 @@ def _re_exported(loader: importlib.machinery.SourceFileLoader, package: str) -> 
 class _Finder(importlib.abc.MetaPathFinder):
     """Answers for deferred modules, and runs a hook after a few others are imported."""
 
-    def __init__(self, rules: Iterable[Deferred]) -> None:
-        self.rules = {rule.module: rule for rule in rules}
+    def __init__(self) -> None:
+        self.rules = {rule.module: rule for rule in DEFERRED}
         self.hooks = {"megatron.bridge.models.conversion.auto_bridge": _load_bridges_on_demand}
 
     def find_spec(self, name: str, path: object, target: object = None) -> importlib.machinery.ModuleSpec | None:
@@ -260,12 +260,12 @@ def ready() -> bool:
     return any(isinstance(finder, _Finder) for finder in sys.meta_path)
 
 
-def defer(rules: Iterable[Deferred] = DEFERRED) -> None:
-    """Postpone the bodies of the modules in `rules` from now on; calling it again changes nothing.
+def defer() -> None:
+    """Postpone the bodies of the modules in `DEFERRED` from now on; calling it again changes nothing.
 
     Modules that are already imported stay as they are.
     """
     if ready():
         return
-    sys.meta_path.insert(0, _Finder(rules))
+    sys.meta_path.insert(0, _Finder())
     _import_transformers_quickly()

@@ -12,7 +12,7 @@ from itertools import product
 from math import prod
 from typing import Any
 
-from course_lib.layout_rules import padded_vocab_size, refusals
+from course_lib.layout_rules import embedding_rows, padded_vocab_size, refusals
 from course_lib.layout_sizes import Fields, Layout, LayoutError, Refusal, divisors
 from course_lib.layout_stages import stage_layers
 
@@ -21,6 +21,7 @@ __all__ = [
     "LayoutError",
     "Refusal",
     "check",
+    "embedding_rows",
     "legal_layouts",
     "padded_vocab_size",
     "rank_grid",

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import ceil
+from typing import Any
 
 from course_lib.layout_sizes import Fields, Layout, LayoutError, Refusal, divisors, either
 from course_lib.layout_stages import stage_layers
 
-__all__ = ["padded_vocab_size", "refusals"]
+__all__ = ["embedding_rows", "padded_vocab_size", "refusals"]
 
 TP = "model.tensor_model_parallel_size"
 EP = "model.expert_model_parallel_size"
@@ -71,6 +72,37 @@ def padded_vocab_size(vocab_size: int, *, tensor_model_parallel_size: int = 1, d
         given = f"vocab_size={vocab_size}, tensor_model_parallel_size={tensor_model_parallel_size}"
         raise ValueError(f"{given} and divisible_by={divisible_by} must be positive")
     return _next_multiple(divisible_by * tensor_model_parallel_size, vocab_size)
+
+
+def embedding_rows(cfg: Any) -> int:
+    """How many rows does the embedding of a whole configuration get?
+
+    Args:
+        cfg: A Bridge ``ConfigContainer``, or the same as nested mappings.
+
+    Returns:
+        The tokenizer's ids, padded, or the model's own ``vocab_size`` as it is.
+
+    Source: megatron-bridge 0.6.2 ``training/setup.py`` ``_validate_and_set_vocab_size``.
+
+    >>> model, tokenizer = dict(tensor_model_parallel_size=8), dict(vocab_size=500)
+    >>> embedding_rows(dict(model=model, tokenizer=tokenizer))
+    1024
+    >>> embedding_rows(dict(model=model | dict(vocab_size=600), tokenizer=tokenizer))
+    600
+    """
+    fields = Fields.of(cfg)
+    if not _rows_follow_the_tokenizer(fields):
+        return fields.model("vocab_size")
+    return padded_vocab_size(
+        fields.get("tokenizer", "vocab_size"),
+        tensor_model_parallel_size=fields.model("tensor_model_parallel_size", 1),
+        divisible_by=fields.model("make_vocab_size_divisible_by", 128),
+    )
+
+
+def _rows_follow_the_tokenizer(fields: Fields) -> bool:
+    return fields.model("vocab_size") is None or fields.get("tokenizer", "use_tokenizer_vocab_size", False)
 
 
 def _next_multiple(size: int, value: int) -> int:
@@ -198,7 +230,7 @@ def _attention(layout: Layout, fields: Fields) -> Iterator[Refusal]:
 def _vocabulary(layout: Layout, fields: Fields) -> Iterator[Refusal]:
     """``VocabParallelEmbedding``; Bridge's ``_validate_and_set_vocab_size`` decides whether rows are padded."""
     rows, tensor = fields.model("vocab_size"), layout.tensor_model_parallel_size
-    if rows is None or fields.get("tokenizer", "use_tokenizer_vocab_size", False):
+    if _rows_follow_the_tokenizer(fields):
         return  # they come from the tokenizer, and then they are padded
     ids = fields.get("tokenizer", "vocab_size", 0)
     if rows < ids:

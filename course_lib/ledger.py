@@ -13,7 +13,6 @@ import math
 import os
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from course_lib import files
 from course_lib.units import format_number
 
 if TYPE_CHECKING:
@@ -297,9 +297,7 @@ def _open() -> Iterator[_Content]:
         yield content
         text = json.dumps({"format": 2, **asdict(content)}, indent=1)
         try:
-            with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=file.parent, delete=False) as new:
-                new.write(text)
-            os.replace(new.name, file)
+            files.write_text(file, text)
         except OSError as error:
             raise LedgerError(
                 f"the ledger {file} cannot be written ({error}). Set COURSE_LEDGER to another file."

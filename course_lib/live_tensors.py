@@ -17,6 +17,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from course_lib import files
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -73,7 +75,7 @@ class _Measuring:
         if context.state.train_state.step == 1:
             self.found |= _states(_as_list(context.model), context.optimizer)
             self.found["live_bytes"] = _bytes(item for item in gc.get_objects() if _is_tensor(item))
-            (self.path / "ranks" / f"{self.found['rank']}.tensors").write_text(json.dumps(self.found))
+            files.write_text(self.path / "ranks" / f"{self.found['rank']}.tensors", json.dumps(self.found))
 
 
 def _states(chunks: list[Any], optimizer: Any) -> dict[str, int]:

@@ -13,13 +13,12 @@ import queue
 import resource
 import shutil
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from course_lib import bootstrap, runs
+from course_lib import bootstrap, runs, stack
 from course_lib.findings import Finding, fail_unless, warn_unless
 from course_lib.units import GiB
 
@@ -34,7 +33,6 @@ __all__ = [
     "gloo",
     "gpus",
     "hub",
-    "installed_gpus",
     "loopback",
     "memory",
     "open_files",
@@ -60,7 +58,7 @@ def findings() -> list[Finding]:
         memory(),
         disk(folder),
         shared_memory(),
-        gpus(installed_gpus()),
+        gpus(stack.gpus(), device=stack.device(GPUS_FOR_A_LESSON)),
         open_files(),
         text_encoding(),
         bytecode(),
@@ -147,29 +145,19 @@ def shared_memory(*, folder: Path = Path("/dev/shm"), size_bytes: int | None = N
     return warn_unless(size_bytes >= SHARED_MEMORY_BYTES, "shared memory", f"{size_bytes / GiB:.2f} GiB", fix)
 
 
-def installed_gpus() -> list[str] | None:
-    """Names of the NVIDIA GPUs by nvidia-smi: empty if there is no nvidia-smi, None if it is there and fails."""
-    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=2).stdout.splitlines()
-    except FileNotFoundError:
-        return []
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def gpus(names: Sequence[str] | None) -> Finding:
+def gpus(names: Sequence[str] | None, *, device: str) -> Finding:
     """None needed: with fewer than eight GPUs the same eight ranks run on the CPU.
 
     Args:
-        names: What `installed_gpus` returned.
+        names: What `stack.gpus` returned.
+        device: Where eight ranks would run, "cpu" or "cuda".
     """
     if names is None:
         fix = "Run `nvidia-smi` and mend the driver if this machine has GPUs; without them the lessons run on the CPU."
         return Finding("GPUs", "warn", "nvidia-smi is there and fails", fix)
     if not names:
         return Finding("GPUs", "ok", "none: the ranks run on the CPU")
-    where = "NCCL" if len(names) >= GPUS_FOR_A_LESSON else f"fewer than {GPUS_FOR_A_LESSON}: eight ranks run on the CPU"
+    where = "eight ranks use them" if device == "cuda" else "eight ranks run on the CPU"
     return Finding("GPUs", "ok", f"{len(names)} x {names[0]} ({where})")
 
 

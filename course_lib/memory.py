@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from course_lib.activations import Activations, activations
-from course_lib.layout import Layout
+from course_lib.layout import Layout, embedding_rows
 from course_lib.units import gib
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ __all__ = [
     "States",
     "activations",
     "bridge_estimate",
-    "on_cpu",
     "plan",
     "states",
     "table",
@@ -180,13 +179,6 @@ def with_layout(cfg: Any, *, tp: int = 1, pp: int = 1, cp: int = 1, ep: int = 1,
     return mine
 
 
-def on_cpu(cfg: Any) -> Any:
-    """A copy of a configuration with the fields that CPU ranks set (`course_lib.devices`), to plan what they hold."""
-    from course_lib import devices
-
-    return devices.applied(cfg)
-
-
 def bridge_estimate(cfg: Any, *, ranks: int) -> dict[str, float]:
     """What Bridge's own formula says: bytes of ``states`` and ``activations`` on the fullest rank.
 
@@ -202,8 +194,7 @@ def bridge_estimate(cfg: Any, *, ranks: int) -> dict[str, float]:
 
     layout, mine = Layout.from_config(cfg, ranks=ranks), copy.copy(cfg)
     mine.model = copy.copy(cfg.model)
-    if mine.model.vocab_size is None or getattr(cfg.tokenizer, "use_tokenizer_vocab_size", False):
-        mine.model.vocab_size, mine.model.should_pad_vocab = cfg.tokenizer.vocab_size, True
+    mine.model.vocab_size, mine.model.should_pad_vocab = embedding_rows(cfg), False
     mine.data_parallel_size = layout.data_parallel_size  # Bridge's validate() sets it when a run starts
     microbatches = cfg.train.global_batch_size // (cfg.train.micro_batch_size * layout.data_parallel_size)
     found = estimate_training_memory(mine, num_microbatches=microbatches)

@@ -75,6 +75,8 @@ def standing_in(*, fused: bool, experts: int, chosen: int, one_for_all: bool = T
         f"{moe}.token_dispatcher.MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize": _stays_here,
         f"{moe}.token_dispatcher.MoEAlltoAllTokenDispatcher.preprocess": _balanced(experts, chosen),
         f"{moe}.token_dispatcher.MoEAllGatherTokenDispatcher.dispatch_postprocess": _balanced_here(experts, chosen),
+        f"{moe}.moe_layer.HAVE_TE": True,  # upstream demands its linear layer around experts in a latent space
+        f"{moe}.moe_layer.TELinear": _duplicated(),
         **_mamba(),
         **{f"{module}.torch": _Torch() for module in _ASK_FOR_A_DEVICE},
     }
@@ -234,6 +236,19 @@ def _balanced_here(experts: int, chosen: int) -> Any:
         return permuted, sizes, self.local_probs
 
     return dispatch_postprocess
+
+
+def _duplicated() -> type:
+    import torch
+
+    class Duplicated(torch.nn.Module):
+        """The shape of Transformer Engine's linear layer: one weight, the same on every rank."""
+
+        def __init__(self, inputs: int, outputs: int, **_: object) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.empty(outputs, inputs))
+
+    return Duplicated
 
 
 def _mamba() -> dict[str, Any]:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from course_lib.layout import Layout, padded_vocab_size, require
+from course_lib.layout import Layout, embedding_rows, require
 
 if TYPE_CHECKING:
     import torch
@@ -141,14 +141,7 @@ def _without_devices(cfg: Any) -> Any:
 
     mine, fused, mixed = devices.applied(cfg), _fused(cfg), precision(cfg)
     model = mine.model
-    # What Bridge's _validate_and_set_vocab_size does: ids of the tokenizer are padded, a model's own are taken as given.
-    if model.vocab_size is None or getattr(cfg.tokenizer, "use_tokenizer_vocab_size", False):
-        model.vocab_size = padded_vocab_size(
-            cfg.tokenizer.vocab_size,
-            tensor_model_parallel_size=model.tensor_model_parallel_size,
-            divisible_by=model.make_vocab_size_divisible_by,
-        )
-    model.should_pad_vocab = False
+    model.vocab_size, model.should_pad_vocab = embedding_rows(cfg), False
     model.params_dtype = model.pipeline_dtype = model.autocast_dtype = mixed.dtype
     model.bf16, model.fp16 = mixed.dtype.itemsize == 2 and cfg.mixed_precision is not None, False
     model.cross_entropy_loss_fusion = fused and cfg.model.cross_entropy_loss_fusion

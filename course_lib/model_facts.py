@@ -69,14 +69,11 @@ def known_models(*, directory: Path = _MODELS) -> dict[str, ModelFacts]:
 
 
 @contextmanager
-def offline(*, directory: Path = _MODELS) -> Iterator[None]:
+def offline() -> Iterator[None]:
     """Answer questions for a model's configuration from ``data/models`` instead of the Hub, inside this block only.
 
     Recipes ask through ``AutoBridge.from_hf_pretrained``, two of them through ``AutoConfig.from_pretrained``.  A path to
     a local directory still goes to Bridge.  Weights are never made up: asking for them fails in Bridge.
-
-    Args:
-        directory: Where the ``*.json`` files are.
 
     Raises:
         UnknownModel: By the recipe inside, if it asks for a model that has no file.
@@ -91,13 +88,13 @@ def offline(*, directory: Path = _MODELS) -> Iterator[None]:
     from megatron.bridge import AutoBridge
     from transformers import AutoConfig
 
-    known = known_models(directory=directory)
+    known = known_models()
     bridge, config = (kind.__dict__[name] for kind, name in ((AutoBridge, _ASK_BRIDGE), (AutoConfig, _ASK_CONFIG)))
 
     def config_from_facts(cls: type, path: str | Path, *args: Any, **kwargs: Any) -> Any:
         if Path(path).is_dir():
             return config.__get__(None, cls)(path, *args, **kwargs)
-        facts = _facts(str(path), known, directory)
+        facts = _facts(str(path), known)
         values = dict(facts.config)
         made = AutoConfig.for_model(values.pop("model_type"), **values)
         made.name_or_path = facts.model_id  # Bridge keeps it as hf_model_id, as if the Hub had answered
@@ -117,11 +114,11 @@ def offline(*, directory: Path = _MODELS) -> Iterator[None]:
         setattr(AutoConfig, _ASK_CONFIG, config)
 
 
-def _facts(model_id: str, known: dict[str, ModelFacts], directory: Path) -> ModelFacts:
+def _facts(model_id: str, known: dict[str, ModelFacts]) -> ModelFacts:
     if model_id not in known:
         name = model_id.rsplit("/", 1)[-1].lower().replace(".", "").replace("-", "_")
         raise UnknownModel(
-            f"no values for {model_id!r} in {directory}, which describes {len(known)} models: the recipe wants "
+            f"no values for {model_id!r} in {_MODELS}, which describes {len(known)} models: the recipe wants "
             f'config.json of that model. Write {name}.json there with "model_id": "{model_id}" (see data/README.md), '
             "or call the recipe outside recipes.offline() with a network and, for a gated model, a Hugging Face login"
         )

@@ -246,16 +246,15 @@ def directives(script: str) -> dict[str, str]:
     return {name: value or "" for name, value in re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", script, re.MULTILINE)}
 
 
-def shellcheck(script: str, *, severity: str = "warning") -> list[str]:
-    """What shellcheck says about a script, one finding a line; empty if it has nothing to say.
+def shellcheck(script: str) -> list[str]:
+    """What shellcheck warns of in a script, one finding a line; empty if it has nothing to say.
 
     Args:
         script: The text of a bash script.
-        severity: The lowest severity to report: `error`, `warning`, `info` or `style`.
 
     Raises:
         FileNotFoundError: If shellcheck is not installed.
     """
     tool = Path(sys.executable).parent / "shellcheck"
-    words = [str(tool) if tool.exists() else "shellcheck", "--format=gcc", f"--severity={severity}", "-"]
+    words = [str(tool) if tool.exists() else "shellcheck", "--format=gcc", "--severity=warning", "-"]
     return subprocess.run(words, input=script, capture_output=True, text=True, check=False).stdout.splitlines()

@@ -7,7 +7,7 @@ Its look is that of `plots_style`, whose colours a lesson names by this module.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from course_lib.runs import Run
 
-__all__ = ["COLOURS", "INK", "describe", "figure", "loss", "memory", "png", "stacked", "throughput"]
+__all__ = ["COLOURS", "INK", "describe", "figure", "finish", "loss", "memory", "png", "stacked", "throughput"]
 
 LONG, AVERAGED = 100, 25  # steps: from where on batches are drawn faintly, and how many are averaged
 FAINT = {"linewidth": 0.8, "alpha": 0.45}
@@ -115,8 +115,7 @@ def loss(run: Run, *, ax: Axes | None = None, baseline: Mapping[str, float] | No
     for (name, value), dashes in zip((baseline or {}).items(), ([6, 3], [2, 2], [6, 2, 1, 2]) * 4, strict=False):
         ax.axhline(value, color=INK, linewidth=1.5, dashes=dashes, label=f"{name}: {value:.2f}")
         sentences.append(f"A level line marks {name} at {value:.3g} nats per token")
-    _finish(ax, x="step", y="loss (nats per token)", title=title, sentences=sentences)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    finish(ax, x="step", y="loss (nats per token)", title=title, sentences=sentences)
     if len(ax.get_legend_handles_labels()[1]) > 1:
         ax.legend()
     return ax
@@ -149,10 +148,9 @@ def memory(run: Run, *, ax: Axes | None = None, title: str = "") -> Axes:
     if ranks:
         low, high = min(peak_bytes) / unit_bytes, max(peak_bytes) / unit_bytes
         sentences.append(f"Peak memory of {len(ranks)} ranks lies between {low:.4g} and {high:.4g} {unit}")
-    _finish(ax, x="rank", y=f"memory ({unit})", title=title, sentences=sentences)
+    finish(ax, x="rank", y=f"memory ({unit})", title=title, sentences=sentences)
     ax.set_ylim(0, 1.25 * max(peak_bytes, default=unit_bytes) / unit_bytes)  # room for the legend above the bars
     ax.grid(axis="x", visible=False)
-    ax.xaxis.get_major_locator().set_params(integer=True)
     if ranks:
         ax.legend(loc="upper left", ncols=2)
     return ax
@@ -180,10 +178,9 @@ def throughput(run: Run, *, ax: Axes | None = None, title: str = "") -> Axes:
         ax.axhline(median, color=INK, linewidth=1.5, dashes=[6, 3], label=f"median: {median:,.0f}")
         ax.legend(loc="lower right")
         sentences.append(f"The median throughput after the first step is {median:,.0f} tokens per second")
-    _finish(ax, x="step", y="throughput (tokens/s)", title=title, sentences=sentences)
+    finish(ax, x="step", y="throughput (tokens/s)", title=title, sentences=sentences)
     ax.set_ylim(bottom=0)
     ax.yaxis.set_major_formatter("{x:,.0f}")
-    ax.xaxis.get_major_locator().set_params(integer=True)
     return ax
 
 
@@ -216,7 +213,7 @@ def stacked(
             )
             left[name] += width
     sentences = [f"{name} has {left[name]:.3g} {unit}" for name in bars]
-    _finish(ax, x=unit, y="", title=title, sentences=sentences)
+    finish(ax, x=unit, y="", title=title, sentences=sentences, whole_x=False)
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
     handles, labels = ax.get_legend_handles_labels()
@@ -254,11 +251,23 @@ def _axis(ax: Axes | None) -> Axes:
         return Figure(figsize=(7.0, 3.4), layout="constrained").subplots()
 
 
-def _finish(ax: Axes, *, x: str, y: str, title: str, sentences: list[str]) -> None:
+def finish(ax: Axes, *, x: str, y: str, title: str, sentences: Sequence[str], whole_x: bool = True) -> None:
+    """Name the axes of a drawing, give it its title, and leave its words for `describe`.
+
+    Args:
+        ax: The axis that was drawn on.
+        x: The horizontal quantity with its unit.
+        y: The vertical one.
+        title: What the picture shows; none if empty.
+        sentences: What a reader who cannot see it should know.
+        whole_x: Whether the horizontal quantity is counted, as steps and ranks are.
+    """
     ax.set_xlabel(x)
     ax.set_ylabel(y)
     if title:
         ax.set_title(title, loc="left")
+    if whole_x:
+        ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_label(". ".join(sentences) or f"No data yet for {y}")
 
 

@@ -34,7 +34,7 @@ def curves(runs: Mapping[str, Run], column: str, *, ax: Axes, unit: str, title: 
         ax.plot(run.metrics["step"], run.metrics[column], label=name)
         ends.append(f"{name} goes from {run.metrics[column].iloc[0]:.3g} to at most {run.metrics[column].max():.3g}")
     words = column.replace("_", " ")
-    _finish(ax, x="step", y=f"{words} ({unit})" if unit else words, title=title, sentences=ends)
+    plots.finish(ax, x="step", y=f"{words} ({unit})" if unit else words, title=title, sentences=ends)
     ax.legend()
     return ax
 
@@ -62,7 +62,7 @@ def memory_by_step(run: Run, *, ax: Axes, highlight: int | None = None, title: s
         ax.plot(one["step"], one["memory_bytes"] / unit_bytes, **look)
     last = run.memory.groupby("rank")["memory_bytes"].last() / unit_bytes
     sentences = [f"At the end the ranks hold between {last.min():.3g} and {last.max():.3g} {unit}"]
-    _finish(ax, x="step", y=f"memory ({unit})", title=title, sentences=sentences)
+    plots.finish(ax, x="step", y=f"memory ({unit})", title=title, sentences=sentences)
     ax.set_ylim(bottom=0)
     ax.legend()
     return ax
@@ -85,7 +85,7 @@ def seeds(groups: Mapping[str, Sequence[float]], *, ax: Axes, title: str = "") -
         ax.plot(losses, [row] * len(losses), "o", markersize=7, color=plots_style.COLOURS["blue"])
     _rows(ax, names)
     sentences = [f"{name}: {min(losses):.3f} to {max(losses):.3f}" for name, losses in groups.items()]
-    _finish(ax, x="held-out loss (nats per token)", y="", title=title, sentences=sentences, steps=False)
+    plots.finish(ax, x="held-out loss (nats per token)", y="", title=title, sentences=sentences, whole_x=False)
     return ax
 
 
@@ -109,7 +109,9 @@ def effects(comparisons: Mapping[str, Comparison], *, ax: Axes, title: str = "")
     sentences = [
         f"{name}: {one.difference:+.3f} +- {one.noise:.3f}, {one.verdict}" for name, one in comparisons.items()
     ]
-    _finish(ax, x="change of held-out loss (nats per token)", y="", title=title, sentences=sentences, steps=False)
+    plots.finish(
+        ax, x="change of held-out loss (nats per token)", y="", title=title, sentences=sentences, whole_x=False
+    )
     return ax
 
 
@@ -117,13 +119,3 @@ def _rows(ax: Axes, names: Sequence[str]) -> None:
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.grid(axis="y", visible=False)
-
-
-def _finish(ax: Axes, *, x: str, y: str, title: str, sentences: Sequence[str], steps: bool = True) -> None:
-    ax.set_xlabel(x)
-    ax.set_ylabel(y)
-    if title:
-        ax.set_title(title, loc="left")
-    if steps:
-        ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.set_label(". ".join(sentences))

@@ -14,6 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from course_lib import files
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -123,8 +125,7 @@ class Run:
 
     def ranks(self) -> dict[int, dict]:
         """What each rank last said of itself: `pid`, `stage`, `time`, and the failure if there was one."""
-        files = (self.path / "ranks").glob("*.json")
-        found = {int(f.stem): _read_json(f) for f in files}
+        found = {int(file.stem): _read_json(file) for file in (self.path / "ranks").glob("*.json")}
         return {rank: found[rank] for rank in sorted(found) if found[rank]}
 
     def stage(self) -> str:
@@ -217,13 +218,7 @@ def listing() -> list[Run]:
 
 def write_json(path: Path, content: object) -> None:
     """Replace a JSON file at once, so that no reader ever sees half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(content, indent=1))
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    files.write_text(path, json.dumps(content, indent=1))
 
 
 def write_outcome(path: Path, outcome: Outcome) -> None:

@@ -19,7 +19,7 @@ import types
 import warnings
 from dataclasses import dataclass
 
-__all__ = ["TESTED", "StandIn", "device", "gpu_count", "prepare_imports", "stand_ins", "versions"]
+__all__ = ["TESTED", "StandIn", "device", "gpu_count", "gpus", "prepare_imports", "stand_ins", "versions"]
 
 TESTED = {"torch": "2.13.0", "megatron-core": "0.19.2", "megatron-bridge": "0.6.2"}
 """The versions that `course_lib.cpu` was tested against; `pyproject.toml` pins the same."""
@@ -65,21 +65,29 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def gpu_count() -> int:
-    """How many NVIDIA GPUs this machine has and shows, asked without importing torch.
+def gpus() -> list[str] | None:
+    """The NVIDIA GPUs that this process may use, asked without importing torch.
 
     Returns:
-        The number of GPUs that `nvidia-smi` lists, limited by `CUDA_VISIBLE_DEVICES`; 0 where there is no driver.
+        Name and memory of each that `nvidia-smi` lists and `CUDA_VISIBLE_DEVICES` leaves; empty where there is no
+        `nvidia-smi`; `None` where there is one that fails.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.strip() in ("", "-1"):
-        return 0
+        return []
+    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
     try:
-        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=True).stdout
+        listing = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except FileNotFoundError:
+        return []
     except (OSError, subprocess.SubprocessError):
-        return 0
-    count = sum(line.startswith("GPU ") for line in listing.splitlines())
-    return count if visible is None else min(count, len(visible.split(",")))
+        return None
+    return listing.splitlines()[: None if visible is None else len(visible.split(","))]
+
+
+def gpu_count() -> int:
+    """How many GPUs there are by `gpus()`; 0 where they cannot be asked."""
+    return len(gpus() or ())
 
 
 def device(ranks: int) -> str:

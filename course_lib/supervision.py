@@ -131,12 +131,14 @@ def _outcome_of(run: runs.Run, report: dict) -> runs.Outcome:
 def _wait_for_the_end(launched: object, run: runs.Run, *, limit_seconds: float = 10.0) -> None:
     """Wait until a stopped launch is over; ranks that are still there at the limit are killed by their pids."""
     end = time.monotonic() + limit_seconds
-    while launched.wait(0.1) is None and time.monotonic() < end:
-        pass
-    for entry in run.ranks().values():
-        with contextlib.suppress(ProcessLookupError):
-            if _is_rank(entry["pid"]):
-                os.kill(entry["pid"], signal.SIGKILL)
+    try:
+        while launched.wait(0.1) is None and time.monotonic() < end:
+            pass
+    finally:  # a second interrupt ends the waiting, not the duty to leave no rank behind
+        for entry in run.ranks().values():
+            with contextlib.suppress(ProcessLookupError):
+                if _is_rank(entry["pid"]):
+                    os.kill(entry["pid"], signal.SIGKILL)
 
 
 def _is_rank(pid: int) -> bool:

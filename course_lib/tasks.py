@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 from collections import defaultdict
 from collections.abc import Iterable
@@ -16,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from course_lib import corpus, corpus_sources
+from course_lib import corpus, corpus_sources, files
 
 __all__ = ["CHANCE", "Choice", "Pair", "multiple_choice", "pairs", "write"]
 
@@ -125,7 +124,5 @@ def write(rows: Iterable[Any], path: Path) -> Path:
         path: The file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f".{path.name}.{os.getpid()}")
-    half.write_text("".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(half, path)
+    files.write_text(path, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows))
     return path

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from course_lib import files
+
 __all__ = [
     "END_OF_DOCUMENT",
     "Nemotron",
@@ -136,7 +138,7 @@ def nemotron(directory: Path) -> Nemotron:
     entries = tekken["vocab"][: vocab_size - special_ids]
     directory.mkdir(parents=True, exist_ok=True)
     tiktoken = directory / "nemotron.json"
-    tiktoken.write_text(json.dumps(entries), encoding="utf-8")
+    files.write_text(tiktoken, json.dumps(entries))
 
     names = [*megatron.SPECIAL_TOKENS]
     names += [megatron.SPECIAL_TOKEN_TEMPLATE.format(id=number) for number in range(len(names), special_ids)]

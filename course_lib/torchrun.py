@@ -71,7 +71,12 @@ class Started:
             os.killpg(self._process.pid, signal.SIGTERM)
 
     def close(self) -> None:
+        """End what is still there: torchrun, and its ranks, which have sessions of their own."""
+        import psutil
+
         if self._process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+            ranks = psutil.Process(self._process.pid).children(recursive=True)
+            for process in (self._process, *ranks):
+                with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+                    process.kill()
             self._process.wait()

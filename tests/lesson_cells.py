@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
+import notebook_cells
 import numpy as np
 
-from course_lib import cells as notebook_cells
 from course_lib import checks, lessons, units
 
 

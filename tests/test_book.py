@@ -293,7 +293,7 @@ def test_the_readmes_picture_is_there_and_small() -> None:
 
 def test_pages_keep_the_habits_of_prose() -> None:
     """The book's own pages have one sentence a line and plain words, as the lessons do."""
-    from course_lib import hygiene
+    import hygiene
 
     for path in (PROJECT / "book").glob("*.md"):
         page = json.loads(json.dumps({"cells": [markdown("page", path.read_text(encoding="utf-8"))]}))

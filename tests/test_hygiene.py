@@ -12,10 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hygiene
 import pytest
 from notebooks_made_here import clean, code, markdown
 
-from course_lib import hygiene, lessons
+from course_lib import lessons
 
 PROJECT = Path(__file__).resolve().parent.parent
 LESSONS = [lesson.path for lesson in lessons.listing()]

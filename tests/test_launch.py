@@ -5,6 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -272,6 +276,34 @@ def test_a_second_interrupt_leaves_an_outcome(bridge, runs_directory):
 
     fake = SimpleNamespace(wait=interrupted, stop=lambda: None, close=lambda: closed.append(True))
     run = launch.prepare(small.config(), ranks=2, name="twice")
+    rank = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    runs.write_json(run.path / "ranks" / "0.json", {"rank": 0, "pid": rank.pid, "stage": "training", "time": 0.0})
     with pytest.raises(KeyboardInterrupt):
         supervision.until_the_end(run, ranks=2, start=lambda *_: fake, view=None, watch=None)
     assert run.again().outcome.status == "interrupted" and closed
+    assert rank.wait(10) == -signal.SIGKILL, "the rank is gone as well"
+
+
+STUBBORN = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+rank = "import time; print('here', flush=True); time.sleep(600)"
+with subprocess.Popen([sys.executable, "-c", rank], start_new_session=True) as child:
+    print(child.pid, flush=True)
+"""
+
+
+def test_a_closed_torchrun_leaves_no_rank():
+    """Torchrun gives every rank a session of its own; closing a launch that will not stop ends these as well."""
+    launcher = subprocess.Popen([sys.executable, "-c", STUBBORN], stdout=subprocess.PIPE, text=True)
+    said = {launcher.stdout.readline().strip() for _ in range(2)}
+    rank = int(max(said - {"here"}))
+    started = torchrun.Started(launcher)
+    assert started.wait(0.1) is None and alive(rank)
+    started.close()
+    assert launcher.returncode == -signal.SIGKILL
+    for _ in range(50):
+        if not alive(rank):
+            break
+        time.sleep(0.1)
+    assert not alive(rank)

@@ -9,10 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hygiene
 import pytest
 from matplotlib.figure import Figure
 
-from course_lib import checks, hygiene, ledger, ledger_page, lessons, plots_style
+from course_lib import checks, ledger, ledger_page, lessons, plots_style
 
 PROJECT = Path(__file__).resolve().parent.parent
 

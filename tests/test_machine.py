@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from course_lib import machine
+from course_lib import machine, stack
 from course_lib.findings import Finding
 from course_lib.units import GiB
 
@@ -31,9 +31,9 @@ from course_lib.units import GiB
         (machine.bytecode(environment={"PYTHONDONTWRITEBYTECODE": "1"}), "warn", "unset"),
         (machine.bytecode(environment={}), "ok", ""),
         (machine.hub(environment={"HF_TOKEN": "x"}), "ok", ""),
-        (machine.gpus([]), "ok", ""),
-        (machine.gpus(None), "warn", "nvidia-smi"),
-        (machine.gpus(["NVIDIA H100, 81559 MiB"] * 8), "ok", ""),
+        (machine.gpus([], device="cpu"), "ok", ""),
+        (machine.gpus(None, device="cpu"), "warn", "nvidia-smi"),
+        (machine.gpus(["NVIDIA H100, 81559 MiB"] * 8, device="cuda"), "ok", ""),
     ],
     ids=lambda value: value.name if isinstance(value, Finding) else str(value),
 )
@@ -64,7 +64,8 @@ def test_cores_are_the_containers(tmp_path: Path) -> None:
 def test_a_broken_driver_is_not_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """nvidia-smi that fails or hangs is told apart from a machine without it."""
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert machine.installed_gpus() == []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert stack.gpus() == []
     smi = tmp_path / "nvidia-smi"
     for text, expected in (
         ("exit 9", None),
@@ -72,7 +73,27 @@ def test_a_broken_driver_is_not_no_gpu(tmp_path: Path, monkeypatch: pytest.Monke
     ):
         smi.write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
         smi.chmod(0o755)
-        assert machine.installed_gpus() == expected
+        assert stack.gpus() == expected
+        assert stack.gpu_count() == len(expected or [])
+
+
+def test_the_doctor_and_the_launcher_see_the_same_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What CUDA_VISIBLE_DEVICES hides, or COURSE_DEVICE overrides, the doctor does not promise."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\nfor rank in 0 1 2 3 4 5 6 7; do echo 'H100, 81559 MiB'; done\n", encoding="utf-8")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("COURSE_DEVICE", raising=False)
+    for visible, asked, device, value in (
+        (None, None, "cuda", "8 x H100, 81559 MiB (eight ranks use them)"),
+        ("0,1,2", None, "cpu", "3 x H100, 81559 MiB (eight ranks run on the CPU)"),
+        ("", None, "cpu", "none: the ranks run on the CPU"),
+        (None, "cpu", "cpu", "8 x H100, 81559 MiB (eight ranks run on the CPU)"),
+    ):
+        for name, setting in (("CUDA_VISIBLE_DEVICES", visible), ("COURSE_DEVICE", asked)):
+            monkeypatch.delenv(name, raising=False) if setting is None else monkeypatch.setenv(name, setting)
+        assert stack.device(8) == device
+        assert next(found for found in machine.findings() if found.name == "GPUs").value == value
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import small
 from course_lib import (
     collectives,
     compute,
+    devices,
     launch,
     layout,
     live_tensors,
@@ -68,7 +69,7 @@ def test_the_plan_is_what_ranks_hold(bridge, runs_directory, case):
     cfg = small.config(train_iters=2, model__seq_length=256, dataset__seq_length=256, **fields)
     cfg.train.micro_batch_size, cfg.train.global_batch_size, cfg.mixed_precision = 2, 16, None
     cfg.optimizer.use_distributed_optimizer = cfg.ddp.use_distributed_optimizer
-    cfg = memory.on_cpu(cfg)
+    cfg = devices.applied(cfg)
     run = launch.run(cfg, ranks=ranks, name="held", show=None, target=live_tensors.TARGET)
     held = live_tensors.read(run)
     assert len(held) == ranks

@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 
 import pytest
+import traced_numbers
 from executed_lessons import executed
 from notebooks_made_here import clean, code, markdown
 
-from course_lib import bootstrap, lessons, traced_numbers
+from course_lib import bootstrap, lessons
 
 PROJECT = Path(__file__).resolve().parent.parent
 DATA = traced_numbers.in_data(PROJECT / "data")

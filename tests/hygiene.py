@@ -11,8 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from course_lib import cells, hygiene_code
-from course_lib.cells import Notebook
+import hygiene_code
+import notebook_cells as cells
+from notebook_cells import Notebook
 
 __all__ = ["RULES", "TAGS", "Problem", "advice", "problems"]
 

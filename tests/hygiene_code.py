@@ -6,8 +6,8 @@ import ast
 import re
 from collections.abc import Iterator
 
-from course_lib import cells
-from course_lib.cells import Notebook
+import notebook_cells as cells
+from notebook_cells import Notebook
 
 __all__ = ["cells_are_short", "imports_are_together", "no_shell_and_no_tricks", "parameters_are_literals"]
 

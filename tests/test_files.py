@@ -1,0 +1,32 @@
+"""A file is whole or not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from course_lib import files
+
+
+def test_a_reader_sees_the_old_file_or_the_new_one(tmp_path: Path) -> None:
+    """While the new text is written, the old file is what stands under the name."""
+    path = tmp_path / "notes.txt"
+    files.write_text(path, "old")
+    with files.replacing(path) as half:
+        half.write_text("new", encoding="utf-8")
+        assert path.read_text(encoding="utf-8") == "old"
+    assert path.read_text(encoding="utf-8") == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_writer_that_stops_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+    """A full disk or an interrupt in the middle: the old file stays, and no second one lies beside it."""
+    path = tmp_path / "notes.txt"
+    files.write_text(path, "old")
+    with pytest.raises(error), files.replacing(path) as half:
+        half.write_text("half", encoding="utf-8")
+        raise error
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_text(encoding="utf-8") == "old"
