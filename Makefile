@@ -45,9 +45,9 @@ lock-check: ## check that uv.lock fits pyproject.toml (needs uv)
 
 environment: ## write environment.yml again from uv.lock (needs uv)
 	@PATH="$(CURDIR)/.tools/bin:$$PATH" uv export --locked --quiet --no-hashes --no-emit-project --no-annotate --no-header \
-	  | sed 's/ ;.*//; s/^/      - /' > .environment.new
-	@sed '/^  - pip:$$/q' environment.yml | cat - .environment.new > .environment.yml
-	@mv .environment.yml environment.yml && rm .environment.new
+	  --output-file .environment.txt
+	@(sed '/^  - pip:$$/q' environment.yml; sed 's/ ;.*//; s/^/      - /' .environment.txt) > .environment.yml
+	@mv .environment.yml environment.yml && rm .environment.txt
 
 clean: ## delete runs, executed lessons and the built book; keeps .venv
 	rm -rf runs .lab book/_build book/lessons book/assets bench .pytest_cache .ruff_cache

@@ -1,13 +1,14 @@
-"""Files that are whole or not there: written under another name, then renamed."""
+"""Files that are whole or not there, written under another name and renamed; and files that grow by whole lines."""
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replacing", "write_text"]
+__all__ = ["append_lines", "replacing", "write_text"]
 
 
 @contextmanager
@@ -43,3 +44,24 @@ def write_text(path: Path, text: str) -> None:
     """
     with replacing(path) as half:
         half.write_text(text, encoding="utf-8")
+
+
+def append_lines(path: Path, lines: Sequence[str]) -> None:
+    """Append whole lines by one call, so that processes that share a file do not cut each other's.
+
+    Args:
+        path: The file; made if there is none.
+        lines: What to append, without line ends.
+
+    Raises:
+        OSError: If not everything was written; a full disk cuts the last line then.
+    """
+    if not lines:
+        return
+    content = "".join(f"{line}\n" for line in lines).encode()
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        if os.write(descriptor, content) < len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(path))
+    finally:
+        os.close(descriptor)

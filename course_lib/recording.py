@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from course_lib import files
 from course_lib.process_groups import GROUPS, METHODS
 
 if TYPE_CHECKING:
@@ -218,12 +218,12 @@ class Recorder:
         """Append the step's rows; one call each, so that ranks do not cut each other's lines."""
         head = f'{{"rank": {self.rank}, "step": {self.step}, '
         texts = self.texts
-        rows = [f'{head}"time": {now!r}, {texts.get(what) or self._text(what)}}}\n' for now, what in self.sent]
-        _append(self.path / "collectives.jsonl", rows)
+        rows = [f'{head}"time": {now!r}, {texts.get(what) or self._text(what)}}}' for now, what in self.sent]
+        files.append_lines(self.path / "collectives.jsonl", rows)
         columns = "kind microbatch chunk begin end busy_seconds".split()
         common = {"rank": self.rank, "step": self.step}
-        rows = [json.dumps(common | dict(zip(columns, row, strict=True))) + "\n" for row in self.worked]
-        _append(self.path / "timeline.jsonl", rows)
+        rows = [json.dumps(common | dict(zip(columns, row, strict=True))) for row in self.worked]
+        files.append_lines(self.path / "timeline.jsonl", rows)
         self.sent.clear()
         self.worked.clear()
         self.microbatches.clear()
@@ -256,16 +256,6 @@ def _sends(module: Any) -> bool:
     if any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
         return True
     return hasattr(module, "scale_mask_softmax") and module.config.context_parallel_size > 1
-
-
-def _append(path: Path, rows: list[str]) -> None:
-    if not rows:
-        return
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(descriptor, "".join(rows).encode())
-    finally:
-        os.close(descriptor)
 
 
 def callback(path: Path, rank: int) -> Callback:

@@ -235,12 +235,17 @@ def _read_json(path: Path) -> dict | None:
         return None
 
 
+def _row(line: str) -> dict | None:
+    """One line of a file that grows; none if it is on its way still, or if a full disk cut it."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
 def _read_lines(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
     import pandas as pd
 
-    rows = []
-    if path.exists():
-        text = path.read_text()
-        whole = text[: text.rfind("\n") + 1]  # the last line may still be on its way
-        rows = [json.loads(line) for line in whole.splitlines()]
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [row for row in map(_row, lines) if row is not None]
     return pd.DataFrame(rows, columns=list(columns)) if rows else pd.DataFrame(columns=list(columns))

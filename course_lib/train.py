@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from course_lib import failures, memory_meter, runs, stack
+from course_lib import failures, files, memory_meter, runs, stack
 from course_lib.runs import ConfigError
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def recorder(path: Path, rank: int, world: int, meter: memory_meter.Meter) -> Ca
                 return
             tokens = state.cfg.train.global_batch_size * state.cfg.model.seq_length
             rates = [group["lr"] for group in context.optimizer.param_groups if group]
-            _append(
+            _append_row(
                 path / "metrics.jsonl",
                 {
                     "step": step,
@@ -121,14 +121,14 @@ def recorder(path: Path, rank: int, world: int, meter: memory_meter.Meter) -> Ca
         def on_eval_end(self, context: object) -> None:
             if rank == world - 1:
                 loss = _number((context.total_loss_dict or {}).get("lm loss"))
-                _append(
+                _append_row(
                     path / "validation.jsonl",
                     {"step": context.state.train_state.step, "time": time.time(), "loss": loss},
                 )
 
         def write_memory(self, step: int) -> None:
             now_bytes, peak_bytes = meter.read()
-            _append(
+            _append_row(
                 path / "memory.jsonl",
                 {
                     "rank": rank,
@@ -150,9 +150,8 @@ def _number(value: object) -> float | None:
     return float(value)
 
 
-def _append(path: Path, row: dict) -> None:
-    with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
+def _append_row(path: Path, row: dict) -> None:
+    files.append_lines(path, [json.dumps(row)])
 
 
 @contextmanager

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from course_lib import files
+from course_lib import files, runs
 
 
 def test_a_reader_sees_the_old_file_or_the_new_one(tmp_path: Path) -> None:
@@ -30,3 +31,18 @@ def test_a_writer_that_stops_leaves_nothing(tmp_path: Path, error: type[BaseExce
         raise error
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_text(encoding="utf-8") == "old"
+
+
+def test_a_full_disk_cuts_a_line_and_the_rest_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write that did not fit is an error for its writer; whoever reads the run gets every whole line."""
+    run = runs.Run(tmp_path)
+    rows = [f'{{"step": {step}, "loss": {step}.5}}' for step in (1, 2, 3)]
+    files.append_lines(run.path / "metrics.jsonl", rows[:1])
+    write = os.write
+    with monkeypatch.context() as full:
+        full.setattr(os, "write", lambda descriptor, content: write(descriptor, content[:9]))
+        with pytest.raises(OSError, match="No space left") as caught:
+            files.append_lines(run.path / "metrics.jsonl", rows[1:2])
+    assert "metrics.jsonl" in str(caught.value)
+    files.append_lines(run.path / "metrics.jsonl", [rows[2], *rows[1:]])
+    assert run.metrics.step.tolist() == [1, 2, 3]

@@ -230,6 +230,7 @@ def test_published_rates_have_a_source_and_an_accounting():
         assert min(abs(giga / known - 1) for known in (51.47, 57.91)) < 0.01
 
 
-def test_smoothing_keeps_the_length():
-    """A smoothed series has a value for each step."""
-    assert len(health.smoothed(pd.Series(range(30)))) == 30
+def test_smoothing_averages_ten_steps():
+    """A smoothed series has a value for each step: the average of that step and the nine before it."""
+    found = health.smoothed(pd.Series(range(30), dtype=float))
+    assert found.tolist() == [sum(range(max(0, i - 9), i + 1)) / min(10, i + 1) for i in range(30)]

@@ -59,6 +59,16 @@ def test_all_misfits_are_named_at_once_and_nothing_is_applied(victim):
     assert victim.value == 7
 
 
+def test_a_missing_dependency_is_named(tmp_path, monkeypatch):
+    """A module that exists but cannot be imported is no missing module: what it lacks is named."""
+    (tmp_path / "needy.py").write_text("import no_such_kernels\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(Misfit, match="needy.function: importing it needs 'no_such_kernels'"):
+        redirection.locate("needy.function")
+    with pytest.raises(Misfit, match="no module 'nowhere'"):
+        redirection.locate("nowhere.at.all")
+
+
 def test_a_replacement_that_fails_leaves_everything_as_it_was(victim):
     """Replacements are all made before the first one is put in place."""
 

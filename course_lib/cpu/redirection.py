@@ -53,7 +53,11 @@ def locate(target: str) -> tuple[object, str]:
     for cut in range(len(parts) - 1, 0, -1):
         try:
             owner: object = importlib.import_module(".".join(parts[:cut]))
-        except ModuleNotFoundError:
+        except ModuleNotFoundError as error:
+            if not f"{target}.".startswith(
+                f"{error.name}."
+            ):  # the module is there, and something that it imports is not
+                raise Misfit(f"{target}: importing it needs {error.name!r}, which is not installed") from error
             continue
         for part in parts[cut:-1]:
             if not hasattr(owner, part):
