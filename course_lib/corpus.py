@@ -217,7 +217,12 @@ def build(documents: Iterable[corpus_sources.Document], directory: Path, *, held
         before = half.with_name(f"{half.name}.before")
         if directory.exists():
             os.replace(directory, before)
-        os.replace(half, directory)
+        try:
+            os.replace(half, directory)
+        except BaseException:
+            if before.exists() and not directory.exists():
+                os.replace(before, directory)
+            raise
         shutil.rmtree(before, ignore_errors=True)
     finally:
         shutil.rmtree(half, ignore_errors=True)

@@ -173,7 +173,7 @@ def generate_rank(work: str) -> None:
     run = runs.Run(Path(request["run"]))
     tokenizer = tokenizers.load(Path(run.config["tokenizer"]["tokenizer_model"]))
     length = run.config["dataset"]["seq_length"]
-    end = tokenizer.token_to_id(tokenizers.END_OF_DOCUMENT)
+    end = tokenizers.end_of_document(tokenizer)
     generator = torch.Generator().manual_seed(request["seed"])
     with temporary_distributed_context(backend="gloo"):
         model = load_megatron_model(request["checkpoint"], use_cpu_init=True, skip_temp_dist_context=True)

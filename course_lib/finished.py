@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from course_lib import recipes, runs, stack
+from course_lib import recipes, runs, stack, warm
 
 __all__ = ["digest", "find", "note"]
 
@@ -27,17 +27,15 @@ def digest(cfg: Any, ranks: int) -> str:
         path = Path(folder) / "config.yaml"
         cfg.to_yaml(str(path))
         text = path.read_text()
-    data = [
-        _stamp(value) for value in sorted({str(leaf) for leaf in _leaves(recipes.flatten(cfg)) if "/" in str(leaf)})
-    ]
+    leaves = {str(leaf) for leaf in _leaves(recipes.flatten(cfg)) if isinstance(leaf, str | Path)} - {"", "."}
+    data = [_stamp(value) for value in sorted(leaves)]
     whole = json.dumps([text, data, ranks, stack.device(ranks), stack.versions(), _engine()])
     return hashlib.sha256(whole.encode()).hexdigest()
 
 
-def _engine(course_lib: Path = Path(__file__).parent) -> str:
+def _engine() -> str:
     """What this project itself does in a rank: its sums, its norms, its settings for a CPU can change a result too."""
-    files = [course_lib / "train.py", course_lib / "devices.py", *sorted((course_lib / "cpu").glob("*.py"))]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return hashlib.sha256(b"".join(file.read_bytes() for file in warm.rank_code())).hexdigest()
 
 
 def _leaves(value: Any) -> list[Any]:
@@ -53,7 +51,7 @@ def _stamp(name: str) -> list[Any]:
     take too long to read, so for them size and time stand in.
     """
     files = [Path(name), Path(f"{name}.bin"), Path(f"{name}.idx")]
-    files += sorted(files[0].iterdir()) if files[0].is_dir() else []
+    files += sorted(files[0].rglob("*")) if files[0].is_dir() else []
     return [[str(file), _content(file)] for file in files if file.is_file()]
 
 

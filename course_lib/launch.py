@@ -104,7 +104,7 @@ def run(
     run_ = prepare(cfg, ranks=ranks, name=name, save=save, load=load, launcher=launcher, record=record)
     warm_start = functools.partial(_start_warm, target=target)
     start = warm_start if run_.launch["launcher"] == "warm" else torchrun.start
-    view = _view(show, run_.launch["train_iters"], run_.path)
+    view = functools.partial(_view, show, run_.launch["train_iters"], run_.path)
     return supervision.until_the_end(run_, ranks=ranks, start=start, view=view, watch=watch)
 
 
@@ -149,7 +149,7 @@ def prepare(
     path = runs.create(name)
     places = {
         "save": str(path / "checkpoints") if save else None,
-        "load": str(source) if source else None,
+        "load": str(Path(source).absolute()) if source else None,  # whoever starts it may stand elsewhere
     }
     try:
         if isinstance(cfg, (str, Path)):

@@ -12,7 +12,6 @@ import contextlib
 import os
 import re
 import shlex
-import signal
 import socket
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from course_lib import failures, launch
+from course_lib import failures, launch, torchrun
 from course_lib.credentials import secrets
 from course_lib.runs import Run
 
@@ -42,6 +41,9 @@ __all__ = [
     "shellcheck",
     "slurm_script",
 ]
+
+PATIENCE_SECONDS = 30.0
+"""How long an agent that was asked to stop may take to end its ranks."""
 
 
 def settled(run: Run) -> Run:
@@ -124,13 +126,14 @@ def run_agents(run: Run, *, nodes: int = 2, ranks_per_node: int = 4, limit_secon
 
 
 def _end(agent: subprocess.Popen[bytes]) -> None:
-    """Let an agent end its ranks, and kill it if it does not."""
-    for patience_seconds, number in ((30, signal.SIGTERM), (5, signal.SIGKILL)):
+    """Let an agent end its ranks, and kill it with them if it does not."""
+    try:
         if agent.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(agent.pid, number)
+            agent.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                agent.wait(patience_seconds)
+                agent.wait(PATIENCE_SECONDS)
+    finally:
+        torchrun.kill(agent)
 
 
 # ------------------------------------------------------------------------------------------------- NeMo Run and Slurm

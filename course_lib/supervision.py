@@ -37,7 +37,7 @@ class RunInterrupted(KeyboardInterrupt):
 
 
 def until_the_end(
-    run: runs.Run, *, ranks: int, start: Callable, view: live.View | None, watch: Callable | None
+    run: runs.Run, *, ranks: int, start: Callable, view: Callable[[], live.View | None], watch: Callable | None
 ) -> runs.Run:
     """Start the ranks, show what they do, and turn their end into a value or an exception.
 
@@ -45,7 +45,7 @@ def until_the_end(
         run: A prepared run.
         ranks: Number of ranks.
         start: Starts them, given the run and their number; returns a launch with `wait`, `stop` and `close`.
-        view: The live view, or `None` for silence.
+        view: Makes the live view, or returns `None` for silence.
         watch: Called with the run some ten times a second, if there is one.
 
     Returns:
@@ -55,10 +55,11 @@ def until_the_end(
         RunFailed: If a rank failed; names the first one and its cause.
         RunInterrupted: If the learner interrupted; no rank is left.
     """
-    (run.path / ".reserve").write_bytes(b"\0" * RESERVE_BYTES)
-    report: dict | None = None
+    report, shown = None, None
     try:
         try:
+            (run.path / ".reserve").write_bytes(b"\0" * RESERVE_BYTES)
+            shown = view()
             launched = start(run, ranks)
         except BaseException as error:
             runs.write_outcome(run.path, _stopped_by(error))
@@ -66,8 +67,8 @@ def until_the_end(
         try:
             patience = _Patience()
             while (report := launched.wait(0.1)) is None:
-                if view is not None:
-                    view.update(run.again())
+                if shown is not None:
+                    shown.update(run.again())
                 if watch is not None:
                     watch(run.again())
                 if patience.ends(run):
@@ -75,6 +76,7 @@ def until_the_end(
                     launched.stop()
                     _wait_for_the_end(launched, run)
                     break
+            outcome = _outcome_of(run, report)
         except BaseException as error:  # the learner's interrupt, or what `watch` raised
             launched.stop()
             try:
@@ -86,11 +88,12 @@ def until_the_end(
             raise
         finally:
             launched.close()
-        outcome = _outcome_of(run, report)
+        if outcome.status != "succeeded":  # a launcher that was killed leaves its ranks to us
+            _kill_ranks(run)
     finally:
         (run.path / ".reserve").unlink(missing_ok=True)
-        if view is not None:
-            view.close(run.again())
+        if shown is not None:
+            shown.close(run.again())
     if outcome.status != "succeeded":
         raise RunFailed(run.again(), outcome)
     return run.again()
@@ -135,10 +138,14 @@ def _wait_for_the_end(launched: object, run: runs.Run, *, limit_seconds: float =
         while launched.wait(0.1) is None and time.monotonic() < end:
             pass
     finally:  # a second interrupt ends the waiting, not the duty to leave no rank behind
-        for entry in run.ranks().values():
-            with contextlib.suppress(ProcessLookupError):
-                if _is_rank(entry["pid"]):
-                    os.kill(entry["pid"], signal.SIGKILL)
+        _kill_ranks(run)
+
+
+def _kill_ranks(run: runs.Run) -> None:
+    for entry in run.ranks().values():
+        with contextlib.suppress(ProcessLookupError):
+            if _is_rank(entry["pid"]):
+                os.kill(entry["pid"], signal.SIGKILL)
 
 
 def _is_rank(pid: int) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from course_lib import runs
 
-__all__ = ["Started", "command", "settings", "start", "start_process"]
+__all__ = ["Started", "command", "kill", "settings", "start", "start_process"]
 
 
 def command(run: runs.Run | Path, *, ranks: int = 8) -> list[str]:
@@ -61,22 +61,26 @@ class Started:
 
     def wait(self, seconds: float) -> dict | None:
         try:
-            self._process.wait(seconds)
+            code = self._process.wait(seconds)
         except subprocess.TimeoutExpired:
             return None
-        return {"dead": {}}
+        return {"dead": {}} if code >= 0 else {"error": f"torchrun itself was killed by signal {-code}"}
 
     def stop(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGTERM)
 
     def close(self) -> None:
-        """End what is still there: torchrun, and its ranks, which have sessions of their own."""
-        import psutil
+        kill(self._process)
 
-        if self._process.poll() is None:
-            ranks = psutil.Process(self._process.pid).children(recursive=True)
-            for process in (self._process, *ranks):
-                with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
-                    process.kill()
-            self._process.wait()
+
+def kill(launcher: subprocess.Popen) -> None:
+    """End a torchrun that is still there, with its ranks, which have sessions of their own."""
+    import psutil
+
+    if launcher.poll() is None:
+        ranks = psutil.Process(launcher.pid).children(recursive=True)
+        for process in (launcher, *ranks):
+            with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+                process.kill()
+        launcher.wait()

@@ -273,6 +273,11 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit("usage: torchrun --nproc-per-node 8 -m course_lib.train runs/NAME/config.yaml")
     config = Path(arguments[0]).resolve()
     path = config.parent
+    if (ended := runs.Run(path).outcome) is not None:
+        sys.exit(
+            f"the run in {path} has ended already ({ended.status}), and two runs in one directory would mix: copy its "
+            "config.yaml into a new directory and start that"
+        )
     for part in ("logs", "ranks"):
         (path / part).mkdir(exist_ok=True)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

@@ -28,7 +28,7 @@ import tempfile
 import time
 from pathlib import Path
 
-__all__ = ["Launched", "Lease", "WarmError", "call", "lease"]
+__all__ = ["Launched", "Lease", "WarmError", "call", "lease", "rank_code"]
 
 
 START_SECONDS = 60.0
@@ -43,10 +43,16 @@ RANK_CODE = (
     "cpu/*.py",
     *(
         f"{name}.py"
-        for name in "devices failures imports layout* memory_meter preload runs stack train units warm*".split()
+        for name in "deferred devices failures files imports layout* memory_meter preload runs stack train units warm*".split()
     ),
 )
 """Files whose change makes a running server out of date: a new one is started then."""
+
+
+def rank_code() -> list[Path]:
+    """The files of this project that a rank executes."""
+    here = Path(__file__).parent
+    return sorted(file for pattern in RANK_CODE for file in here.glob(pattern))
 
 
 class Lease:
@@ -143,10 +149,8 @@ class Launched:
 
 def address() -> Path:
     """The server's socket: one per user, Python environment and state of the code that ranks run."""
-    here = Path(__file__).parent
-    sources = sorted(p for pattern in RANK_CODE for p in here.glob(pattern))
     marks = [sys.prefix, os.environ.get("COURSE_ALLOW_UNTESTED", "")]
-    marks += [f"{p}:{p.stat().st_mtime_ns}:{p.stat().st_size}" for p in sources]
+    marks += [f"{p}:{p.stat().st_mtime_ns}:{p.stat().st_size}" for p in rank_code()]
     key = hashlib.sha256("\n".join(marks).encode()).hexdigest()[:16]
     home = Path(tempfile.gettempdir()) / f"course-{os.getuid()}"
     home.mkdir(mode=0o700, exist_ok=True)

@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import small
 
-from course_lib import devices, launch, layout, runs, supervision, torchrun, warm
+from course_lib import cpu, devices, launch, layout, runs, supervision, torchrun, train, warm
 
 
 @pytest.fixture(scope="module")
@@ -279,9 +280,68 @@ def test_a_second_interrupt_leaves_an_outcome(bridge, runs_directory):
     rank = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     runs.write_json(run.path / "ranks" / "0.json", {"rank": 0, "pid": rank.pid, "stage": "training", "time": 0.0})
     with pytest.raises(KeyboardInterrupt):
-        supervision.until_the_end(run, ranks=2, start=lambda *_: fake, view=None, watch=None)
+        supervision.until_the_end(run, ranks=2, start=lambda *_: fake, view=lambda: None, watch=None)
     assert run.again().outcome.status == "interrupted" and closed
     assert rank.wait(10) == -signal.SIGKILL, "the rank is gone as well"
+
+
+def test_a_launcher_that_dies_leaves_no_rank(bridge, runs_directory):
+    """Whoever kills torchrun itself, as a full memory does, gets a run that says so and no rank that trains on."""
+    run = launch.prepare(small.config(), ranks=2, name="orphan")
+    sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]
+    rank = subprocess.Popen(sleeper, start_new_session=True)
+    runs.write_json(run.path / "ranks" / "0.json", {"rank": 0, "pid": rank.pid, "stage": "training", "time": 0.0})
+    launcher = subprocess.Popen(sleeper)
+    launcher.kill()
+    with pytest.raises(launch.RunFailed, match="torchrun itself was killed by signal 9"):
+        supervision.until_the_end(
+            run, ranks=2, start=lambda *_: torchrun.Started(launcher), view=lambda: None, watch=None
+        )
+    assert rank.wait(10) == -signal.SIGKILL
+
+
+def test_a_view_that_fails_leaves_an_outcome(bridge, runs_directory):
+    """What happens between the run's directory and its ranks is told in the directory, too."""
+
+    def no_view() -> None:
+        raise RuntimeError("no widgets")
+
+    run = launch.prepare(small.config(), ranks=2, name="blind")
+    with pytest.raises(RuntimeError, match="no widgets"):
+        supervision.until_the_end(run, ranks=2, start=lambda *_: None, view=no_view, watch=None)
+    assert run.again().outcome.status == "failed" and "no widgets" in run.again().outcome.cause
+
+
+def test_an_interrupt_at_the_very_end_keeps_the_success(bridge, runs_directory):
+    """All ranks were done: pressing stop while the launch is put away does not undo that."""
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    run = launch.prepare(small.config(), ranks=2, name="late")
+    for rank in range(2):
+        runs.write_json(run.path / "ranks" / f"{rank}.json", {"rank": rank, "pid": 1, "stage": "done", "time": 0.0})
+    fake = SimpleNamespace(wait=lambda _: {"dead": {}}, stop=lambda: None, close=interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        supervision.until_the_end(run, ranks=2, start=lambda *_: fake, view=lambda: None, watch=None)
+    assert run.again().outcome.status == "succeeded"
+
+
+def test_a_run_that_ended_is_not_started_again(bridge, runs_directory, monkeypatch):
+    """A second start in the same directory would mix two runs, and keep the first one's verdict."""
+    run = launch.prepare(small.config(), ranks=2, name="ended")
+    runs.write_outcome(run.path, runs.Outcome("succeeded"))
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit, match="ended already .succeeded.*copy its config.yaml"):
+        train.main([str(run.path / "config.yaml")])
+
+
+def test_a_changed_rank_means_a_new_server():
+    """Every file of the course that the warm server has loaded is one whose change starts a new server."""
+    words = "import sys, course_lib.preload; print(*(m.__file__ for n, m in sys.modules.items() if n[:11] == 'course_lib.'))"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", words], capture_output=True, text=True, check=True)
+    loaded = {Path(name) for name in done.stdout.split()} - {Path(cpu.__file__).parent.parent / "__init__.py"}
+    assert len(loaded) > 10 and loaded <= set(warm.rank_code())
 
 
 STUBBORN = """

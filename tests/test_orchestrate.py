@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import small
 
@@ -53,6 +55,23 @@ def test_the_limit_ends_agents_that_hang(bridge, runs_directory, monkeypatch):
     with pytest.raises(launch.RunFailed):
         orchestrate.run_agents(prepared, limit_seconds=0.2)
     assert [agent.poll() for agent in started] == [-signal.SIGTERM] * 2
+
+
+def test_an_agent_that_will_not_stop_is_killed_with_its_ranks(monkeypatch):
+    """Torchrun gives its ranks sessions of their own, so killing the agent's own group would leave them."""
+    monkeypatch.setattr(orchestrate, "PATIENCE_SECONDS", 0.2)
+    rank = "import time; print('up', flush=True); time.sleep(600)"
+    words = f"""
+import signal, subprocess, sys
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+subprocess.run([sys.executable, "-c", {rank!r}], start_new_session=True)
+"""
+    agent = subprocess.Popen([sys.executable, "-c", words], stdout=subprocess.PIPE, text=True)
+    assert agent.stdout.readline() == "up\n"
+    (child,) = psutil.Process(agent.pid).children()
+    orchestrate._end(agent)
+    assert agent.returncode == -signal.SIGKILL
+    assert not psutil.wait_procs([child], timeout=10)[1]
 
 
 def test_an_unknown_launcher_is_refused(bridge, runs_directory):
