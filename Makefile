@@ -1,4 +1,4 @@
-# Every command sets the environment up first; where nothing changed that takes a tenth of a second.
+# Every command that runs something of the course sets the environment up first, a tenth of a second if nothing changed.
 # Python 3.8 or later is enough to start: course_lib/bootstrap.py finds Python 3.12 and uv.
 PYTHON ?= $(shell command -v python3 || command -v python || echo python3)
 COURSE := .venv/bin/course

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from course_lib.layout_sizes import Fields
-from course_lib.parameters import layer_weights
+from course_lib.parameters import head_channels, layer_weights
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,8 +37,8 @@ FIELDS = {
     "tflops_per_rank": r"throughput per GPU \(TFLOP/s/GPU\): ([\d.]+)",
     "learning_rate": r"learning rate: ([\d.E+-]+)",
     "global_batch_size": r"global batch size: +(\d+)",
-    "loss": r"lm loss: ([\d.E+-]+)",
-    "grad_norm": r"grad norm: ([\d.]+)",
+    "loss": r"(?i)lm loss: ([\d.E+-]+|nan|-?inf)",
+    "grad_norm": r"(?i)grad norm: ([\d.]+|nan|inf)",
     "skipped": r"number of skipped iterations: +(\d+)",
     "nan": r"number of nan iterations: +(\d+)",
 }
@@ -95,7 +95,7 @@ def flops_per_token(model: Any, *, vocab_size: int, seq_length: int | None = Non
     fields = Fields.of(model)
     get = fields.model
     hidden, layers, heads = get("hidden_size"), get("num_layers"), get("num_attention_heads")
-    channels = get("kv_channels", hidden // heads)
+    channels = head_channels(fields)
     multiplied = layers * layer_weights(fields) + hidden * vocab_size
     return 6 * multiplied + (6 if causal else 12) * layers * (seq_length or get("seq_length")) * heads * channels
 

@@ -1,4 +1,5 @@
-"""Tables of the book's pages that are made when the book is built: versions, sources of data, the eight-GPU plan.
+"""Tables of the book's pages that are made when the book is built: versions, sources of data,
+the eight-GPU plan, the sessions of a class.
 
 A page says `<!-- facts: NAME -->` where a table belongs.
 """
@@ -12,12 +13,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from course_lib import eight_gpu_plan
+from course_lib import eight_gpu_plan, lessons
 
 __all__ = ["FACTS", "FactError", "fill"]
 
 MARK = re.compile(r"^<!-- facts: (\w+) -->$", re.MULTILINE)
 GROUPS = {"dependencies": "the course runs on", "dev": "tests", "book": "the book"}
+
+SESSIONS = (
+    (("00", "01", "02"), "which of two contradicting sources is right"),
+    (("03", "04", "05"), "why a falling loss proves so little"),
+    (("06", "07"), "which layout they would pay for"),
+    (("08", "09"), "what counts as a difference"),
+    (("10", "11", "12"), "what survives a crash, and where the bytes go"),
+)
 
 
 class FactError(ValueError):
@@ -43,6 +52,15 @@ def fill(page: str, *, root: Path) -> str:
     return MARK.sub(table, page)
 
 
+def sessions(_: Path) -> str:
+    """Which lessons a class takes together, how many minutes they name, and what the room should argue about."""
+    minutes = {lesson.number: lesson.minutes or 0 for lesson in lessons.listing()}
+    lines = ["| session | lessons | minutes | what the room should argue about |", "|---|---|--:|---|"]
+    for number, (names, question) in enumerate(SESSIONS, start=1):
+        lines.append(f"| {number} | {', '.join(names)} | {sum(minutes[name] for name in names)} | {question} |")
+    return "\n".join(lines)
+
+
 def versions(root: Path) -> str:
     """What the course names in `pyproject.toml`, at the version that `uv.lock` pins."""
     lock = tomllib.loads((root / "uv.lock").read_text(encoding="utf-8"))
@@ -59,7 +77,8 @@ def versions(root: Path) -> str:
 def count(root: Path) -> str:
     """How many packages the lock holds in all."""
     lock = tomllib.loads((root / "uv.lock").read_text(encoding="utf-8"))
-    return f"The lock file pins {len(lock['package'])} packages in all, with a checksum for each file."
+    others = [package for package in lock["package"] if "registry" in package["source"]]
+    return f"The lock file pins {len(others)} packages, with a checksum for each file."
 
 
 def provenance(root: Path) -> str:
@@ -103,4 +122,5 @@ FACTS: dict[str, Callable[[Path], str]] = {
     "count": count,
     "provenance": provenance,
     "eight_gpu_plan": plan,
+    "sessions": sessions,
 }

@@ -91,7 +91,10 @@ def count(
     names = list(recipes)
     asked = {"recipes": names, "vocab_size": vocab_size, "ranks": ranks, "only_first": only_first}
     command = [sys.executable, "-W", "ignore", "-m", __name__, json.dumps(asked)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_LIMIT_S)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        raise CensusFailed(f"{', '.join(names)} were not built within {_LIMIT_S} s") from None
     lines = [line.removeprefix(_MARK) for line in done.stdout.splitlines() if line.startswith(_MARK)]
     if done.returncode or len(lines) != len(names):
         tail = "\n".join(done.stderr.splitlines()[-5:])

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from course_lib.layout import embedding_rows, stage_layers
 from course_lib.layout_sizes import Fields, Layout
-from course_lib.parameters import layer_weights
+from course_lib.layout_stages import interleaves_unsaid
+from course_lib.parameters import head_channels, layer_weights
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,6 +77,10 @@ def _refuse_what_is_not_counted(fields: Fields, layout: Layout) -> None:
     }
     if layout.context_parallel_size > 1 and (kind := fields.model("cp_comm_type", None)) not in (None, "all_gather"):
         raise NotCounted(f"cp_comm_type={kind!r} runs inside Transformer Engine, which no CPU rank can record")
+    if (instances := fields.get("ddp", "num_distributed_optimizer_instances", 1)) != 1:
+        raise NotCounted(f"num_distributed_optimizer_instances={instances} divides the optimizer's state twice")
+    if interleaves_unsaid(fields):
+        raise NotCounted("the pipeline plan interleaves: set virtual_pipeline_model_parallel_size as well")
     defaults = {"add_bias_linear": True, "normalization": "LayerNorm", "position_embedding_type": "learned_absolute"}
     for name, value in wanted.items():
         found = fields.model(name, defaults.get(name, value))
@@ -116,7 +121,7 @@ def _rows(fields: Fields, layout: Layout, rank: int, element_bytes: int, gradien
     yield "forward", "all_reduce", "tp", tp, 4 * sequence * micro, 3 * m * last, "loss: maximum, target logit, sum"
     heads = fields.model("num_attention_heads")
     groups = fields.model("num_query_groups", heads)
-    channels = fields.model("kv_channels", fields.model("hidden_size") // heads)
+    channels = head_channels(fields)
     keys = cp * sequence * micro * groups * channels // tp * element_bytes
     yield "forward", "all_gather", "cp", cp, keys, 2 * m * layers, "keys, and values, of the whole sequence"
     yield "backward", "reduce_scatter", "cp", cp, keys, 2 * m * layers, "their gradients, to the rank that has them"

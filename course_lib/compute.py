@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from course_lib.accounting import flops_per_token
 from course_lib.layout import Layout
+from course_lib.layout_sizes import Fields
+from course_lib.parameters import head_channels
 from course_lib.units import GB, MiB
 
 if TYPE_CHECKING:
@@ -148,8 +150,8 @@ def sent_bytes(cfg: Any, *, ranks: int) -> dict[str, float]:
         cfg.model,
         cfg.train.global_batch_size / (cfg.train.micro_batch_size * layout.data_parallel_size),
     )
-    groups = model.num_query_groups or model.num_attention_heads
-    keys = plain.model.seq_length * cfg.train.micro_batch_size * 2 * groups * model.kv_channels * formats.weights
+    groups, channels = model.num_query_groups or model.num_attention_heads, head_channels(Fields.of(cfg))
+    keys = plain.model.seq_length * cfg.train.micro_batch_size * 2 * groups * channels * formats.weights
     layers = model.num_layers / layout.pipeline_model_parallel_size
     return {
         "tensor": float(sent.get("tp", 0)),
@@ -193,9 +195,9 @@ def _repeated_flops_per_token(cfg: Any) -> float:
     if model.recompute_granularity == "full":
         stage = model.num_layers / model.pipeline_model_parallel_size
         return layers / 3 * (1 if model.recompute_method == "uniform" else min(1, model.recompute_num_layers / stage))
-    matrices = 3 if model.gated_linear_unit else 2
+    matrices, heads = 3 if model.gated_linear_unit else 2, model.num_attention_heads
     repeated = {
         "mlp": 2 * model.num_layers * matrices * model.hidden_size * model.ffn_hidden_size,
-        "core_attn": 2 * model.num_layers * model.seq_length * model.num_attention_heads * model.kv_channels,
+        "core_attn": 2 * model.num_layers * model.seq_length * heads * head_channels(Fields.of(cfg)),
     }
     return float(sum(repeated.get(part, 0) for part in parts))  # norms multiply no matrices

@@ -6,6 +6,7 @@ import ast
 import functools
 import inspect
 import json
+import re
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -90,7 +91,7 @@ def python_documents() -> Iterator[Document]:
 
 
 def library_functions() -> Iterator[Documented]:
-    """Every function of the standard library that has a docstring."""
+    """Every function with a docstring that stands in a module, class or function itself, not under an `if` or a `try`."""
     for module, file, source in _library():
         yield from (found for found in documented(source, module=module, file=file) if found.signature)
 
@@ -219,6 +220,9 @@ def _whole(path: Path) -> str:
     return text
 
 
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+
+
 def _not_utf8(error: UnicodeDecodeError) -> str:
     return f"byte 0x{error.object[error.start]:02x} is not UTF-8: save the file as UTF-8, or leave it out"
 
@@ -242,4 +246,6 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 raise BadText(f"{where}: has {fields}, needed 'text'")
             if not isinstance(entry["text"], str) or not entry["text"].strip():
                 raise BadText(f"{where}: 'text' is empty or no string: remove the line")
+            if bad := _SURROGATE.search(entry["text"]):
+                raise BadText(f"{where}: {bad.group()!r} is half a character: write it as UTF-8, or leave it out")
             yield number, entry["text"]

@@ -16,7 +16,9 @@ PROJECT = Path(__file__).resolve().parent.parent
 FILE = PROJECT / "data" / "plans_8_gpu.json"
 RANKS = 8
 VOCAB_SIZE = 128256  # ids of Llama 3's tokenizer
-LAYOUTS = ({"tp": 2}, {"tp": 4}, {"tp": 1})
+LAYOUTS = ({"tp": 1, "cp": 1}, {"tp": 2, "cp": 1}, {"tp": 4, "cp": 1})
+PUBLISHED = {"8B": ({"tp": 1, "cp": 2},)}
+"""Layouts of one model besides: NVIDIA's recipe for 8B cuts its sequences."""
 RECIPES = {"1B": "llama32_1b_pretrain_config", "3B": "llama32_3b_pretrain_config", "8B": "llama3_8b_pretrain_config"}
 
 
@@ -37,10 +39,10 @@ def compute() -> dict[str, Any]:
             cfg = getattr(llama, recipe)()
         cfg.tokenizer.vocab_size = VOCAB_SIZE
         cfg.train.global_batch_size = 128
-        cfg.model.context_parallel_size = 1
-        for sizes in LAYOUTS:
+        for sizes in (*LAYOUTS, *PUBLISHED.get(model, ())):
             plan = memory.plan(memory.with_layout(cfg, **sizes, sequence_parallel=sizes["tp"] > 1), ranks=RANKS)
-            row = {"model": model, "recipe": recipe, "tp": sizes["tp"], "pp": 1, "dp": RANKS // sizes["tp"]}
+            row = {"model": model, "recipe": recipe, "tp": sizes["tp"], "pp": 1, "cp": sizes["cp"]}
+            row["dp"] = RANKS // sizes["tp"] // sizes["cp"]
             row |= {"seq_length": cfg.model.seq_length, "micro_batch_size": cfg.train.micro_batch_size}
             rows.append(row | {"bytes": plan.components, "total_bytes": plan.total_bytes})
     versions = stack.versions()
@@ -75,7 +77,8 @@ def markdown(plans: dict[str, Any]) -> str:
     for row in plans["plans"]:
         share = row["total_bytes"] / gpu.memory_bytes
         sizes = " | ".join(f"{gib(size):.1f}" for size in row["bytes"].values())
-        layout = f"TP={row['tp']} PP={row['pp']} DP={row['dp']}"
+        cut = f" CP={row['cp']}" if row["cp"] > 1 else ""
+        layout = f"TP={row['tp']} PP={row['pp']}{cut} DP={row['dp']}"
         verdict = f"{share:.0%}" + ("" if share < 1 else ", does not fit")
         lines.append(f"| {row['model']} | {layout} | {sizes} | {gib(row['total_bytes']):.1f} | {verdict} |")
     return "\n".join(lines)

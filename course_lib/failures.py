@@ -34,7 +34,7 @@ _WRITE_ERROR = re.compile(r"Local worker \d+ encountered an error: (.+)")
 _HINTS = (
     (
         r"/dev/shm|sem_open|SemLock|multiprocessing/synchronize",
-        "Shared memory is too small: make /dev/shm larger (Docker: --shm-size=1g).",
+        "Shared memory is too small: make /dev/shm larger (Docker: --shm-size=8g).",
     ),
     (
         r"No space left on device|Disk quota|Errno 28",
@@ -50,7 +50,7 @@ _HINTS = (
         "Use a smaller model, micro_batch_size or seq_length, or fewer ranks.",
     ),
     (r"SIGBUS", "A shared memory segment could not grow: make /dev/shm larger."),
-    (r"SIGSEGV|SIGILL|SIGABRT", "Native code crashed: run `course doctor`, and look at the end of the rank's log."),
+    (r"SIGSEGV|SIGILL|SIGABRT", "Native code crashed: run `make doctor`, and look at the end of the rank's log."),
     (
         r"Address already in use|EADDRINUSE",
         "Another program took the port; launch again: each launch asks for a free one.",
@@ -196,7 +196,8 @@ def _could_not_write(run: runs.Run) -> runs.Outcome | None:
 
 
 def _killed(run: runs.Run, rank: int, code: int) -> runs.Outcome:
-    name = signal.Signals(-code).name
+    known = -code in set(signal.Signals)
+    name = signal.Signals(-code).name if known else f"signal {-code}"  # a real-time signal has no name
     stage = run.ranks().get(rank, {}).get("stage", runs.STAGES[0])
     cause = f"rank {rank} was killed by {name} while {stage}"
     return runs.Outcome("failed", rank, cause, name, _tail(run, rank), hint_for(name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +28,8 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: If the directory cannot be written.
     """
-    half = path.with_name(f".{path.name}.{os.getpid()}")
+    path = path.resolve()  # a link stays a link
+    half = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # of threads, processes and nodes that write one file
     try:
         yield half
         os.replace(half, path)

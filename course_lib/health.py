@@ -58,7 +58,8 @@ def memory_growth(run: Run) -> pd.DataFrame:
     import numpy as np
     import pandas as pd
 
-    frame = run.memory[run.memory["step"] > run.memory["step"].max() / 2]
+    steps = run.memory["step"]
+    frame = run.memory[steps > (steps.min() + steps.max()) / 2]  # a resumed run does not begin at step 0
     if frame["step"].nunique() < 2:
         raise ValueError(f"run {run.name!r} is too short to see memory grow: train at least four steps")
     rows = {}

@@ -124,8 +124,13 @@ class _LateLoader(importlib.abc.Loader):
         for name in ("__getattr__", *self.rule.functions):
             module.__dict__.pop(name, None)
         set_by_others = {k: v for k, v in module.__dict__.items() if not k.startswith("__")}
-        self.real.exec_module(module)
-        module.__dict__.update(set_by_others)
+        try:
+            self.real.exec_module(module)
+        except BaseException:  # the next one who asks shall see why, too
+            self.done = False
+            raise
+        finally:
+            module.__dict__.update(set_by_others)
 
     def run_parent(self, name: str) -> None:
         """A parent's body runs first, as in a plain import: modules that import each other in circles rely on it."""

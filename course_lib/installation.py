@@ -142,7 +142,8 @@ def imports(modules: Mapping[str, str] = IMPORTED, *, seconds_limit: float = IMP
     found = []
     for name, process in started.items():
         try:
-            _, said = process.communicate(timeout=max(0.0, began + seconds_limit - time.monotonic()))
+            # Those that are over while another one hangs still get a moment to say so.
+            _, said = process.communicate(timeout=max(1.0, began + seconds_limit - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()

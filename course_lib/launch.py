@@ -165,6 +165,15 @@ def prepare(
     return runs.Run(path)
 
 
+def _told(content: dict, section: str, field: str) -> int:
+    try:
+        return content[section][field]
+    except (KeyError, TypeError):
+        raise ConfigError(
+            f"the configuration has no {section}.{field}: is it a file that Bridge's to_yaml wrote?"
+        ) from None
+
+
 def _about(content: dict, path: Path, ranks: int, device: str, launcher: str, plan: Layout, record: bool) -> dict:
     return {
         "name": path.name,
@@ -183,9 +192,9 @@ def _about(content: dict, path: Path, ranks: int, device: str, launcher: str, pl
         "versions": stack.versions(),
         "seed": (content.get("rng") or {}).get("seed"),
         "started": time.time(),
-        "train_iters": content["train"]["train_iters"],
-        "global_batch_size": content["train"]["global_batch_size"],
-        "seq_length": content["model"]["seq_length"],
+        "train_iters": _told(content, "train", "train_iters"),
+        "global_batch_size": _told(content, "train", "global_batch_size"),
+        "seq_length": _told(content, "model", "seq_length"),
         "memory_kind": "allocated by torch on the GPU"
         if device == "cuda"
         else "anonymous memory of the process since it started",

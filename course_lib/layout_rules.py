@@ -15,6 +15,7 @@ from typing import Any
 
 from course_lib.layout_sizes import Fields, Layout, LayoutError, Refusal, divisors, either
 from course_lib.layout_stages import stage_layers
+from course_lib.parameters import head_channels
 
 __all__ = ["embedding_rows", "padded_vocab_size", "refusals"]
 
@@ -83,6 +84,9 @@ def embedding_rows(cfg: Any) -> int:
     Returns:
         The tokenizer's ids, padded, or the model's own ``vocab_size`` as it is.
 
+    Raises:
+        ValueError: If the configuration says neither.
+
     Source: megatron-bridge 0.6.2 ``training/setup.py`` ``_validate_and_set_vocab_size``.
 
     >>> model, tokenizer = dict(tensor_model_parallel_size=8), dict(vocab_size=500)
@@ -94,8 +98,13 @@ def embedding_rows(cfg: Any) -> int:
     fields = Fields.of(cfg)
     if not _rows_follow_the_tokenizer(fields):
         return fields.model("vocab_size")
+    if (ids := fields.get("tokenizer", "vocab_size")) is None:
+        raise ValueError(
+            "the number of ids is known only to the tokenizer, which is not loaded to plan: set cfg.tokenizer.vocab_size "
+            "or cfg.model.vocab_size"
+        )
     return padded_vocab_size(
-        fields.get("tokenizer", "vocab_size"),
+        ids,
         tensor_model_parallel_size=fields.model("tensor_model_parallel_size", 1),
         divisible_by=fields.model("make_vocab_size_divisible_by", 128),
     )
@@ -216,7 +225,7 @@ def _attention(layout: Layout, fields: Fields) -> Iterator[Refusal]:
     if heads % groups:
         message, fix = f"{groups} query groups do not divide {heads} query heads", f"choose {either(divisors(heads))}"
         yield Refusal("model.num_query_groups", message, fix)
-    channels = fields.model("kv_channels") or fields.model("hidden_size", 0) // heads
+    channels = head_channels(fields)
     rows = channels * (heads + 2 * groups)
     if not heads % tensor and rows % tensor:
         yield Refusal(

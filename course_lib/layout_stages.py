@@ -14,6 +14,17 @@ from course_lib.layout_sizes import Fields, LayoutError, Refusal, divisors, eith
 __all__ = ["stage_layers"]
 
 
+def interleaves_unsaid(cfg: Any) -> bool:
+    """Whether a written pipeline plan interleaves, and no ``virtual_pipeline_model_parallel_size`` says so.
+
+    Megatron accepts that and counts the chunks itself; whoever plans from the field would count too few.
+    """
+    fields = Fields.of(cfg)
+    if fields.model("pipeline_model_parallel_layout") is None or fields.model("virtual_pipeline_model_parallel_size"):
+        return False
+    return len(stage_layers(fields)[0]) > 1
+
+
 def stage_layers(cfg: Any) -> list[list[int]]:
     """How many transformer layers does each pipeline stage build?
 

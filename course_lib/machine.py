@@ -58,7 +58,7 @@ def findings() -> list[Finding]:
         memory(),
         disk(folder),
         shared_memory(),
-        gpus(stack.gpus(), device=stack.device(GPUS_FOR_A_LESSON)),
+        gpus(stack.gpus()),
         open_files(),
         text_encoding(),
         bytecode(),
@@ -133,8 +133,8 @@ def runs_writable(folder: Path) -> Finding:
 
 
 def _existing(folder: Path) -> Path:
-    """The nearest folder that exists."""
-    return next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    """The nearest folder that exists and may be seen."""
+    return next(parent for parent in (folder, *folder.absolute().parents) if os.path.exists(parent))
 
 
 def shared_memory(*, folder: Path = Path("/dev/shm"), size_bytes: int | None = None) -> Finding:
@@ -145,19 +145,23 @@ def shared_memory(*, folder: Path = Path("/dev/shm"), size_bytes: int | None = N
     return warn_unless(size_bytes >= SHARED_MEMORY_BYTES, "shared memory", f"{size_bytes / GiB:.2f} GiB", fix)
 
 
-def gpus(names: Sequence[str] | None, *, device: str) -> Finding:
+def gpus(names: Sequence[str] | None, *, device: Callable[[int], str] = stack.device) -> Finding:
     """None needed: with fewer than eight GPUs the same eight ranks run on the CPU.
 
     Args:
         names: What `stack.gpus` returned.
-        device: Where eight ranks would run, "cpu" or "cuda".
+        device: Says where so many ranks would run, "cpu" or "cuda"; ValueError if what it was told is neither.
     """
+    try:
+        chosen = device(GPUS_FOR_A_LESSON)
+    except ValueError as error:
+        return Finding("GPUs", "fail", str(error).split(";")[0], "Run `unset COURSE_DEVICE`, or set it to cpu or cuda.")
     if names is None:
         fix = "Run `nvidia-smi` and mend the driver if this machine has GPUs; without them the lessons run on the CPU."
         return Finding("GPUs", "warn", "nvidia-smi is there and fails", fix)
     if not names:
         return Finding("GPUs", "ok", "none: the ranks run on the CPU")
-    where = "eight ranks use them" if device == "cuda" else "eight ranks run on the CPU"
+    where = "eight ranks use them" if chosen == "cuda" else "eight ranks run on the CPU"
     return Finding("GPUs", "ok", f"{len(names)} x {names[0]} ({where})")
 
 

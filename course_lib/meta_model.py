@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from course_lib.layout import Layout, embedding_rows, require
+from course_lib.layout_stages import interleaves_unsaid
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +66,7 @@ def built(
 
     Raises:
         LayoutError: If the configuration cannot run on so many ranks.
+        ValueError: If its pipeline plan interleaves without saying so in a field.
         RuntimeError: If this process trains already.
     """
     import torch.distributed as dist
@@ -78,6 +80,8 @@ def built(
     if dist.is_initialized():
         raise RuntimeError("this process has a process group already: plan in another process than the one that trains")
     layout = require(cfg, ranks)
+    if interleaves_unsaid(cfg):
+        raise ValueError("the pipeline plan interleaves: set virtual_pipeline_model_parallel_size as well, to plan it")
     model = _without_devices(cfg)
     excepthook = sys.excepthook  # each process group would put its rank before every line of a traceback
     me = stage * ranks // layout.pipeline_model_parallel_size if rank is None else rank

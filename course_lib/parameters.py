@@ -6,7 +6,7 @@ from typing import Any
 
 from course_lib.layout_sizes import Fields
 
-__all__ = ["layer_weights", "parameter_count"]
+__all__ = ["head_channels", "layer_weights", "parameter_count"]
 
 
 def parameter_count(model: Any, *, vocab_size: int | None = None) -> int:
@@ -60,7 +60,7 @@ def parameter_count(model: Any, *, vocab_size: int | None = None) -> int:
     rows = vocab_size if vocab_size is not None else get("vocab_size")
     if rows is None:
         raise ValueError("the model has no vocab_size: give vocab_size=")
-    channels = get("kv_channels", hidden // heads)
+    channels = head_channels(fields)
     layer = layer_weights(fields) + 2 * hidden
     if get("add_qkv_bias", False):
         layer += channels * (heads + 2 * groups)
@@ -68,6 +68,11 @@ def parameter_count(model: Any, *, vocab_size: int | None = None) -> int:
         layer += 2 * channels
     embeddings = rows * hidden * (1 if get("share_embeddings_and_output_weights", True) else 2)
     return embeddings + layers * layer + hidden
+
+
+def head_channels(fields: Fields) -> int:
+    """Channels of one attention head: the model's ``kv_channels``, or its width shared by its heads."""
+    return fields.model("kv_channels") or fields.model("hidden_size", 0) // fields.model("num_attention_heads")
 
 
 def layer_weights(fields: Fields) -> int:
@@ -78,6 +83,6 @@ def layer_weights(fields: Fields) -> int:
     """
     get = fields.model
     hidden, heads = get("hidden_size"), get("num_attention_heads")
-    channels, groups = get("kv_channels", hidden // heads), get("num_query_groups", heads)
+    channels, groups = head_channels(fields), get("num_query_groups", heads)
     matrices = 3 if get("gated_linear_unit", False) else 2
     return hidden * channels * (2 * heads + 2 * groups) + matrices * hidden * get("ffn_hidden_size", 4 * hidden)

@@ -94,12 +94,17 @@ def bridge_code(recipe: str, cfg: Any) -> str:
     fields = {f"model.{name}_parallel_size": getattr(model, f"{name}_parallel_size") for name in names}
     fields |= {"model.sequence_parallel": model.sequence_parallel, "model.seq_length": model.seq_length}
     fields |= {"dataset.seq_length": model.seq_length, "mixed_precision": cfg.mixed_precision}
+    if cfg.mixed_precision is None:  # nothing else says which numbers the model holds
+        fields |= {f"model.{name}": getattr(model, name) for name in ("bf16", "fp16", "params_dtype")}
     fields |= {"train.micro_batch_size": train.micro_batch_size, "train.global_batch_size": train.global_batch_size}
-    again = {"full": ("recompute_method", "recompute_num_layers"), "selective": ("recompute_modules",)}
+    names = ["recompute_granularity"]  # None as well: the recipe may recompute
     if model.recompute_granularity:
-        names = ("recompute_granularity", *again[model.recompute_granularity])
-        fields |= {f"model.{name}": getattr(model, name) for name in names}
-    return "\n".join([f"cfg = {recipe}()", *(f"cfg.{name} = {value!r}" for name, value in fields.items())])
+        names += ["recompute_method", "recompute_num_layers"]
+    if model.recompute_granularity == "selective":
+        names += ["recompute_modules"]
+    fields |= {f"model.{name}": getattr(model, name) for name in names}
+    first = ["import torch"] if cfg.mixed_precision is None else []
+    return "\n".join([*first, f"cfg = {recipe}()", *(f"cfg.{name} = {value!r}" for name, value in fields.items())])
 
 
 def controls(recipes: Mapping[str, Any], *, ranks: int = 8) -> VBox:

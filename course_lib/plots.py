@@ -197,12 +197,14 @@ def stacked(
         title: What the picture shows.
 
     Returns:
-        The axis; parts under a hundredth of the longest bar are drawn together as "other".
+        The axis; parts under a hundredth of the longest bar, and those beyond eight, are drawn together as
+        "other".
     """
     ax = _axis(ax)
     limit = 0.01 * max(sum(parts.values()) for parts in bars.values())
-    large = list(dict.fromkeys(part for parts in bars.values() for part, size in parts.items() if size >= limit))
     looks = [(colour, hatch) for hatch in ("", "///") for colour in COLOURS.values()]
+    large = list(dict.fromkeys(part for parts in bars.values() for part, size in parts.items() if size >= limit))
+    large = [part for part in large if part != "other"][: len(looks)]
     left = dict.fromkeys(bars, 0.0)
     for part, (colour, hatch) in zip([*large, "other"], [*looks[: len(large)], (INK, "")], strict=True):
         for name, parts in bars.items():

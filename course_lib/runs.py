@@ -6,6 +6,7 @@ so it can be read while the run goes on.  Nothing here imports torch.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -197,7 +198,7 @@ def read(name: str | Path) -> Run:
     """The run of that name, also while it trains.
 
     Args:
-        name: Name of a directory under `directory()`, or a path.
+        name: Name of a directory under `directory()`, or an absolute path.
 
     Raises:
         NoSuchRun: If there is none; lists the names that exist.
@@ -212,8 +213,11 @@ def read(name: str | Path) -> Run:
 
 def listing() -> list[Run]:
     """All runs, the newest first."""
-    found = [p.parent for p in directory().glob("*/config.yaml")] if directory().exists() else []
-    return [Run(p) for p in sorted(found, key=lambda p: p.stat().st_mtime, reverse=True)]
+    times = {}
+    for config in directory().glob("*/config.yaml"):
+        with contextlib.suppress(FileNotFoundError):  # somebody is clearing up
+            times[config.parent] = config.parent.stat().st_mtime
+    return [Run(path) for path in sorted(times, key=times.__getitem__, reverse=True)]
 
 
 def write_json(path: Path, content: object) -> None:

@@ -72,17 +72,28 @@ def gpus() -> list[str] | None:
         Name and memory of each that `nvidia-smi` lists and `CUDA_VISIBLE_DEVICES` leaves; empty where there is no
         `nvidia-smi`; `None` where there is one that fails.
     """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None and visible.strip() in ("", "-1"):
-        return []
-    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    command = ["nvidia-smi", "--query-gpu=uuid,name,memory.total", "--format=csv,noheader"]
     try:
         listing = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
     except FileNotFoundError:
         return []
     except (OSError, subprocess.SubprocessError):
         return None
-    return listing.splitlines()[: None if visible is None else len(visible.split(","))]
+    found = [tuple(line.split(", ", 1)) for line in listing.splitlines()]
+    return [words for _, words in _visible(found, os.environ.get("CUDA_VISIBLE_DEVICES"))]
+
+
+def _visible(found: list[tuple[str, str]], asked: str | None) -> list[tuple[str, str]]:
+    """What CUDA shows of these GPUs: those that are asked for by number or identifier, up to the first that is not there."""
+    if asked is None:
+        return found
+    shown = []
+    for word in map(str.strip, asked.split(",")):
+        fits = [gpu for number, gpu in enumerate(found) if word == str(number) or (word and gpu[0].startswith(word))]
+        if len(fits) != 1 or fits[0] in shown:
+            break
+        shown += fits
+    return shown
 
 
 def gpu_count() -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import html
 import re
+from collections import Counter
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -41,9 +43,21 @@ def full(frame: pd.DataFrame, *, index: bool = True) -> Styler:
         {"selector": "td:last-child", "props": f"{_ROOMY}; padding-right: 0;"},
     ]
     # As objects: a column of nullable numbers would answer for its missing values itself, and with no words.
+    if not (frame.index.is_unique and frame.columns.is_unique):  # pandas can style no other; two frames put together
+        frame = frame.set_axis(_distinct(frame.index), axis=0).set_axis(_distinct(frame.columns), axis=1)
     styled = frame.astype(object).style.set_table_styles(words).format(_shown).map(_room)
     styled = styled.format_index(_shown).format_index(_shown, axis=1)
     return styled if index else styled.hide(axis="index")
+
+
+def _distinct(labels: Iterable[object]) -> list[object]:
+    """Labels that look the same and are not: each repetition has one more space without width at its end."""
+    seen: Counter[object] = Counter()
+    found = []
+    for label in labels:
+        found.append(f"{label}{chr(0x200B) * seen[label]}" if seen[label] else label)
+        seen[label] += 1
+    return found
 
 
 def _shown(value: object) -> str:

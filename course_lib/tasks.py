@@ -105,7 +105,7 @@ def multiple_choice(questions: Iterable[Pair]) -> list[Choice]:
     choices = []
     for pair in questions:
         dice = random.Random(hashlib.sha256(pair.input.encode()).digest())
-        near = [text for text in by_module[pair.module] if text != pair.output]
+        near = [text for text in dict.fromkeys(by_module[pair.module]) if text != pair.output]
         wrong = dice.sample(near, min(len(near), OPTIONS - 1))
         while len(wrong) < OPTIONS - 1:
             if (other := dice.choice(everything)) not in (*wrong, pair.output):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from course_lib import book_facts, eight_gpu_plan
+from course_lib import book_facts, eight_gpu_plan, lessons
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -75,6 +75,15 @@ def test_a_plan_that_does_not_fit_says_so() -> None:
         (row.split(" | ")[0].strip("| "), row.split(" | ")[1]): row
         for row in eight_gpu_plan.markdown(eight_gpu_plan.read()).splitlines()[2:]
     }
-    assert len(rows) == 9
+    assert len(rows) == 10
     assert "119%, does not fit" in rows["8B", "TP=1 PP=1 DP=8"], "95.0 GiB of 79.6"
     assert "does not fit" not in rows["8B", "TP=2 PP=1 DP=4"]
+    assert "95%" in rows["8B", "TP=1 PP=1 CP=2 DP=4"], "75.5 GiB, the layout that NVIDIA publishes"
+
+
+def test_the_sessions_hold_every_lesson_once() -> None:
+    """A class takes all lessons in their order, and the minutes are those of the lessons' own heads."""
+    known = lessons.listing()
+    assert [name for names, _ in book_facts.SESSIONS for name in names] == [lesson.number for lesson in known]
+    minutes = [int(row.split(" | ")[2]) for row in book_facts.sessions(PROJECT).splitlines()[2:]]
+    assert all(lesson.minutes for lesson in known) and sum(minutes) == sum(lesson.minutes for lesson in known)

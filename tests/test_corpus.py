@@ -70,6 +70,7 @@ GOOD = '{"text": "A text that is long enough to be kept by the cleaning."}\n'
         ("a.jsonl", GOOD.encode() + b'{"body": 1}\n', r"a.jsonl, line 2: has the fields body, needed 'text'"),
         ("a.jsonl", GOOD.encode() + b"\xff\n", r"line 2: byte 0xff"),
         ("a.jsonl", GOOD.encode() + b"nonsense\n", r"line 2: not JSON"),
+        ("a.jsonl", GOOD.encode() + b'{"text": "\\ud800"}\n', r"line 2: '.*ud800' is half a character"),
         ("a.jsonl", b"[1]\n", r"line 1: has no fields"),
         ("a.jsonl", b'{"text": ""}\n', r"line 1: 'text' is empty"),
         ("a.jsonl", GOOD.encode() + b"x" * 3000, r"line 2: longer than"),

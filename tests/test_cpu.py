@@ -93,6 +93,8 @@ import torch
 def reached(*_, **__):
     print("cpu:", [name for name in sys.modules if name.startswith("course_lib.cpu")])
     print("redirected:", hasattr(torch.cuda.is_available, "__wrapped__"), torch.empty.__class__.__name__)
+    from megatron.bridge.training import initialize
+    print("helpers:", initialize.compile_helpers())  # upstream's own would call make, and end the rank
 module.pretrain = reached
 from pathlib import Path
 from course_lib import memory_meter, train
@@ -106,6 +108,7 @@ train.rank_main({str(tmp_path)!r})
     log = (tmp_path / "logs" / "rank_0.log").read_text()
     assert "meter: cuda" in log and "cpu: []" in log
     assert "redirected: False builtin_function_or_method" in log
+    assert "helpers: None" in log
 
 
 def test_the_real_meter_of_a_gpu_run_needs_no_redirection():

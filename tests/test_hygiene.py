@@ -232,8 +232,9 @@ def test_every_public_module_says_what_it_is_and_offers(path: Path) -> None:
         and ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target) == "__all__"
     ]
     assert listed, "no __all__"
-    defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    defined |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    assigned = [node for node in tree.body if isinstance(node, ast.Assign | ast.AnnAssign)]
+    defined |= {name.id for node in assigned for name in ast.walk(node) if isinstance(name, ast.Name)}
     defined |= {name.split(".")[-1] for name in top_level_imports(path)}
     assert set(listed[0]) <= defined
 

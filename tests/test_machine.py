@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from course_lib import machine, stack
+from course_lib import doctor, machine, stack
 from course_lib.findings import Finding
 from course_lib.units import GiB
 
@@ -31,9 +31,9 @@ from course_lib.units import GiB
         (machine.bytecode(environment={"PYTHONDONTWRITEBYTECODE": "1"}), "warn", "unset"),
         (machine.bytecode(environment={}), "ok", ""),
         (machine.hub(environment={"HF_TOKEN": "x"}), "ok", ""),
-        (machine.gpus([], device="cpu"), "ok", ""),
-        (machine.gpus(None, device="cpu"), "warn", "nvidia-smi"),
-        (machine.gpus(["NVIDIA H100, 81559 MiB"] * 8, device="cuda"), "ok", ""),
+        (machine.gpus([], device=lambda _: "cpu"), "ok", ""),
+        (machine.gpus(None, device=lambda _: "cpu"), "warn", "nvidia-smi"),
+        (machine.gpus(["NVIDIA H100, 81559 MiB"] * 8, device=lambda _: "cuda"), "ok", ""),
     ],
     ids=lambda value: value.name if isinstance(value, Finding) else str(value),
 )
@@ -69,7 +69,7 @@ def test_a_broken_driver_is_not_no_gpu(tmp_path: Path, monkeypatch: pytest.Monke
     smi = tmp_path / "nvidia-smi"
     for text, expected in (
         ("exit 9", None),
-        ("echo 'H100, 81559 MiB'; echo 'H100, 81559 MiB'", ["H100, 81559 MiB"] * 2),
+        ("echo 'GPU-a, H100, 81559 MiB'; echo 'GPU-b, H100, 81559 MiB'", ["H100, 81559 MiB"] * 2),
     ):
         smi.write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
         smi.chmod(0o755)
@@ -80,13 +80,18 @@ def test_a_broken_driver_is_not_no_gpu(tmp_path: Path, monkeypatch: pytest.Monke
 def test_the_doctor_and_the_launcher_see_the_same_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What CUDA_VISIBLE_DEVICES hides, or COURSE_DEVICE overrides, the doctor does not promise."""
     smi = tmp_path / "nvidia-smi"
-    smi.write_text("#!/bin/sh\nfor rank in 0 1 2 3 4 5 6 7; do echo 'H100, 81559 MiB'; done\n", encoding="utf-8")
+    smi.write_text(
+        '#!/bin/sh\nfor rank in 0 1 2 3 4 5 6 7; do echo "GPU-$rank, H100, 81559 MiB"; done\n', encoding="utf-8"
+    )
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("COURSE_DEVICE", raising=False)
     for visible, asked, device, value in (
         (None, None, "cuda", "8 x H100, 81559 MiB (eight ranks use them)"),
         ("0,1,2", None, "cpu", "3 x H100, 81559 MiB (eight ranks run on the CPU)"),
+        ("0,1,2,3,4,5,-1,7", None, "cpu", "6 x H100, 81559 MiB (eight ranks run on the CPU)"),
+        ("GPU-3, GPU-1", None, "cpu", "2 x H100, 81559 MiB (eight ranks run on the CPU)"),
+        ("9", None, "cpu", "none: the ranks run on the CPU"),
         ("", None, "cpu", "none: the ranks run on the CPU"),
         (None, "cpu", "cpu", "8 x H100, 81559 MiB (eight ranks run on the CPU)"),
     ):
@@ -94,6 +99,14 @@ def test_the_doctor_and_the_launcher_see_the_same_gpus(tmp_path: Path, monkeypat
             monkeypatch.delenv(name, raising=False) if setting is None else monkeypatch.setenv(name, setting)
         assert stack.device(8) == device
         assert next(found for found in machine.findings() if found.name == "GPUs").value == value
+
+
+def test_a_device_that_there_is_not_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The doctor says so and goes on, instead of failing itself."""
+    monkeypatch.setenv("COURSE_DEVICE", "gpu")
+    (found,) = [finding for finding in doctor.report(imports=False).findings if finding.name == "GPUs"]
+    assert (found.status, found.value) == ("fail", "COURSE_DEVICE is 'gpu'")
+    assert "unset COURSE_DEVICE" in found.fix
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -313,3 +314,31 @@ def test_a_run_that_measured_nothing_is_refused(tmp_path):
     (tmp_path / "ranks").mkdir()
     with pytest.raises(ValueError, match="target=live_tensors.TARGET"):
         live_tensors.read(runs.Run(tmp_path))
+
+
+@pytest.mark.parametrize(("precision", "recompute"), [("fp32", "nothing"), ("bf16_mixed", "norms")])
+def test_the_planners_code_gives_the_plan_that_is_shown(llama: Any, precision: str, recompute: str) -> None:
+    """Pasted below a recipe that recomputes and trains in bf16, the lines give the same bytes as the picture."""
+    base = memory.with_layout(llama, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    choice = {"tp": 2, "pp": 1, "cp": 1, "sequence": 2048, "micro": 1, "batch": 16}
+    choice |= {"precision": precision, "recompute": next(iter(k for k in planner.RECOMPUTE if recompute in k))}
+    shown = planner.chosen(base, choice)
+    names: dict[str, Any] = {"recipe": lambda: copy.deepcopy(base)}
+    exec(planner.bridge_code("recipe", shown), names)  # noqa: S102
+    pasted = names["cfg"]
+    assert memory.states(pasted, ranks=8) == memory.states(shown, ranks=8)
+    assert pasted.model.recompute_granularity == shown.model.recompute_granularity
+    assert meta_model.precision(pasted).weights == (4 if precision == "fp32" else 2)
+
+
+def test_what_cannot_be_planned_says_what_to_set(llama: Any) -> None:
+    """Without a number of ids, or with a pipeline plan that interleaves unsaid, nothing is guessed."""
+    unknown = memory.with_layout(llama, vocab_size=None)
+    unknown.tokenizer = copy.copy(llama.tokenizer)
+    unknown.tokenizer.vocab_size = None
+    with pytest.raises(ValueError, match="set cfg.tokenizer.vocab_size or cfg.model.vocab_size"):
+        memory.states(unknown, ranks=8)
+    interleaved = memory.with_layout(llama, pp=2, num_layers=4, pipeline_model_parallel_layout="Et|t|t|tL")
+    for planned in (memory.states, collectives.expected):
+        with pytest.raises(ValueError, match="interleaves: set virtual_pipeline"):
+            planned(interleaved, ranks=8)

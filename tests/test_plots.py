@@ -140,3 +140,12 @@ def test_import_is_light() -> None:
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
+
+
+def test_a_bar_counts_every_part_once() -> None:
+    """A part that is itself called "other", and more parts than there are looks, still add up to the whole."""
+    bars = {"m": {"attention": 50, "other": 25, **{f"part {i}": 2.5 for i in range(10)}}}
+    ax = plots.stacked(bars, unit="parameters")
+    assert "m has 100 parameters" in ax.get_label()
+    names = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert len(names) == len(set(names)) == 9 and names[-1] == "other"

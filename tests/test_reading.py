@@ -72,6 +72,9 @@ def test_bridges_line_is_read(tmp_path):
     (tmp_path / "launch.json").write_text('{"ranks": 2}')
     with pytest.raises(ValueError, match="log_interval above train_iters"):
         accounting.bridge_log(run)
+    diverged = LINE.replace("6.692820E+00", "NAN").replace("grad norm: 1.067", "grad norm: inf")
+    (tmp_path / "logs" / "rank_1.log").write_text(diverged)
+    assert math.isnan(accounting.bridge_log(run).loss[0]) and math.isinf(accounting.bridge_log(run).grad_norm[0])
     (tmp_path / "logs" / "rank_1.log").write_text("noise\n" + LINE)
     row = accounting.bridge_log(run).iloc[0]
     assert (row.step, row.loss, row.grad_norm, row.elapsed_ms) == (5, 6.69282, 1.067, 735.8)
@@ -121,6 +124,18 @@ def test_a_short_run_cannot_show_growth(tmp_path):
     """One reading makes no line."""
     with pytest.raises(ValueError, match="at least four steps"):
         health.memory_growth(run_in(tmp_path, steps=1))
+
+
+def test_the_growth_of_a_resumed_run_is_that_of_its_own_second_half(tmp_path):
+    """Memory that grew in the first steps only is no leak, at step 3 of a run as at step 103 of one that went on."""
+    grown = [min(step, 3) * 2**20 for step in range(1, 11)]
+    for first in (1, 101):
+        rows = [
+            {"rank": 0, "step": first + i, "memory_bytes": size, "peak_memory_bytes": size}
+            for i, size in enumerate(grown)
+        ]
+        (tmp_path / "memory.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert health.memory_growth(runs.Run(tmp_path)).bytes_per_step[0] == pytest.approx(0, abs=1)
 
 
 def test_one_change_is_exactly_one_field():

@@ -42,3 +42,11 @@ def test_the_names_of_rows_and_columns_go_on_below_too():
     frame = pd.DataFrame({"tokens_per_second": [1]}, index=pd.Index(["model.masked_softmax"], name="field"))
     shown = tables.full(frame).to_html()
     assert "tokens_<wbr>per_<wbr>second" in shown and "model.<wbr>masked_<wbr>softmax" in shown
+
+
+def test_two_tables_put_together_are_shown():
+    """Labels that repeat, as after pd.concat, are all shown; pandas alone refuses to style them."""
+    one = pd.DataFrame({"a": [1, 2]}, index=["x", "y"])
+    both = pd.concat([pd.concat([one, one]), pd.concat([one, one])], axis=1)
+    page = tables.full(both).to_html()
+    assert page.count(">x") == 2 and page.count(">a") == 2 and page.count("<td") == 8
