@@ -143,17 +143,10 @@ def optimizer_bytes(*, ranks: int = 4, features: int = 128) -> pd.DataFrame:
 
 def _compare(target: str, ranks: int, **sizes: int) -> pd.DataFrame:
     """Run a function of `by_hand_ranks` in so many ranks; the largest value over the ranks of each cell."""
-    import json
-
     import pandas as pd
 
     with tempfile.TemporaryDirectory(prefix="course-by-hand-") as work:
-        log = Path(work) / "log.txt"
         runs.write_json(Path(work) / "sizes.json", sizes)
-        warm.call(f"course_lib.by_hand_ranks:{target}", work, ranks=ranks, log=log)
-        answers = [json.loads(path.read_text()) for path in Path(work).glob("rank_*.json")]
-        if len(answers) != ranks:
-            tail = log.read_text(errors="replace")[-1500:] if log.exists() else ""
-            raise RuntimeError(f"{len(answers)} of {ranks} ranks answered. The end of the launcher's log:\n{tail}")
+        answers = warm.answers(f"course_lib.by_hand_ranks:{target}", Path(work), ranks=ranks)
     frames = [pd.DataFrame.from_dict(answer, orient="index") for answer in answers]
     return pd.concat(frames).groupby(level=0, sort=False).max()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import time
@@ -38,14 +37,9 @@ def ranks(count: int, *, wait_seconds: float = 180.0) -> pd.DataFrame:
     if count < 1:
         raise ValueError(f"count={count}: there must be at least one rank")
     with tempfile.TemporaryDirectory(prefix="course-hello-") as work:
-        log = Path(work) / "log.txt"
         started = time.time()
-        warm.call("course_lib.hello:say_hello", work, ranks=count, log=log, limit_seconds=wait_seconds)
-        answers = [json.loads(path.read_text()) for path in Path(work).glob("*.json")]
-        if len(answers) != count:
-            tail = log.read_text(errors="replace")[-1500:] if log.exists() else ""
-            raise RuntimeError(f"{len(answers)} of {count} ranks answered. The end of the launcher's log:\n{tail}")
-    frame = pd.DataFrame(answers).sort_values("rank", ignore_index=True)
+        answers = warm.answers("course_lib.hello:say_hello", Path(work), ranks=count, limit_seconds=wait_seconds)
+    frame = pd.DataFrame(answers)
     frame["seconds"] = (frame.pop("alive") - started).round(2)
     frame["import_seconds"] = frame.pop("import_seconds").round(1)
     return frame.set_index("rank")
@@ -64,6 +58,6 @@ def say_hello(work: str) -> None:
     rank = torch.distributed.get_rank()
     answer = {"rank": rank, "pid": os.getpid(), "sum": int(number), "cuda": torch.cuda.is_available(), "alive": alive}
     answer["import_seconds"] = preload.import_seconds
-    runs.write_json(Path(work) / f"{rank}.json", answer)
+    runs.write_json(Path(work) / f"rank_{rank}.json", answer)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -80,8 +80,7 @@ def forget_button() -> Any:
         if button.description == "Forget everything":
             button.description, button.button_style = "Click again to be sure", "danger"
             return
-        with said.hold_sync():
-            ledger.reset()
+        ledger.reset()
         button.description, button.button_style = "Forget everything", ""
         said.value = "The ledger is empty. Run the cell above again."
 

@@ -97,7 +97,6 @@ def _keeping(keep: Any, shape: Any) -> Any:
         @staticmethod
         def forward(ctx: Any, *inputs: torch.Tensor) -> torch.Tensor:
             out = shape(*inputs)
-            ctx.inputs = len(inputs)
             ctx.save_for_backward(*keep(out, *inputs))
             ctx.like = [tensor.shape for tensor in inputs]
             return out

@@ -99,11 +99,9 @@ def agents(
         >>> [(a, b) for a, b in zip(one, two) if a != b]
         [('0', '1')]
     """
-    path = run.path if isinstance(run, Run) else Path(run)
-    start = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(nodes)]
-    meet = ["--nproc-per-node", str(ranks_per_node), "--master-addr", address, "--master-port", str(port)]
-    train = ["-m", "course_lib.train", str(path / "config.yaml")]
-    return [[*start, "--node-rank", str(node), *meet, *train] for node in range(nodes)]
+    there = ["--master-addr", address, "--master-port", str(port)]
+    meetings = [["--nnodes", str(nodes), "--node-rank", str(node), *there] for node in range(nodes)]
+    return [torchrun.command(run, ranks=ranks_per_node, meet=meet) for meet in meetings]
 
 
 def run_agents(run: Run, *, nodes: int = 2, ranks_per_node: int = 4, limit_seconds: float = 600.0) -> Run:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from course_lib import runs
@@ -14,15 +15,20 @@ from course_lib import runs
 __all__ = ["Started", "command", "kill", "settings", "start", "start_process"]
 
 
-def command(run: runs.Run | Path, *, ranks: int = 8) -> list[str]:
+def command(run: runs.Run | Path, *, ranks: int = 8, meet: Sequence[str] = ("--standalone",)) -> list[str]:
     """The command that starts the same run by hand, here or on a GPU node.
+
+    Args:
+        run: A prepared run, or its directory.
+        ranks: Ranks of this node.
+        meet: How the nodes find each other; by default there is one.
 
     Example:
         >>> " ".join(command(Path("runs/smoke"), ranks=8)[1:])
         '-m torch.distributed.run --standalone --nproc-per-node 8 -m course_lib.train runs/smoke/config.yaml'
     """
     path = run.path if isinstance(run, runs.Run) else Path(run)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *meet, "--nproc-per-node", str(ranks)]
     return [*torchrun, "-m", "course_lib.train", str(path / "config.yaml")]
 
 

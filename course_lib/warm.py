@@ -28,7 +28,7 @@ import tempfile
 import time
 from pathlib import Path
 
-__all__ = ["Launched", "Lease", "WarmError", "call", "lease", "rank_code"]
+__all__ = ["Launched", "Lease", "WarmError", "answers", "call", "lease", "rank_code"]
 
 
 START_SECONDS = 60.0
@@ -43,7 +43,7 @@ RANK_CODE = (
     "cpu/*.py",
     *(
         f"{name}.py"
-        for name in "deferred devices failures files imports layout* memory_meter preload runs stack train units warm*".split()
+        for name in "deferred devices failures files imports layout* memory_meter parameters preload runs stack train units warm*".split()
     ),
 )
 """Files whose change makes a running server out of date: a new one is started then."""
@@ -202,6 +202,31 @@ def call(target: str, argument: str, *, ranks: int, log: Path, threads: int = 1,
         return launched.wait_for(limit_seconds)
     finally:
         launched.close()
+
+
+def answers(target: str, work: Path, *, ranks: int, limit_seconds: float = 300.0) -> list[dict]:
+    """Run `target(work)` in so many ranks, each of which writes `rank_N.json` there, and read what they wrote.
+
+    Args:
+        target: A function as `module:name`, taking the directory's name.
+        work: A directory.
+        ranks: Number of ranks.
+        limit_seconds: Stop the ranks after so long.
+
+    Returns:
+        One answer a rank, in their order.
+
+    Raises:
+        RuntimeError: If a rank did not answer; the end of the launcher's log says why.
+        TimeoutError: If the ranks still ran at the limit; they are stopped.
+    """
+    log = work / "log.txt"
+    call(target, str(work), ranks=ranks, log=log, limit_seconds=limit_seconds)
+    found = [path for rank in range(ranks) if (path := work / f"rank_{rank}.json").exists()]
+    if len(found) != ranks:
+        tail = log.read_text(errors="replace")[-1500:] if log.exists() else ""
+        raise RuntimeError(f"{len(found)} of {ranks} ranks answered. The end of the launcher's log:\n{tail}")
+    return [json.loads(path.read_text()) for path in found]
 
 
 def _alive(path: Path) -> bool:
