@@ -10,14 +10,13 @@ Source: megatron-core 0.19.2 (``model_parallel_config.py``, ``parallel_state.py`
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import ceil
-from typing import Any
 
 from course_lib.layout_sizes import Fields, Layout, LayoutError, Refusal, divisors, either
 from course_lib.layout_stages import stage_layers
+from course_lib.layout_vocabulary import next_multiple, padded_vocab_size, rows_follow_the_tokenizer
 from course_lib.parameters import head_channels
 
-__all__ = ["embedding_rows", "padded_vocab_size", "refusals"]
+__all__ = ["refusals"]
 
 TP = "model.tensor_model_parallel_size"
 EP = "model.expert_model_parallel_size"
@@ -50,77 +49,9 @@ def refusals(layout: Layout, fields: Fields) -> list[Refusal]:
     return [refusal for rule in rules for refusal in rule(layout, fields)]
 
 
-def padded_vocab_size(vocab_size: int, *, tensor_model_parallel_size: int = 1, divisible_by: int = 128) -> int:
-    """How many rows does the embedding get?
-
-    Args:
-        vocab_size: Number of ids of the tokenizer.
-        tensor_model_parallel_size: TP; every rank holds the same number of rows.
-        divisible_by: ``make_vocab_size_divisible_by`` of the model.
-
-    Returns:
-        The next multiple of ``divisible_by`` x TP.
-
-    Raises:
-        ValueError: If a number is not positive.
-
-    Source: megatron-core 0.19.2 ``megatron/training/vocab_utils.py``.
-
-    >>> [padded_vocab_size(128256, tensor_model_parallel_size=tp) for tp in (1, 2, 4, 8)]
-    [128256, 128256, 128512, 129024]
-    """
-    if min(vocab_size, tensor_model_parallel_size, divisible_by) <= 0:
-        given = f"vocab_size={vocab_size}, tensor_model_parallel_size={tensor_model_parallel_size}"
-        raise ValueError(f"{given} and divisible_by={divisible_by} must be positive")
-    return _next_multiple(divisible_by * tensor_model_parallel_size, vocab_size)
-
-
-def embedding_rows(cfg: Any) -> int:
-    """How many rows does the embedding of a whole configuration get?
-
-    Args:
-        cfg: A Bridge ``ConfigContainer``, or the same as nested mappings.
-
-    Returns:
-        The tokenizer's ids, padded, or the model's own ``vocab_size`` as it is.
-
-    Raises:
-        ValueError: If the configuration says neither.
-
-    Source: megatron-bridge 0.6.2 ``training/setup.py`` ``_validate_and_set_vocab_size``.
-
-    >>> model, tokenizer = dict(tensor_model_parallel_size=8), dict(vocab_size=500)
-    >>> embedding_rows(dict(model=model, tokenizer=tokenizer))
-    1024
-    >>> embedding_rows(dict(model=model | dict(vocab_size=600), tokenizer=tokenizer))
-    600
-    """
-    fields = Fields.of(cfg)
-    if not _rows_follow_the_tokenizer(fields):
-        return fields.model("vocab_size")
-    if (ids := fields.get("tokenizer", "vocab_size")) is None:
-        raise ValueError(
-            "the number of ids is known only to the tokenizer, which is not loaded to plan: set cfg.tokenizer.vocab_size "
-            "or cfg.model.vocab_size"
-        )
-    return padded_vocab_size(
-        ids,
-        tensor_model_parallel_size=fields.model("tensor_model_parallel_size", 1),
-        divisible_by=fields.model("make_vocab_size_divisible_by", 128),
-    )
-
-
-def _rows_follow_the_tokenizer(fields: Fields) -> bool:
-    return fields.model("vocab_size") is None or fields.get("tokenizer", "use_tokenizer_vocab_size", False)
-
-
-def _next_multiple(size: int, value: int) -> int:
-    return ceil(value / size) * size
-
-
 def _use_multiple(size: int, value: int) -> str:
     """The fix for a value that a size does not divide, where the value is the one to change."""
-    return f"use a multiple of {size}, e.g. {_next_multiple(size, value)}"
+    return f"use a multiple of {size}, e.g. {next_multiple(size, value)}"
 
 
 def _positive(layout: Layout, fields: Fields) -> Iterator[Refusal]:
@@ -239,7 +170,7 @@ def _attention(layout: Layout, fields: Fields) -> Iterator[Refusal]:
 def _vocabulary(layout: Layout, fields: Fields) -> Iterator[Refusal]:
     """``VocabParallelEmbedding``; Bridge's ``_validate_and_set_vocab_size`` decides whether rows are padded."""
     rows, tensor = fields.model("vocab_size"), layout.tensor_model_parallel_size
-    if _rows_follow_the_tokenizer(fields):
+    if rows_follow_the_tokenizer(fields):
         return  # they come from the tokenizer, and then they are padded
     ids = fields.get("tokenizer", "vocab_size", 0)
     if rows < ids:

@@ -18,8 +18,19 @@ import sys
 import types
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
-__all__ = ["TESTED", "StandIn", "device", "gpu_count", "gpus", "prepare_imports", "stand_ins", "versions"]
+__all__ = [
+    "TESTED",
+    "StandIn",
+    "device",
+    "gpu_count",
+    "gpus",
+    "keep_built_helpers",
+    "prepare_imports",
+    "stand_ins",
+    "versions",
+]
 
 TESTED = {"torch": "2.13.0", "megatron-core": "0.19.2", "megatron-bridge": "0.6.2"}
 """The versions that `course_lib.cpu` was tested against; `pyproject.toml` pins the same."""
@@ -180,6 +191,20 @@ def prepare_imports() -> list[StandIn]:
     imports.defer()
     _put_stand_ins()
     return rows
+
+
+def keep_built_helpers() -> None:
+    """Megatron Core's wheel carries its index helper built and no Makefile, and Bridge calls `make` all the same.
+
+    `make` then ends the first rank of each node.  A source checkout has the Makefile, and is left as it is.
+
+    Source: megatron-core 0.19.2 `datasets/utils.py` `compile_helpers`; megatron-bridge 0.6.2 `training/initialize.py`.
+    """
+    from megatron.bridge.training import initialize
+    from megatron.core.datasets import utils
+
+    if not Path(utils.__file__).with_name("Makefile").exists():
+        utils.compile_helpers = initialize.compile_helpers = lambda: None
 
 
 def _do_not_compile(model: object = None, **_: object) -> object:

@@ -250,7 +250,7 @@ def _train(
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         devices.apply(cfg)
     else:
-        _keep_built_helpers()
+        stack.keep_built_helpers()
     layout.require(cfg, world)
     stage(path, rank, "building the model")
     train = finetune if cfg.checkpoint.pretrained_checkpoint else pretrain
@@ -266,20 +266,6 @@ def _train(
             raise RuntimeError(f"Bridge ended the run with exit code {leaving.code}") from None
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def _keep_built_helpers() -> None:
-    """Megatron Core's wheel carries its index helper built and no Makefile, and Bridge calls `make` all the same.
-
-    `make` then ends the first rank of each node.  A source checkout has the Makefile, and is left as it is.
-
-    Source: megatron-core 0.19.2 `datasets/utils.py` `compile_helpers`; megatron-bridge 0.6.2 `training/initialize.py`.
-    """
-    from megatron.bridge.training import initialize
-    from megatron.core.datasets import utils
-
-    if not Path(utils.__file__).with_name("Makefile").exists():
-        utils.compile_helpers = initialize.compile_helpers = lambda: None
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -40,11 +40,9 @@ class WarmError(RuntimeError):
 
 
 RANK_CODE = (
-    "cpu/*.py",
-    *(
-        f"{name}.py"
-        for name in "deferred devices failures files imports layout* memory_meter parameters preload runs stack train units warm*".split()
-    ),
+    *("cpu/*.py", "layout*.py", "warm*.py"),
+    *("deferred.py", "devices.py", "failures.py", "files.py", "imports.py", "memory_meter.py", "parameters.py"),
+    *("preload.py", "runs.py", "stack.py", "train.py", "units.py"),
 )
 """Files whose change makes a running server out of date: a new one is started then."""
 

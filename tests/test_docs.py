@@ -31,6 +31,13 @@ def test_examples_in_docstrings_hold(name, tmp_path, monkeypatch):
     assert result.failed == 0
 
 
+def test_most_modules_show_examples():
+    """The examples are found: a loader that hides them would let the test above pass with none."""
+    found = [doctest.DocTestFinder().find(importlib.import_module(name)) for name in MODULES]
+    examples = [sum(len(test.examples) for test in tests) for tests in found]
+    assert sum(count > 0 for count in examples) > 30 and sum(examples) > 100
+
+
 def test_words_are_spelled():
     """codespell finds no known misspelling in lessons, pages, code and data."""
     project = Path(__file__).resolve().parent.parent
