@@ -82,6 +82,17 @@ def test_the_same_data_written_again_is_the_same_data(bridge, tmp_path, monkeypa
         os.utime(f"{prefix}.bin", (age, age))
         digests.append(finished.digest(cfg, 8))
     assert digests[0] == digests[1] != digests[2]
+    cfg.checkpoint.pretrained_checkpoint = str(tmp_path)
+    before = finished.digest(cfg, 8)
+    (tmp_path / "iter_0000002").mkdir()
+    (tmp_path / "iter_0000002" / "weights.distcp").write_bytes(b"other weights")
+    assert finished.digest(cfg, 8) != before, "files below a directory count as well"
+    monkeypatch.chdir(tmp_path)
+    cfg.tokenizer.tokenizer_model, cfg.checkpoint.pretrained_checkpoint = "text", "x" * 5000
+    before = finished.digest(cfg, 8)
+    (tmp_path / "text.idx").write_bytes(b"other")
+    assert finished.digest(cfg, 8) != before, "a path without a slash is one, and a long text is none"
+    cfg.tokenizer.tokenizer_model = str(tmp_path / "text")
     monkeypatch.setattr(finished, "MOST_BYTES_READ", 1)
     before = finished.digest(cfg, 8)
     os.utime(f"{prefix}.bin", (300, 300))
@@ -168,10 +179,7 @@ def test_a_change_that_diverges_is_no_equal(loss: float) -> None:
 
 def test_another_engine_is_another_run(tmp_path: Path) -> None:
     """A changed file of what a rank executes makes a finished run stale; the same files elsewhere do not."""
-    source = Path(finished.__file__).parent
-    for name in ("train.py", "devices.py", "cpu"):
-        copy = shutil.copytree if (source / name).is_dir() else shutil.copy
-        copy(source / name, tmp_path / name)
+    shutil.copytree(Path(finished.__file__).parent, tmp_path, dirs_exist_ok=True)
     assert finished._engine(tmp_path) == finished._engine()
     with open(tmp_path / "cpu" / "fused.py", "a") as file:
         file.write("# changed\n")
