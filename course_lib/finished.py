@@ -52,7 +52,8 @@ def _stamp(name: str) -> list[Any]:
     take too long to read, so for them size and time stand in.
     """
     files = [Path(name), Path(f"{name}.bin"), Path(f"{name}.idx")]
-    files += sorted(files[0].rglob("*")) if os.path.isdir(name) else []
+    if os.path.isdir(name) and not os.path.isfile(f"{name}.bin"):  # below a data prefix Megatron keeps its own indices
+        files += sorted(Path(name).rglob("*"))
     # os.path, because a text that is no path may be too long for one, which pathlib takes for an error
     return [[str(file), _content(file)] for file in files if os.path.isfile(file)]
 

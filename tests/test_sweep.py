@@ -82,6 +82,10 @@ def test_the_same_data_written_again_is_the_same_data(bridge, tmp_path, monkeypa
         os.utime(f"{prefix}.bin", (age, age))
         digests.append(finished.digest(cfg, 8))
     assert digests[0] == digests[1] != digests[2]
+    before = finished.digest(cfg, 8)
+    (tmp_path / "text" / "cache").mkdir(parents=True)
+    (tmp_path / "text" / "cache" / "shuffle_index.npy").write_bytes(b"what Megatron makes of the data")
+    assert finished.digest(cfg, 8) == before, "a first run leaves its indices beside the data"
     cfg.checkpoint.pretrained_checkpoint = str(tmp_path)
     before = finished.digest(cfg, 8)
     (tmp_path / "iter_0000002").mkdir()
