@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import tracemalloc
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -204,3 +206,27 @@ def test_a_corpus_from_the_hub_is_described_first(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "stories.txt"]
     with pytest.raises(ValueError, match="has no poems.txt: it has stories.txt"):
         corpus_hub.describe("somebody/stories", "poems.txt")
+
+
+def test_an_interrupt_at_the_last_rename_keeps_the_old_corpus(tmp_path, monkeypatch):
+    """The old corpus is moved aside for the new one, and comes back if the new one cannot take its place."""
+    folder, target = tmp_path / "mine", tmp_path / "corpus"
+    folder.mkdir()
+    for number in range(4):
+        text = f"Document {number} is long enough to be kept, and unlike the others. " * 3
+        (folder / f"{number}.txt").write_text(text)
+    corpus.from_folder(folder, target, licence="CC0-1.0")
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    rename = os.replace
+
+    def interrupted(source: object, destination: object) -> None:
+        if Path(destination) == target and not Path(source).name.endswith(".before"):
+            raise KeyboardInterrupt
+        rename(source, destination)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            corpus.from_folder(folder, target, licence="CC0-1.0")
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "mine"]
