@@ -121,13 +121,14 @@ class _LateLoader(importlib.abc.Loader):
         if self.done:
             return  # before, or by the parent's body
         self.done = True
-        for name in ("__getattr__", *self.rule.functions):
-            module.__dict__.pop(name, None)
+        late = ("__getattr__", *self.rule.functions)
+        waiting = {name: module.__dict__.pop(name) for name in late if name in module.__dict__}
         set_by_others = {k: v for k, v in module.__dict__.items() if not k.startswith("__")}
         try:
             self.real.exec_module(module)
-        except BaseException:  # the next one who asks shall see why, too
+        except BaseException:  # wait again: the next one who asks shall see why, too
             self.done = False
+            set_by_others |= waiting
             raise
         finally:
             module.__dict__.update(set_by_others)

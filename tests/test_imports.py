@@ -7,13 +7,15 @@ import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
+from importlib.machinery import SourceFileLoader
+from importlib.util import find_spec, module_from_spec, spec_from_loader
 from pathlib import Path
 
 import pytest
 import small
 
 from course_lib import imports, launch, stack
+from course_lib.deferred import Deferred
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -222,6 +224,18 @@ def test_deferred_functions_call_the_real_ones(fresh):
 def test_what_others_set_on_a_deferred_module_stays(fresh):
     """Bridge sets an attribute on datasets.builder before its body ran; the body must not undo that."""
     assert fresh["attributes"] == [True, False]
+
+
+def test_a_body_that_fails_says_why_each_time(tmp_path):
+    """Who asks a broken module a second time gets its own error again, not that a name is missing."""
+    file = tmp_path / "broken.py"
+    file.write_text("import no_such_package\nNAME = 1\n")
+    loader = imports._LateLoader(SourceFileLoader("broken", str(file)), Deferred("broken", "for this test"))
+    module = module_from_spec(spec_from_loader("broken", loader))
+    loader.exec_module(module)
+    for _ in range(2):
+        with pytest.raises(ModuleNotFoundError, match="no_such_package"):
+            module.NAME  # noqa: B018
 
 
 def test_deferring_names_what_exists():
