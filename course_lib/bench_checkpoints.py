@@ -34,10 +34,10 @@ class _Clock:
         self.saves.append(time.perf_counter() - self.step_ended)
 
 
-def rank_main(run_directory: str) -> None:
+def rank_main(run_directory: str, cfg: object = None) -> None:
     """Train as always, with a clock."""
     clock = _Clock()
-    train.rank_main(run_directory, callbacks=[clock])
+    train.rank_main(run_directory, cfg, callbacks=[clock])
     row = {"ready_seconds": clock.ready, "save_seconds": clock.saves}
     runs.write_json(Path(run_directory) / "ranks" / f"{os.environ['RANK']}.clock", row)
 

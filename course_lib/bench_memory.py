@@ -38,7 +38,7 @@ def _while_training(path: Path, ranks: int, look: Callable[[list[int]], float]) 
     shutil.copyfile(path, run.path / "config.yaml")
     runs.write_json(run.path / "launch.json", {"ranks": ranks, "device": "cpu"})
     launched = warm.lease().launch(
-        "course_lib.train:rank_main", str(run.path), ranks=ranks, log=run.path / "log.txt", env={"OMP_NUM_THREADS": "1"}
+        "course_lib.train:start", str(run.path), ranks=ranks, log=run.path / "log.txt", env={"OMP_NUM_THREADS": "1"}
     )
     try:
         while len(run.again().metrics) < 3:

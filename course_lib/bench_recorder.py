@@ -47,9 +47,9 @@ class _Alternating:
         runs.write_json(self.path / "ranks" / f"{self.rank}.steps", self.rows[WARM_STEPS:])
 
 
-def rank_main(run_directory: str) -> None:
+def rank_main(run_directory: str, cfg: object = None) -> None:
     """Train, and record every second step."""
-    train.rank_main(run_directory, callbacks=[_Alternating(Path(run_directory), int(os.environ["RANK"]))])
+    train.rank_main(run_directory, cfg, callbacks=[_Alternating(Path(run_directory), int(os.environ["RANK"]))])
 
 
 def figures(config: Path) -> list[bench.Figure]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from course_lib import checkpoints, configuration, runs, stack, supervision, torchrun, warm
+from course_lib import checkpoints, configuration, runs, stack, supervision, torchrun, train, warm
 from course_lib.configuration import FieldError
 from course_lib.runs import ConfigError
 from course_lib.supervision import RunFailed, RunInterrupted
@@ -37,9 +38,6 @@ __all__ = [
     "warm_up",
 ]
 
-TRAIN = "course_lib.train:rank_main"
-"""What a warm rank executes: Bridge's own loop."""
-
 
 def warm_up() -> None:
     """Let the stack be imported in the background, so that the first `run()` need not wait for it."""
@@ -63,7 +61,7 @@ def run(
     load: runs.Run | Path | None = None,
     show: str | None = "live",
     launcher: str | None = None,
-    target: str = TRAIN,
+    target: str = train.TARGET,
     record: bool = False,
     watch: Callable[[runs.Run], object] | None = None,
 ) -> runs.Run:
@@ -81,7 +79,8 @@ def run(
         load: A run, or a checkpoint directory, to start from: weights, optimizer, step and place in the data.
         show: `"live"` for a view of loss, memory and throughput while it trains, `None` for silence.
         launcher: `"warm"` or `"torchrun"`; `None` takes what fits the device.
-        target: What each warm rank executes, as `module:function` of the run directory.
+        target: What each rank executes, as `module:function`, called with the run directory and the configuration
+            (see `train.rank_main`); the module must be importable where the ranks run.
         record: Write every collective and every forward and backward pass to the run directory, for `Run.collectives`
             and `Run.timeline`.
         watch: Called with the run some ten times a second while it trains.
@@ -101,9 +100,8 @@ def run(
         raise ValueError(f"launcher={launcher!r}: use 'warm' or 'torchrun', or prepare() the run and start it yourself")
     if show not in (None, "live"):
         raise ValueError(f"show={show!r}: use 'live' or None")
-    run_ = prepare(cfg, ranks=ranks, name=name, save=save, load=load, launcher=launcher, record=record)
-    warm_start = functools.partial(_start_warm, target=target)
-    start = warm_start if run_.launch["launcher"] == "warm" else torchrun.start
+    run_ = prepare(cfg, ranks=ranks, name=name, save=save, load=load, launcher=launcher, target=target, record=record)
+    start = _start_warm if run_.launch["launcher"] == "warm" else torchrun.start
     view = functools.partial(_view, show, run_.launch["train_iters"], run_.path)
     return supervision.until_the_end(run_, ranks=ranks, start=start, view=view, watch=watch)
 
@@ -116,6 +114,7 @@ def prepare(
     save: bool = False,
     load: runs.Run | Path | None = None,
     launcher: str | None = None,
+    target: str = train.TARGET,
     record: bool = False,
 ) -> runs.Run:
     """Write the run directory and start nothing: for a scheduler, another launcher, or your own hands.
@@ -127,6 +126,7 @@ def prepare(
         save: Keep checkpoints in the run's own directory.
         load: A run, or a checkpoint directory, to start from.
         launcher: Who will start it, for the record; any name.
+        target: What each rank will execute, whoever starts it.
         record: Ask the ranks to write their collectives and passes.
 
     Returns:
@@ -138,6 +138,8 @@ def prepare(
     """
     from course_lib import layout
 
+    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", target):
+        raise ValueError(f"target={target!r}: name a function as 'module:function', such as {train.TARGET!r}")
     device = stack.device(ranks)
     source = checkpoints.require(load) if load else None
     if isinstance(cfg, (str, Path)):
@@ -158,7 +160,7 @@ def prepare(
             configuration.write_config(cfg, path, places)
             content = runs.Run(path).config
         launcher = launcher or ("torchrun" if device == "cuda" else "warm")
-        runs.write_json(path / "launch.json", _about(content, path, ranks, device, launcher, plan, record))
+        runs.write_json(path / "launch.json", _about(content, path, ranks, device, launcher, target, plan, record))
     except BaseException:  # a directory without its launch.json would look like a run that goes on
         shutil.rmtree(path)
         raise
@@ -174,12 +176,15 @@ def _told(content: dict, section: str, field: str) -> int:
         ) from None
 
 
-def _about(content: dict, path: Path, ranks: int, device: str, launcher: str, plan: Layout, record: bool) -> dict:
+def _about(
+    content: dict, path: Path, ranks: int, device: str, launcher: str, target: str, plan: Layout, record: bool
+) -> dict:
     return {
         "name": path.name,
         "ranks": ranks,
         "device": device,
         "launcher": launcher,
+        "target": target,
         "record": record,
         "command": " ".join(command(path, ranks=ranks)),
         "layout": {
@@ -209,14 +214,14 @@ def _view(show: str | None, train_iters: int, path: Path) -> live.View | None:
     return live.view(train_iters, name=path.name)
 
 
-def _start_warm(run: runs.Run, ranks: int, *, target: str) -> warm.Launched:
+def _start_warm(run: runs.Run, ranks: int) -> warm.Launched:
     threads = os.environ.get("COURSE_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // ranks))
     environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     return warm.lease().launch(
-        target,
+        "course_lib.train:start",
         str(run.path),
         ranks=ranks,
         log=run.path / "logs" / "launcher.log",
         env=environment,
-        prepare="course_lib.train:prepare" if target == TRAIN else None,
+        prepare="course_lib.train:prepare",
     )

@@ -24,7 +24,7 @@ class _Leak:
         self.kept.append(torch.ones(BYTES_PER_STEP // 4))
 
 
-def rank_main(run_directory: str) -> None:
+def rank_main(run_directory: str, cfg: object = None) -> None:
     """Train as always, but rank 3 leaks."""
     leaks = int(os.environ["RANK"]) == RANK
-    train.rank_main(run_directory, callbacks=[_Leak()] if leaks else [])
+    train.rank_main(run_directory, cfg, callbacks=[_Leak()] if leaks else [])

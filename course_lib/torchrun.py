@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,11 +39,19 @@ def settings(run: runs.Run) -> dict[str, str]:
     Args:
         run: A prepared run; its device decides.
     """
-    root = str(Path(__file__).resolve().parent.parent)
-    found = {"PYTHONPATH": os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)}
+    found = {
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys((str(Path(__file__).resolve().parent.parent), *_own_places())))
+    }
     if run.launch["device"] == "cpu":
         found |= {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     return found
+
+
+def _own_places() -> list[str]:
+    """Folders from which this process imports beside its installation: a target may stand in one of them."""
+    installation = [Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    folders = [Path(entry).absolute() for entry in sys.path]
+    return [str(f) for f in folders if f.is_dir() and not any(f.is_relative_to(place) for place in installation)]
 
 
 def start_process(run: runs.Run, words: list[str]) -> subprocess.Popen:

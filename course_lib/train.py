@@ -1,7 +1,7 @@
 """What each rank executes: read `config.yaml`, call Bridge's own `pretrain()` or `finetune()`, record what happens.
 
-The warm launcher runs `rank_main()` in forked processes.  On a GPU node, or by hand, the same module is the entry for
-torchrun:
+The warm launcher runs `start()` in forked processes.  On a GPU node, or by hand, the same module is the entry for
+torchrun, and so for NeMo Run and Slurm:
 
     torchrun --nproc-per-node 8 -m course_lib.train runs/NAME/config.yaml
 """
@@ -9,12 +9,13 @@ torchrun:
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +27,10 @@ if TYPE_CHECKING:
     from megatron.bridge.training.callbacks import Callback
     from megatron.bridge.training.config import ConfigContainer
 
-__all__ = ["main", "prepare", "rank_main", "read_config", "recorder", "stage"]
+__all__ = ["TARGET", "main", "prepare", "rank_main", "read_config", "recorder", "stage", "start", "the_target"]
+
+TARGET = "course_lib.train:rank_main"
+"""What a rank executes unless the run says otherwise: Bridge's own loop."""
 
 GRACE_SECONDS = 0.4
 """How long a failing rank waits before it exits, so that a rank which died without a word is noticed first."""
@@ -179,33 +183,36 @@ def prepare(run_directory: str) -> ConfigContainer:
     return read_config(Path(run_directory) / "config.yaml")
 
 
-def rank_main(
-    run_directory: str,
-    cfg: ConfigContainer | None = None,
-    *,
-    callbacks: Sequence[object] = (),
-) -> None:
-    """Run one rank from start to end; `RANK` and `WORLD_SIZE` are in the environment.
+def the_target(name: str) -> Callable[..., object]:
+    """The function that `module:function` names.
 
-    A launch target that wants more than training calls this with what it adds, and changes nothing else:
+    Raises:
+        ConfigError: If there is no such module or function.
+    """
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ModuleNotFoundError, AttributeError, ValueError) as error:
+        raise ConfigError(f"target {name!r} is no `module:function` that a rank can import: {error}") from error
 
-        def rank_main(run_directory, cfg=None):
-            train.rank_main(run_directory, cfg, callbacks=[Watching()])
+
+def start(run_directory: str, cfg: ConfigContainer | None = None) -> None:
+    """Run one rank from start to end, by whatever launcher; `RANK` and `WORLD_SIZE` are in the environment.
+
+    What it executes is the `target` of `launch.json`, called with both arguments.
 
     Args:
         run_directory: A directory with `config.yaml`, and `launch.json` if a launcher made it.
         cfg: This rank's own copy of what `prepare()` returned; `None` reads the file.
-        callbacks: Further listeners, called after this module's own.  Each has methods named as Bridge's events
-            (`on_train_step_end(context)` and so on); it need not inherit from Bridge's `Callback`.
 
     Raises:
         SystemExit: With code 1 after a failure, which then stands in `ranks/N.json` and `outcome.json`.
     """
-    path, rank, world = Path(run_directory), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    path, rank = Path(run_directory), int(os.environ["RANK"])
     with _output_to(path / "logs" / f"rank_{rank}.log"):
         try:
             stage(path, rank, "reading the configuration")
-            _train(path, rank, world, cfg, callbacks)
+            the_target(runs.Run(path).launch.get("target", TARGET))(run_directory, cfg)
             stage(path, rank, "done")
         except BaseException as error:
             failures.record(path, rank, error)
@@ -221,13 +228,19 @@ def rank_main(
             os._exit(1)  # no destructor may wait for peers that are gone
 
 
-def _train(
-    path: Path,
-    rank: int,
-    world: int,
-    cfg: ConfigContainer | None,
-    further: Sequence[object],
-) -> None:
+def rank_main(run_directory: str, cfg: ConfigContainer | None = None, *, callbacks: Sequence[object] = ()) -> None:
+    """Train in this rank.  A target that wants more calls this with what it adds, and changes nothing else:
+
+        def rank_main(run_directory, cfg=None):
+            train.rank_main(run_directory, cfg, callbacks=[Watching()])
+
+    Args:
+        run_directory: As in `start()`, like the next.
+        cfg: This rank's own copy of the configuration; `None` reads the file.
+        callbacks: Further listeners, called after this module's own.  Each has methods named as Bridge's events
+            (`on_train_step_end(context)` and so on); it need not inherit from Bridge's `Callback`.
+    """
+    path, rank, world = Path(run_directory), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     launch = runs.Run(path).launch
     device = launch.get("device") or stack.device(world)
     if device == "cpu":
@@ -254,13 +267,13 @@ def _train(
     layout.require(cfg, world)
     stage(path, rank, "building the model")
     train = finetune if cfg.checkpoint.pretrained_checkpoint else pretrain
-    callbacks = [recorder(path, rank, world, meter)]
+    listeners = [recorder(path, rank, world, meter)]
     if launch.get("record"):
         from course_lib import recording
 
-        callbacks.append(recording.callback(path, rank))
+        listeners.append(recording.callback(path, rank))
     try:
-        train(cfg, forward_step, callbacks=[*callbacks, *further])
+        train(cfg, forward_step, callbacks=[*listeners, *callbacks])
     except SystemExit as leaving:  # Bridge leaves this way when a limit of time or a signal ends a run
         if leaving.code not in (None, 0):
             raise RuntimeError(f"Bridge ended the run with exit code {leaving.code}") from None
@@ -283,7 +296,7 @@ def main(arguments: list[str] | None = None) -> None:
     for part in ("logs", "ranks"):
         (path / part).mkdir(exist_ok=True)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    rank_main(str(path))
+    start(str(path))
     if rank == 0:
         _wait_until_done(path, world)
         print(failures.settle(path).status, path, flush=True)

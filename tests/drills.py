@@ -24,27 +24,29 @@ class _AtStep:
             self.action()
 
 
-def _train(run_directory: str, step: int, action: Callable[[], object], *, rank: int = FAILING_RANK) -> None:
+def _train(
+    run_directory: str, cfg: object, step: int, action: Callable[[], object], *, rank: int = FAILING_RANK
+) -> None:
     """Train, and let one rank do something at the end of a step."""
     mine = int(os.environ["RANK"]) == rank
-    train.rank_main(run_directory, callbacks=[_AtStep(step, action)] if mine else [])
+    train.rank_main(run_directory, cfg, callbacks=[_AtStep(step, action)] if mine else [])
 
 
-def raises(run_directory: str) -> None:
+def raises(run_directory: str, cfg: object = None) -> None:
     """Rank 3 raises in its second step."""
 
     def fail() -> None:
         raise ValueError("a loss of minus seven is impossible")
 
-    _train(run_directory, 2, fail)
+    _train(run_directory, cfg, 2, fail)
 
 
-def is_killed(run_directory: str) -> None:
+def is_killed(run_directory: str, cfg: object = None) -> None:
     """Rank 3 is killed in its second step, as the kernel's out-of-memory killer would do it."""
-    _train(run_directory, 2, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    _train(run_directory, cfg, 2, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
-def runs_out_of_memory(run_directory: str) -> None:
+def runs_out_of_memory(run_directory: str, cfg: object = None) -> None:
     """Rank 3 may not have more memory than it has now, and asks for four GiB."""
 
     def fill() -> None:
@@ -56,15 +58,15 @@ def runs_out_of_memory(run_directory: str) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))
         torch.ones(2**30)
 
-    _train(run_directory, 2, fill)
+    _train(run_directory, cfg, 2, fill)
 
 
-def never_ends(run_directory: str) -> None:
+def never_ends(run_directory: str, cfg: object = None) -> None:
     """Rank 3 sleeps in its second step, and its peers wait for it."""
-    _train(run_directory, 2, lambda: time.sleep(600))
+    _train(run_directory, cfg, 2, lambda: time.sleep(600))
 
 
-def writes_what_it_would_train_with(run_directory: str) -> None:
+def writes_what_it_would_train_with(run_directory: str, cfg: object = None) -> None:
     """Rank 0 writes the configuration that Bridge's pretrain() receives, and nobody trains."""
     from megatron.bridge.training import pretrain as module
 
@@ -73,10 +75,10 @@ def writes_what_it_would_train_with(run_directory: str) -> None:
             cfg.to_yaml(str(Path(run_directory) / "used.yaml"))
 
     module.pretrain = pretrain
-    train.rank_main(run_directory)
+    train.rank_main(run_directory, cfg)
 
 
-def fills_the_disk(run_directory: str) -> None:
+def fills_the_disk(run_directory: str, cfg: object = None) -> None:
     """Rank 1 fills what is left of the run's file system in its second step; whoever writes next meets it."""
 
     def fill() -> None:
@@ -85,10 +87,10 @@ def fills_the_disk(run_directory: str) -> None:
             while True:
                 filler.write(b"0" * 1024)
 
-    _train(run_directory, 2, fill, rank=1)
+    _train(run_directory, cfg, 2, fill, rank=1)
 
 
-def leaves(run_directory: str) -> None:
+def leaves(run_directory: str, cfg: object = None) -> None:
     """Rank 3 ends without an error before it met the others, as a library that calls exit() would do it."""
     path = Path(run_directory)
     train.stage(path, int(os.environ["RANK"]), "building the model")
@@ -96,12 +98,12 @@ def leaves(run_directory: str) -> None:
         os._exit(0)
 
 
-def is_killed_mid_step(run_directory: str) -> None:
+def is_killed_mid_step(run_directory: str, cfg: object = None) -> None:
     """Rank 1 is killed in its third step, one step after a save."""
-    _train(run_directory, 3, lambda: os.kill(os.getpid(), signal.SIGKILL), rank=1)
+    _train(run_directory, cfg, 3, lambda: os.kill(os.getpid(), signal.SIGKILL), rank=1)
 
 
-def is_killed_mid_save(run_directory: str) -> None:
+def is_killed_mid_save(run_directory: str, cfg: object = None) -> None:
     """Rank 1 is killed when it has written its shard of step 4, before anybody writes the index."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -113,4 +115,4 @@ def is_killed_mid_save(run_directory: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     filesystem_async.FileSystemWriterAsync.write_preloaded_data_multithread = staticmethod(killed)
-    train.rank_main(run_directory)
+    train.rank_main(run_directory, cfg)

@@ -101,7 +101,7 @@ from course_lib import memory_meter, train
 memory_meter.meter = lambda device: print("meter:", device)
 for part in ("logs", "ranks"):
     Path({str(tmp_path)!r}, part).mkdir()
-train.rank_main({str(tmp_path)!r})
+train.start({str(tmp_path)!r})
 """
     environment = {"COURSE_DEVICE": "cuda", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     python(code, **environment, PYTHONPATH=f"{PROJECT / 'tests'}{os.pathsep}{PROJECT}")

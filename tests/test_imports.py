@@ -263,11 +263,11 @@ UNUSED = (
 """Parts that are there only when the body of their package ran."""
 
 
-def train_and_look(run_directory: str) -> None:
+def train_and_look(run_directory: str, cfg: object = None) -> None:
     """Train, then write which of the expensive modules this rank has loaded."""
     from course_lib import train
 
-    train.rank_main(run_directory)
+    train.rank_main(run_directory, cfg)
     loaded = [name for name in UNUSED if name in sys.modules]
     (Path(run_directory) / f"loaded{os.environ['RANK']}.json").write_text(json.dumps(loaded))
 

@@ -15,7 +15,8 @@ from types import SimpleNamespace
 import pytest
 import small
 
-from course_lib import cpu, devices, launch, layout, runs, supervision, torchrun, train, warm
+from course_lib import cpu, devices, launch, layout, live_tensors, runs, supervision, torchrun, train, warm
+from course_lib.live_tensors import TARGET
 
 
 @pytest.fixture(scope="module")
@@ -118,12 +119,24 @@ def test_losses_do_not_depend_on_the_layout_after_a_checkpoint(bridge, runs_dire
 
 
 def test_warm_launch_and_torchrun_give_the_same_losses(bridge, runs_directory):
-    """Two launchers, one module, one configuration file: the same digits."""
+    """Two launchers, one module, one configuration file, one target: the same digits, and the target did its work in both."""
     cfg = small.config(train_iters=2)
-    by_fork = launch.run(cfg, ranks=2, name="warm", show=None)
-    by_torchrun = launch.run(cfg, ranks=2, name="torchrun", launcher="torchrun", show=None)
-    assert by_torchrun.metrics.loss.tolist() == by_fork.metrics.loss.tolist()
+    by_fork = launch.run(cfg, ranks=2, name="warm", show=None, target=TARGET)
+    by_torchrun = launch.run(cfg, ranks=2, name="torchrun", launcher="torchrun", show=None, target=TARGET)
+    for name in ("loss", "grad_norm"):
+        assert by_torchrun.metrics[name].tolist() == by_fork.metrics[name].tolist()
+    held = [live_tensors.read(run).weights_bytes.tolist() for run in (by_fork, by_torchrun)]
+    assert held[0] == held[1] and min(held[0]) > 1e6
     assert by_torchrun.launch["launcher"] == "torchrun" and by_torchrun.outcome.status == "succeeded"
+
+
+def test_a_target_that_cannot_be_is_refused(bridge, runs_directory):
+    """What is no name of a function stops at the door; a function that is not there is the ranks' error, by name."""
+    with pytest.raises(ValueError, match="name a function as 'module:function'"):
+        launch.prepare(small.config(), ranks=2, target="course_lib.leak")
+    assert not runs_directory.exists()
+    with pytest.raises(launch.RunFailed, match="target 'course_lib.leak:rank_mian' is no .module:function."):
+        launch.run(small.config(), ranks=2, show=None, target="course_lib.leak:rank_mian")
 
 
 def test_a_configuration_file_is_enough(bridge, first_run, runs_directory):

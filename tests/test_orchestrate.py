@@ -11,20 +11,21 @@ import psutil
 import pytest
 import small
 
-from course_lib import launch, orchestrate, runs
+from course_lib import launch, live_tensors, orchestrate, runs
 
 ADDRESS = {"account": "me", "partition": "batch", "image": "nemo:26.06"}
 
 
 def test_two_agents_of_four_ranks_train_like_one_of_eight(bridge, runs_directory):
-    """Two torchrun agents, as on two nodes, give the losses of the warm launch in every digit."""
+    """Two torchrun agents, as on two nodes, give the losses of the warm launch in every digit, and its target works."""
     cfg = small.config(train_iters=2)
     warm = launch.run(cfg, ranks=8, name="warm", show=None)
-    prepared = launch.prepare(cfg, ranks=8, name="agents", launcher="two agents")
+    prepared = launch.prepare(cfg, ranks=8, name="agents", launcher="two agents", target=live_tensors.TARGET)
     assert prepared.outcome is None and prepared.launch["launcher"] == "two agents"
     done = orchestrate.run_agents(prepared, nodes=2, ranks_per_node=4)
     assert done.outcome.status == "succeeded" and len(done.ranks()) == 8
     assert done.metrics.loss.tolist() == warm.metrics.loss.tolist()
+    assert len(live_tensors.read(done)) == 8
 
 
 def test_a_run_that_never_ran_did_not_succeed(bridge, runs_directory):
