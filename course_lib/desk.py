@@ -13,6 +13,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from course_lib import lessons
+
 __all__ = ["command", "environment", "prepare_workspace", "start"]
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -38,14 +40,8 @@ def command(notebook: str, *, options: Sequence[str] = (), root: Path = PROJECT)
 
 
 def environment(given: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The environment of JupyterLab and of every kernel that it starts.
-
-    A kernel named `python3` in the learner's home must not win over the course's own, and without bytecode each kernel
-    would compile every module again.
-    """
-    ours = {"JUPYTER_PREFER_ENV_PATH": "1"}
-    kept = {name: value for name, value in given.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    return {"JUPYTERLAB_WORKSPACES_DIR": str(STATE / "workspaces"), **kept, **ours}
+    """The environment of JupyterLab and of every kernel that it starts."""
+    return {"JUPYTERLAB_WORKSPACES_DIR": str(STATE / "workspaces"), **lessons.kernel_environment(given)}
 
 
 def prepare_workspace(folder: Path, notebook: str) -> Path | None:

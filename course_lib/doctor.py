@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from course_lib import installation, machine, stack
+from course_lib import installation, lessons, machine, stack
 from course_lib.findings import Finding
 from course_lib.installation import Package
 from course_lib.stack import StandIn
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Lesson", "Report", "as_json", "lessons_that_run", "main", "report", "show", "table"]
 
-NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 WORST_FIRST = ("fail", "warn", "ok")
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
@@ -70,7 +69,7 @@ def report(*, imports: bool = True) -> Report:
 
 
 def lessons_that_run(
-    findings: Iterable[Finding], *, notebooks: Path = NOTEBOOKS, device: str = "cpu"
+    findings: Iterable[Finding], *, notebooks: Path | None = None, device: str = "cpu"
 ) -> tuple[Lesson, ...]:
     """Which of the existing lessons run live on this machine.
 
@@ -78,19 +77,21 @@ def lessons_that_run(
 
     Args:
         findings: The doctor's.
-        notebooks: Folder with the lessons.
+        notebooks: Folder with the lessons; the course's own if None.
         device: Where eight ranks would run, "cpu" or "cuda".
     """
     failed = [finding.name for finding in findings if finding.status == "fail"]
     trains = f"on {machine.GPUS_FOR_A_LESSON} GPUs" if device == "cuda" else "on the CPU"
-    lessons = []
-    for path in sorted(notebooks.glob("[0-9][0-9]_*.ipynb")):
+    found = []
+    for path in lessons.notebooks(notebooks):
         number, _, title = path.stem.partition("_")
+        if not number.isdigit():  # an appendix
+            continue
         only_looks = number == "00"
         stops = [name for name in failed if name == "Python" or not only_looks]
         reason = f"stopped by: {', '.join(stops)}" if stops else "looks at the machine" if only_looks else trains
-        lessons.append(Lesson(number, title.replace("_", " "), not stops, reason))
-    return tuple(lessons)
+        found.append(Lesson(number, title.replace("_", " "), not stops, reason))
+    return tuple(found)
 
 
 def table(report: Report) -> pd.DataFrame:

@@ -173,16 +173,21 @@ def places(module: str) -> list[Path]:
 
 
 def foreign_megatron() -> Finding:
-    """PyPI's `megatron` is another project; its `megatron/__init__.py` hides NVIDIA's namespace package."""
+    """A regular package of that name, PyPI's or a folder of your own, hides NVIDIA's namespace package."""
     spec = importlib.util.find_spec("megatron")
     if spec is None:
         return Finding("megatron namespace", "fail", "nothing to import", SET_UP)
     if spec.origin is None:
         return Finding("megatron namespace", "ok", "NVIDIA's namespace package")
-    fix = (
-        "Run `pip uninstall -y megatron`, then `make setup`: that name on PyPI is another project, NVIDIA's is "
-        "`megatron-core`."
-    )
+    origin = Path(spec.origin)
+    if {"site-packages", "dist-packages"} & set(origin.parts):
+        fix = (
+            "Run `pip uninstall -y megatron`, then `make setup`: that name on PyPI is another project, NVIDIA's is "
+            "`megatron-core`."
+        )
+    else:
+        mine = origin.parent if origin.name == "__init__.py" else origin
+        fix = f"Rename {mine}, or take {mine.parent} off PYTHONPATH: Python finds it before NVIDIA's package."
     return Finding("megatron namespace", "fail", f"hidden by {spec.origin}", fix)
 
 

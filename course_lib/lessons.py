@@ -19,11 +19,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Executed", "Lesson", "LessonError", "LessonFailed", "execute", "find", "listing", "publish"]
+__all__ = [
+    "Executed",
+    "Lesson",
+    "LessonError",
+    "LessonFailed",
+    "execute",
+    "find",
+    "kernel_environment",
+    "listing",
+    "notebooks",
+    "publish",
+]
 
 PROJECT = Path(__file__).resolve().parent.parent
 SCREEN_LINES = 15  # of an error message: what still fits on one screen with the rest
-NUMBERED = re.compile(r"^(\d\d|[a-z])_.+\.ipynb$")
+NUMBERED = re.compile(r"(\d\d|[a-z])_[a-z0-9_]+\.ipynb")  # not JupyterLab's 03_x-Copy1.ipynb beside 03_x.ipynb
 
 
 class LessonError(ValueError):
@@ -66,8 +77,13 @@ class Executed:
 
 def listing(*, directory: Path | None = None) -> list[Lesson]:
     """List the lessons in reading order; number, title, question and minutes come from their text."""
+    return [_describe(path) for path in notebooks(directory)]
+
+
+def notebooks(directory: Path | None = None) -> list[Path]:
+    """The lessons' notebooks in reading order; a copy that somebody made of one is none."""
     directory = directory or PROJECT / "notebooks"
-    return [_describe(path) for path in sorted(directory.glob("*.ipynb")) if NUMBERED.match(path.name)]
+    return sorted(path for path in directory.glob("*.ipynb") if NUMBERED.fullmatch(path.name))
 
 
 def find(number: str, *, directory: Path | None = None) -> Path:
@@ -83,7 +99,7 @@ def find(number: str, *, directory: Path | None = None) -> Path:
     directory = directory or PROJECT / "notebooks"
     wanted = str(number).removesuffix(".ipynb").lower()
     wanted = wanted.zfill(2) if wanted.isdigit() else wanted
-    names = sorted(path for path in directory.glob("*.ipynb") if NUMBERED.match(path.name))
+    names = notebooks(directory)
     found = [path for path in names if path.stem == wanted or path.stem.split("_")[0] == wanted]
     if len(found) != 1:
         known = ", ".join(path.stem for path in names) or "none"
@@ -218,21 +234,34 @@ def _require_parameters(source: Path, parameters: dict[str, Any]) -> None:
         raise LessonError(f"{source.stem} has no parameter {', '.join(unknown)}; its parameters are: {names}.")
 
 
+def kernel_environment(given: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What a kernel of the course inherits.
+
+    A kernel named `python3` in the learner's home or on JUPYTER_PATH must not win over the course's own, and with
+    PYTHONDONTWRITEBYTECODE every kernel would compile every module again.
+    """
+    kept = {name: value for name, value in given.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    path = [os.path.join(sys.prefix, "share", "jupyter"), given.get("JUPYTER_PATH", "")]
+    return kept | {"JUPYTER_PATH": os.pathsep.join(filter(None, path))}
+
+
 @contextmanager
 def _kernel_environment(*, ledger: Path) -> Iterator[None]:
     """Set what the kernel inherits, and put this process's environment back.
 
-    With PYTHONDONTWRITEBYTECODE every kernel would compile every module again. A headless run makes no predictions of
-    yours, so it keeps a ledger of its own.
+    A headless run makes no predictions of yours, so it keeps a ledger of its own.
     """
     before = dict(os.environ)
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-    os.environ.setdefault("COURSE_LEDGER", os.fspath(ledger))
     try:
+        _replace_environment({"COURSE_LEDGER": os.fspath(ledger), **kernel_environment()})
         yield
     finally:
-        os.environ.clear()
-        os.environ.update(before)
+        _replace_environment(before)
+
+
+def _replace_environment(wanted: Mapping[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(wanted)
 
 
 class _Progress:

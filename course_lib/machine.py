@@ -121,15 +121,10 @@ def disk(folder: Path, *, free_bytes: int | None = None) -> Finding:
 
 
 def runs_writable(folder: Path) -> Finding:
-    """Training leaves its files in runs/; a mount may be read-only even for root, so one file is really written."""
-    probe = _existing(folder) / f".course-doctor-{os.getpid()}"
-    try:
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        value = f"{probe.parent}: {error.strerror}"
-        return Finding("runs folder", "fail", value, "Set COURSE_RUNS to a folder that you may write to.")
-    return Finding("runs folder", "ok", str(folder))
+    """Training leaves its files in runs/."""
+    fix = f"{runs.RUNS_FIX[0].upper()}{runs.RUNS_FIX[1:]}."
+    reason = runs.unwritable(folder)
+    return fail_unless(not reason, "runs folder", reason or str(folder), fix)
 
 
 def _existing(folder: Path) -> Path:

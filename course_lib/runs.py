@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,18 @@ from course_lib import files
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["ConfigError", "NoSuchRun", "Outcome", "Run", "create", "directory", "listing", "read", "write_json"]
+__all__ = [
+    "ConfigError",
+    "NoSuchRun",
+    "Outcome",
+    "Run",
+    "RunsUnwritable",
+    "create",
+    "directory",
+    "listing",
+    "read",
+    "write_json",
+]
 
 METRICS = ("step", "time", "loss", "grad_norm", "learning_rate", "elapsed_ms", "tokens", "tokens_per_second", "skipped")
 VALIDATION = ("step", "time", "loss")
@@ -38,6 +50,16 @@ class ConfigError(ValueError):
 
 class NoSuchRun(FileNotFoundError):
     """There is no run of that name."""
+
+
+class RunsUnwritable(OSError):
+    """No run can be written to the directory of runs."""
+
+
+RUNS_FIX = "set COURSE_RUNS to a folder that you may write to, or unset it for the course's own runs/"
+
+LONGEST_NAME_BYTES = 200
+"""Of a run: a file system takes 255, and a number may follow."""
 
 
 @dataclass(frozen=True)
@@ -177,10 +199,15 @@ def create(name: str) -> Path:
         The new directory, with `logs/` and `ranks/` in it.
 
     Raises:
-        ValueError: If the name could leave the runs directory.
+        ValueError: If the name could leave the runs directory, or is too long for a file system.
+        RunsUnwritable: If no run can be written there.
     """
-    if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*", name):
         raise ValueError(f"run name {name!r}: use letters, digits, '-', '_' and '.', not starting with a dot")
+    if (length := len(name.encode())) > LONGEST_NAME_BYTES:
+        raise ValueError(f"run name {name[:20]!r}... has {length} bytes: use at most {LONGEST_NAME_BYTES}")
+    if reason := unwritable(directory()):
+        raise RunsUnwritable(f"no run can be written to {reason}; {RUNS_FIX}")
     directory().mkdir(parents=True, exist_ok=True)
     for number in range(1, 100_000):
         path = directory() / (name if number == 1 else f"{name}-{number}")
@@ -192,6 +219,25 @@ def create(name: str) -> Path:
         (path / "ranks").mkdir()
         return path
     raise RuntimeError(f"there are 100,000 runs named {name!r} in {directory()}; delete some")
+
+
+def unwritable(folder: Path) -> str:
+    """Why no run can be written to a folder, with its name; empty if one can.
+
+    A mount may be read-only even for root, so one file is really written, and taken away again.
+    """
+    path = next(parent for parent in (folder, *folder.absolute().parents) if os.path.lexists(parent))
+    if not os.path.exists(path):
+        return f"{path}: it is a link to {os.readlink(path)}, which does not exist"
+    if not os.path.isdir(path):
+        return f"{path}: it is a file"
+    probe = path / f".course-{os.getpid()}"
+    try:
+        probe.touch()
+        probe.unlink(missing_ok=True)
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    return ""
 
 
 def read(name: str | Path) -> Run:

@@ -29,7 +29,9 @@ __all__ = [
 ]
 
 END_OF_DOCUMENT = "<|endoftext|>"
-ENDS = (END_OF_DOCUMENT, "</s>")
+ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>")
+"""Names of the token that closes a document in pretraining: of GPT-2, Qwen and OLMo; Llama 3; Llama 2, Mistral and
+Nemotron; Gemma; DeepSeek.  Source: the `tokenizer_config.json` of each."""
 HUB_MODEL = "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16"
 
 
@@ -90,10 +92,16 @@ def end_of_document(tokenizer: object) -> int:
     Raises:
         ValueError: If the vocabulary has no token for it.
     """
+    # Only special tokens: Gemma's vocabulary has `</s>` as the HTML tag, too.
+    special = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     for name in ENDS:
-        if (found := tokenizer.token_to_id(name)) is not None:
-            return found
-    raise ValueError(f"this vocabulary has none of {', '.join(ENDS)}: no token closes a document")
+        if name in special:
+            return special[name]
+    shown = ", ".join(list(special)[:8]) or "none at all"
+    raise ValueError(
+        f"none of {', '.join(ENDS)} is a special token of this vocabulary, so no token that is known here closes a "
+        f"document; its special tokens: {shown}"
+    )
 
 
 @dataclass(frozen=True)

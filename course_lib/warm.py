@@ -35,6 +35,13 @@ START_SECONDS = 60.0
 """How long a server may take to listen: it imports little, but this machine may be busy."""
 
 
+SOCKET_PATH_BYTES = 107
+"""How long the path of a socket may be; a temporary directory of a batch system is sometimes longer.
+
+Source: Linux `unix(7)`, `sun_path`
+"""
+
+
 class WarmError(RuntimeError):
     """The warm launcher could not be reached or started."""
 
@@ -150,6 +157,8 @@ def address() -> Path:
     marks += [f"{p}:{p.stat().st_mtime_ns}:{p.stat().st_size}" for p in rank_code()]
     key = hashlib.sha256("\n".join(marks).encode()).hexdigest()[:16]
     home = Path(tempfile.gettempdir()) / f"course-{os.getuid()}"
+    if len(os.fsencode(home / f"{key}.socket")) > SOCKET_PATH_BYTES:
+        home = Path("/tmp") / home.name
     home.mkdir(mode=0o700, exist_ok=True)
     if home.stat().st_uid != os.getuid():
         raise WarmError(f"{home} belongs to another user; remove it or set TMPDIR to a directory of your own")

@@ -27,8 +27,10 @@ LINGER_SECONDS = 20.0
 def serve(path: str) -> None:
     """The server's main loop; returns when the last lease has ended and nobody came back."""
     import multiprocessing
+    import tempfile
     from multiprocessing import forkserver
 
+    tempfile.tempdir = str(Path(path).parent)  # short enough for the fork server's socket, too
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(path)
     os.chmod(path, 0o600)

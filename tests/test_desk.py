@@ -10,6 +10,8 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import pytest
+
 from course_lib import desk, warm
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -25,16 +27,19 @@ def test_the_workspace_opens_the_lesson_with_its_contents_and_is_written_once(tm
     assert desk.prepare_workspace(tmp_path, LESSON) is None and written.read_text() == "mine"
 
 
-def test_the_courses_kernel_wins_over_one_in_the_home(tmp_path: Path) -> None:
+@pytest.mark.parametrize("variable", ["JUPYTER_DATA_DIR", "JUPYTER_PATH"])
+def test_the_courses_kernel_wins_over_one_of_the_same_name(tmp_path: Path, variable: str) -> None:
     """A learner's own kernel of the name python3 would start without the course's packages."""
     other = tmp_path / "kernels" / "python3"
     other.mkdir(parents=True)
     (other / "kernel.json").write_text('{"argv": ["/nowhere/python"], "display_name": "Mine", "language": "python"}')
-    environment = desk.environment({**os.environ, "JUPYTER_DATA_DIR": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"})
+    environment = desk.environment({**os.environ, variable: str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"})
     assert "PYTHONDONTWRITEBYTECODE" not in environment
     code = "from jupyter_client.kernelspec import find_kernel_specs; print(find_kernel_specs()['python3'])"
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert found.stdout.strip().startswith(sys.prefix)
+    if variable == "JUPYTER_PATH":
+        assert environment[variable].endswith(f"{os.pathsep}{tmp_path}"), "what else the learner has there stays"
 
 
 def test_the_lab_holds_the_lease_and_lets_it_go(tmp_path: Path, monkeypatch) -> None:
@@ -85,3 +90,20 @@ def answers(address: str, *, tries: int = 240) -> None:
         except OSError:
             time.sleep(0.5)
     raise AssertionError(f"{address} does not answer")
+
+
+def test_the_engine_starts_where_the_temporary_directory_has_a_long_name(tmp_path: Path, monkeypatch) -> None:
+    """A socket's path has 107 bytes: the server, and the fork server below it, listen in a shorter place."""
+    deep = tmp_path / ("x" * max(1, 116 - len(str(tmp_path)) - 1))
+    deep.mkdir()
+    assert len(str(deep)) >= 116
+    monkeypatch.setenv("TMPDIR", str(deep))
+    monkeypatch.setattr(warm.tempfile, "tempdir", None)
+    place = warm.address()
+    assert len(str(place)) <= warm.SOCKET_PATH_BYTES and place.parent.stat().st_uid == os.getuid()
+    code = "import sys, multiprocessing; from course_lib import warm_server; warm_server.LINGER_SECONDS = 0.0\n"
+    code += "multiprocessing.set_forkserver_preload = lambda modules: None; warm_server.serve(sys.argv[1])"
+    words = [sys.executable, "-c", code, str(place.with_suffix(".test"))]
+    done = subprocess.run(words, cwd=PROJECT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert list(deep.iterdir()) == []

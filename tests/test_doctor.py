@@ -90,8 +90,8 @@ def test_stand_ins_come_from_the_stack(real: doctor.Report) -> None:
 
 def test_a_failure_stops_the_lessons_that_train(tmp_path: Path) -> None:
     """Only existing lessons are listed; a failure stops those that train and names itself, lesson 00 still looks."""
-    for name in ("00_check_your_setup.ipynb", "03_smoke_test_with_mock_data.ipynb"):
-        (tmp_path / name).touch()
+    for name in ("00_check_your_setup", "03_smoke_test_with_mock_data", "03_smoke_test_with_mock_data-Copy1"):
+        (tmp_path / f"{name}.ipynb").touch()
     healthy = doctor.lessons_that_run([Finding("memory", "ok", "24 GiB")], notebooks=tmp_path)
     assert [(x.number, x.title, x.runs) for x in healthy] == [
         ("00", "check your setup", True),

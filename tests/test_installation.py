@@ -23,12 +23,24 @@ def beside(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_foreign_megatron_is_caught(tmp_path: Path) -> None:
     """PyPI's `megatron` puts an __init__.py where NVIDIA has a namespace package: the fix names both."""
-    (tmp_path / "megatron").mkdir()
-    (tmp_path / "megatron/__init__.py").write_text("raise RuntimeError('must not be imported')\n", encoding="utf-8")
-    done = beside(tmp_path, PRINT.format(check="foreign_megatron()"))
-    assert done.stdout.startswith(f"fail hidden by {tmp_path}/megatron/__init__.py"), done.stderr
+    packages = tmp_path / "site-packages"
+    (packages / "megatron").mkdir(parents=True)
+    (packages / "megatron/__init__.py").write_text("raise RuntimeError('must not be imported')\n", encoding="utf-8")
+    done = beside(packages, PRINT.format(check="foreign_megatron()"))
+    assert done.stdout.startswith(f"fail hidden by {packages}/megatron/__init__.py"), done.stderr
     assert "pip uninstall -y megatron" in done.stdout
     assert installation.foreign_megatron().status == "ok"
+
+
+@pytest.mark.parametrize("name", ["megatron/__init__.py", "megatron.py"])
+def test_a_folder_of_your_own_is_not_to_be_uninstalled(tmp_path: Path, name: str) -> None:
+    """pip knows nothing of a folder or a file that you called `megatron`: the fix is another name."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    done = beside(tmp_path, PRINT.format(check="foreign_megatron()"))
+    assert done.stdout.startswith(f"fail hidden by {tmp_path / name}"), done.stderr
+    mine = tmp_path / name.removesuffix("/__init__.py")
+    assert f"Rename {mine}, or take {tmp_path} off PYTHONPATH" in done.stdout and "pip" not in done.stdout
 
 
 def test_the_foreign_megatron_fails_the_command(tmp_path: Path) -> None:

@@ -60,7 +60,11 @@ def test_a_lesson_is_executed_and_read_back(project: Path, capfd: pytest.Capture
 
 
 def test_the_environment_of_the_caller_is_put_back(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the kernel inherits is set for the kernel only."""
+    """What the kernel inherits is set for the kernel only; another kernel of the same name is not started."""
+    other = project / "share" / "kernels" / "python3"
+    other.mkdir(parents=True)
+    (other / "kernel.json").write_text('{"argv": ["/nowhere/python"], "display_name": "Mine", "language": "python"}')
+    monkeypatch.setenv("JUPYTER_PATH", str(project / "share"))
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     monkeypatch.delenv("COURSE_LEDGER", raising=False)
     before, directory = dict(os.environ), Path.cwd()
@@ -117,6 +121,14 @@ def test_an_interrupt_leaves_no_half_copy(project: Path, monkeypatch: pytest.Mon
 def test_a_lesson_is_found_by_number_or_name(project: Path, number: str) -> None:
     """A lesson answers to its number, with or without the zero, and to its name."""
     assert lessons.find(number, directory=project / "notebooks").name == "07_small.ipynb"
+
+
+def test_a_copy_beside_the_lesson_is_no_lesson(project: Path) -> None:
+    """JupyterLab's Duplicate, a browser's second download and a failed execution leave one lesson 07."""
+    for copy in ("07_small-Copy1", "07_small (1)", "07_small.failed", ".07_small.12.partial"):
+        write(project / "notebooks" / f"{copy}.ipynb", clean())
+    assert lessons.find("07", directory=project / "notebooks").name == "07_small.ipynb"
+    assert [lesson.number for lesson in lessons.listing(directory=project / "notebooks")] == ["07"]
 
 
 def test_an_unknown_lesson_names_the_known_ones(project: Path) -> None:

@@ -1,12 +1,13 @@
 """The readings of the machine: each is made wrong for real where that is possible, else handed in."""
 
 import os
+import re
 import threading
 from pathlib import Path
 
 import pytest
 
-from course_lib import doctor, machine, stack
+from course_lib import doctor, machine, runs, stack
 from course_lib.findings import Finding
 from course_lib.units import GiB
 
@@ -118,6 +119,46 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
     assert "COURSE_RUNS" in found.fix
     monkeypatch.setenv("COURSE_RUNS", "/proc/runs")
     assert found in machine.findings()
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("dangling", r"a link to .*/nowhere, which does not exist"),
+        ("file", "it is a file"),
+        ("file/in", "it is a file"),
+    ],
+)
+def test_a_place_that_holds_no_runs_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, words: str
+) -> None:
+    """The doctor and the launch say the same of a link to nowhere and of a file, and write nothing."""
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setenv("COURSE_RUNS", str(tmp_path / place))
+    assert re.search(words, machine.runs_writable(runs.directory()).value)
+    with pytest.raises(runs.RunsUnwritable, match=words + ".*set COURSE_RUNS"):
+        runs.create("smoke")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "file"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("x" * 300, "has 300 bytes: use at most 200"),
+        ("ä" * 101, "202 bytes"),
+        ("a/b", "use letters"),
+        ("..", "use letters"),
+        ("", "use letters"),
+        (None, "use letters"),
+    ],
+)
+def test_a_name_that_is_none_is_refused(runs_directory: Path, name: str, words: str) -> None:
+    """Nothing is written, not even the directory of runs."""
+    with pytest.raises(ValueError, match=words):
+        runs.create(name)
+    assert not runs_directory.exists()
+    assert runs.create("a" * 200).is_dir() and runs.create("a" * 200).name.endswith("a-2")
 
 
 @pytest.mark.parametrize(

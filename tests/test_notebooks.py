@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -26,6 +27,14 @@ BROKEN = {
     "10": ({"resumed_steps": 30}, "a longer run is another run"),
 }
 """For each lesson one parameter that breaks a claim, and the words of the check that must notice."""
+
+
+def test_no_cell_reads_a_path_that_depends_on_where_it_runs():
+    """A lesson that was copied elsewhere, or runs in an editor with another working directory, finds its files."""
+    for lesson in lessons.listing():
+        for cell in json.loads(lesson.path.read_text(encoding="utf-8"))["cells"]:
+            source = "".join(cell["source"]) if cell["cell_type"] == "code" else ""
+            assert not re.search(r"""["']\.\.?/""", source), (lesson.number, cell["id"])
 
 
 @pytest.mark.parametrize("number", PROJECT_LESSONS)

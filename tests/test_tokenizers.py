@@ -84,8 +84,32 @@ def test_the_end_of_a_document_is_not_the_end_of_a_turn(nemotron, megatron, tmp_
     assert tokenizers.end_of_document(tokenizers.load(nemotron.hugging_face)) == megatron.eod == 2
     bpe = tokenizers.train_bpe(["some text"], tmp_path, vocab_size=257)
     assert tokenizers.end_of_document(tokenizers.load(bpe)) == 0
-    with pytest.raises(ValueError, match="no token closes a document"):
+    with pytest.raises(ValueError, match="none of <|endoftext|>.*special tokens: none at all"):
         tokenizers.end_of_document(Tokenizer(models.BPE()))
+
+
+@pytest.mark.parametrize(
+    ("special", "plain", "expected"),
+    [
+        (["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"], [], 1),  # Llama 3; the last one ends a turn
+        (["<s>", "</s>"], [], 1),
+        (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], [], 0),
+        (["<pad>", "<eos>", "<bos>"], ["<s>", "</s>"], 1),  # Gemma, where `</s>` is text that strikes out
+        (["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"], [], 1),
+    ],
+)
+def test_each_family_closes_a_document_by_a_name_of_its_own(special, plain, expected):
+    """The end of a chat turn and a tag that is spelt like an end are not taken for it."""
+    from tokenizers import Tokenizer, models
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens(plain)
+    assert tokenizers.end_of_document(tokenizer) == expected
+    chat_only = Tokenizer(models.BPE())
+    chat_only.add_special_tokens(["<|eot_id|>"])
+    with pytest.raises(ValueError, match=r"its special tokens: <\|eot_id\|>"):
+        tokenizers.end_of_document(chat_only)
 
 
 def test_the_file_on_the_hub_is_held_against_ours(nemotron, tmp_path, monkeypatch):
