@@ -59,6 +59,52 @@ def test_the_norm_gives_torchs_numbers(torch):
     )
 
 
+STRIDES = {
+    "contiguous": lambda torch, *shape: torch.randn(shape),
+    "transposed": lambda torch, *shape: torch.randn(shape[1], shape[0], *shape[2:]).transpose(0, 1),
+    "every second": lambda torch, *shape: torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2],
+    "last dimension outermost": lambda torch, *shape: torch.randn(shape[-1], *shape[:-1]).movedim(0, -1),
+    "one row for all": lambda torch, *shape: torch.randn(1, *shape[1:]).expand(shape),
+    "one number for all": lambda torch, *shape: torch.ones(()).expand(shape),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_fast_functions_take_any_strides(torch, dtype):
+    """Values and gradients for every layout of input and gradient in memory, in each dtype.
+
+    A norm of queries gets the transposed gradient that attention hands back; a sum hands back one number for all.
+    """
+    from itertools import product
+
+    from megatron.core.fusions import fused_bias_swiglu
+    from megatron.core.models.common.embeddings import rope_utils
+
+    from course_lib.cpu import fused
+
+    dtype = getattr(torch, dtype)
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 2e-5, "atol": 2e-6}
+    shape, weight, angles = (6, 2, 4, 16), torch.randn(16, dtype=dtype), torch.randn(6, 1, 1, 16)
+    norm, rotate = torch.nn.functional.rms_norm, rope_utils._apply_rotary_pos_emb_bshd
+    swiglu_back = fused_bias_swiglu.swiglu_back
+    functions = {
+        fused._rms_norm: (norm, lambda f, x, w: f(x, [16], w, 1e-6), (weight,)),
+        fused._rotate: (rotate, lambda f, x: f(x, angles), ()),
+    }
+    for (wrap, (original, call, others)), one, two in product(functions.items(), STRIDES.values(), STRIDES.values()):
+        x, grad = (make(torch, *shape).to(dtype) for make in (one, two))
+        results = []
+        for function in (original, wrap(original)):
+            leaves = [tensor.detach().requires_grad_() for tensor in (x, *others)]
+            out = call(function, *leaves)
+            results.append([out, *torch.autograd.grad(out, leaves, grad)])
+        for expected, got in zip(*results, strict=True):
+            torch.testing.assert_close(got, expected, **tolerance)
+    for one, two, finer in product(STRIDES.values(), STRIDES.values(), (dtype, torch.float32)):
+        y, g = one(torch, 6, 4, 16).to(dtype), two(torch, 6, 4, 8).to(finer)
+        torch.testing.assert_close(fused._swiglu_back(swiglu_back)(g, y), swiglu_back(g, y), **tolerance)
+
+
 def test_a_norm_keeps_one_tensor(torch):
     """The planner counts on it: the normal form and one number a token, and no second copy of the input."""
     from course_lib.cpu import fused

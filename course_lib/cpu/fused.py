@@ -32,7 +32,7 @@ def _rms_norm(original: Callable) -> Callable:
         def backward(ctx: object, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
             normal, scale, weight = ctx.saved_tensors
             size = weight.numel()
-            product = (grad * normal).view(-1, size)
+            product = (grad * normal).reshape(-1, size)  # any strides: a head's norm gets a transposed gradient
             grad_weight = product.sum(0)
             along = torch.mv(product, weight).div_(size).view_as(scale)
             return (grad * weight).addcmul_(normal, along, value=-1).mul_(scale), grad_weight, None
@@ -106,6 +106,8 @@ def _swiglu_back(original: Callable) -> Callable:
     def swiglu_back(g: object, y: object) -> object:
         import torch
 
+        if g.dtype != y.dtype:  # a router's weights may be finer than the activations: upstream keeps the finer format
+            return original(g, y)
         gate, value = y.chunk(2, -1)
         out = torch.empty_like(y)
         to_gate, to_value = out.chunk(2, -1)
