@@ -15,7 +15,7 @@ import shutil
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -149,9 +149,17 @@ def python_library(directory: Path, *, held_out_percent: float = 5.0) -> Built:
 
 
 def from_folder(
-    folder: Path, directory: Path, *, licence: str, source: str = "mine", held_out_percent: float = 5.0
+    folder: Path,
+    directory: Path,
+    *,
+    licence: str,
+    source: str = "mine",
+    held_out_percent: float = 5.0,
+    leave_out: Sequence[str] = (),
 ) -> Built:
     """Build a corpus from your own `.txt`, `.md` and `.jsonl` files, cleaned and split the same way.
+
+    Hidden files and folders are left out, and a warning names them.
 
     Args:
         folder: Your files; a JSONL file has one object a line with a field `text`.
@@ -159,11 +167,12 @@ def from_folder(
         licence: Under which licence you may use the text.
         source: The name of the source.
         held_out_percent: Share of the text for validation, and the same again for test.
+        leave_out: Patterns of files of other kinds, such as `("*.png",)`, which are refused otherwise.
 
     Raises:
         BadText: If a file cannot be used; names file and line, and nothing is left half written.
     """
-    documents = corpus_sources.folder_documents(folder, licence=licence, source=source)
+    documents = corpus_sources.folder_documents(folder, licence=licence, source=source, leave_out=leave_out)
     return build(documents, directory, held_out_percent=held_out_percent)
 
 
@@ -288,7 +297,8 @@ def _split(groups: dict[str, int], held_out_percent: float) -> dict[str, str]:
     """
     if len(groups) < len(SPLITS):
         raise ValueError(
-            f"{len(groups)} modules or documents: at least {len(SPLITS)} are needed for {', '.join(SPLITS)}"
+            f"{len(groups)} modules or documents: at least {len(SPLITS)} are needed for {', '.join(SPLITS)}; a .txt or .md "
+            "file is one document: cut it into several, or write JSONL with one document a line"
         )
     full_bytes = sum(groups.values()) * held_out_percent / 100
     largest_bytes = max(full_bytes / 4, 2 * statistics.median(groups.values()))
@@ -299,6 +309,11 @@ def _split(groups: dict[str, int], held_out_percent: float) -> dict[str, str]:
                 split_of[name] = split
                 sizes[split] += groups[name]
                 break
+    if empty := [split for split in SPLITS if split not in split_of.values()]:
+        raise ValueError(
+            f"{len(groups)} modules or documents of such different sizes leave none for {' and '.join(empty)}: cut the "
+            "large ones into several"
+        )
     return split_of
 
 

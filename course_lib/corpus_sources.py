@@ -6,10 +6,12 @@ import ast
 import functools
 import inspect
 import json
+import os
 import re
 import sys
 import sysconfig
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,10 @@ __all__ = [
 
 MAX_LINE_BYTES = 64 * 2**20
 """No document is longer, be it a line or a file: a broken file may be one line of many gigabytes, and is not read."""
+
+READ = (".txt", ".md", ".jsonl")
+NUL = chr(0)
+AN_ARRAY = "a JSON array, or JSON over several lines: JSONL has one object a line, and no brackets around them"
 
 LICENCE = "PSF-2.0"
 # Tables of numbers, and the topics that are read on their own.
@@ -174,31 +180,80 @@ def without_docstrings(source: str) -> str:
     return "\n".join(line for line in lines if line is not None)
 
 
-def folder_documents(folder: Path, *, licence: str, source: str) -> Iterator[Document]:
+def folder_documents(folder: Path, *, licence: str, source: str, leave_out: Sequence[str] = ()) -> Iterator[Document]:
     """The documents of a folder: one for each `.txt` and `.md` file, one for each line of a `.jsonl` file.
+
+    Hidden files and folders are no text of yours: JupyterLab keeps old editions in one, git everything.  They are left
+    out, and a warning names them.
 
     Args:
         folder: Where the files are; folders inside are searched too.
         licence: Of all of them.
         source: Name of the source.
+        leave_out: Patterns of files to leave out, such as `"*.png"`.
 
     Raises:
-        BadText: If there is no file, or one is empty, no UTF-8, no JSON, has no text, or a document of more than
-            64 MiB, of which no more than that is read; names file and line.
+        BadText: If there is no file, or one is of another kind, a link that leads out of the folder, empty, no UTF-8, no
+            JSON, has no text, or a document of more than 64 MiB, of which no more than that is read; names file and line.
     """
     folder = Path(folder)
-    paths = sorted(path for path in folder.rglob("*") if path.suffix in (".txt", ".md", ".jsonl") and path.is_file())
-    if not paths:
-        raise BadText(f"{folder} has no .txt, .md or .jsonl file")
-    for path in paths:
+    for path in _readable(folder, leave_out):
         name = path.relative_to(folder).as_posix()
         if path.stat().st_size == 0:
             raise BadText(f"{path}, line 1: the file is empty: remove it")
-        if path.suffix != ".jsonl":
+        if path.suffix.lower() != ".jsonl":
             yield Document(_whole(path), source, name, name, licence)
             continue
         for number, text in _lines(path):
             yield Document(text, source, f"{name} line {number}", f"{name} line {number}", licence)
+
+
+def _readable(folder: Path, leave_out: Sequence[str]) -> list[Path]:
+    """The files that are documents, in a fixed order; what else is there is named, by a warning or an error."""
+    if not folder.is_dir():
+        raise BadText(f"{folder} {'is a file: give the folder that it is in' if folder.exists() else 'does not exist'}")
+    readable, hidden, outside, other = [], [], [], []
+    for place, folders, names in os.walk(folder, onerror=_cannot_list):
+        here = {name: Path(place, name) for name in (*folders, *names)}
+        hidden += [path for name, path in here.items() if name.startswith(".")]
+        kept = {
+            name: path
+            for name, path in here.items()
+            if not name.startswith(".") and not any(path.relative_to(folder).match(pattern) for pattern in leave_out)
+        }
+        folders[:] = [name for name in folders if name in kept]
+        for path in kept.values():
+            if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+                outside.append(path)
+            elif path.is_file() and path.suffix.lower() in READ:
+                readable.append(path)
+            elif not path.is_dir():
+                other.append(path)
+    if outside:
+        raise BadText(
+            f"{_listed(outside, folder)} in {folder} lead out of it: copy what they point to into the folder, or leave "
+            f"them out with leave_out={[path.name for path in outside[:3]]}"
+        )
+    if other:
+        raise BadText(
+            f"{_listed(other, folder)} in {folder} cannot be read: unpack or write them as .txt, .md or .jsonl, or leave "
+            f"them out with leave_out={sorted({f'*{path.suffix}' if path.suffix else path.name for path in other})[:5]}"
+        )
+    if not readable:
+        raise BadText(f"{folder} has no .txt, .md or .jsonl file")
+    if hidden:
+        warnings.warn(f"left out of {folder}, because hidden: {_listed(hidden, folder)}", stacklevel=2)
+    return sorted(readable)
+
+
+def _cannot_list(error: OSError) -> None:
+    raise BadText(f"{error.filename}: {error.strerror}") from None
+
+
+def _listed(paths: Sequence[Path], folder: Path) -> str:
+    """The first names, and how many more there are."""
+    names = [path.relative_to(folder).as_posix() for path in sorted(paths)]
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _whole(path: Path) -> str:
@@ -215,6 +270,7 @@ def _whole(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise BadText(f"{path}, line {line}: {_not_utf8(error)}") from None
+    _refuse_no_text(f"{path}, line {text.count(chr(10), 0, text.find(NUL)) + 1}", text)
     if not text.strip():
         raise BadText(f"{path}, line 1: the file has nothing but white space: remove it")
     return text
@@ -223,29 +279,48 @@ def _whole(path: Path) -> str:
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
+def _refuse_no_text(where: str, text: str) -> None:
+    """What Python holds as text and no file may hold."""
+    if NUL in text:
+        raise BadText(f"{where}: a NUL byte: the file is binary, or UTF-16: save it as UTF-8, or leave it out")
+    if bad := _SURROGATE.search(text):
+        raise BadText(f"{where}: {bad.group()!r} is half a character: write it as UTF-8, or leave it out")
+
+
 def _not_utf8(error: UnicodeDecodeError) -> str:
     return f"byte 0x{error.object[error.start]:02x} is not UTF-8: save the file as UTF-8, or leave it out"
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Number and text of each line that is not blank; a byte-order mark before the first one is none of it."""
+    found = number = 0
     with path.open("rb") as file:
-        number = 0
         while data := file.readline(MAX_LINE_BYTES + 1):
             number += 1
             where = f"{path}, line {number}"
             if len(data) > MAX_LINE_BYTES:
                 raise BadText(f"{where}: longer than {MAX_LINE_BYTES // 2**20} MiB: JSONL has one document a line")
             try:
-                entry = json.loads(data.decode())
+                line = data.decode("utf-8-sig" if number == 1 else "utf-8")
+                if not line.strip():
+                    continue
+                entry = json.loads(line)
             except UnicodeDecodeError as error:
                 raise BadText(f"{where}: {_not_utf8(error)}") from None
             except ValueError as error:
-                raise BadText(f"{where}: not JSON ({error}): one object a line is needed") from None
+                spans = line.lstrip().startswith("[") or line.strip() == "{"
+                raise BadText(
+                    f"{where}: {AN_ARRAY if spans else f'not JSON ({error}): one object a line is needed'}"
+                ) from None
+            if isinstance(entry, list):
+                raise BadText(f"{where}: {AN_ARRAY}")
             if not isinstance(entry, dict) or "text" not in entry:
                 fields = f"the fields {', '.join(map(str, entry))}" if isinstance(entry, dict) else "no fields"
                 raise BadText(f"{where}: has {fields}, needed 'text'")
             if not isinstance(entry["text"], str) or not entry["text"].strip():
                 raise BadText(f"{where}: 'text' is empty or no string: remove the line")
-            if bad := _SURROGATE.search(entry["text"]):
-                raise BadText(f"{where}: {bad.group()!r} is half a character: write it as UTF-8, or leave it out")
+            _refuse_no_text(where, entry["text"])
+            found += 1
             yield number, entry["text"]
+    if not found:
+        raise BadText(f"{path}: the file has nothing but blank lines: remove it")

@@ -73,11 +73,24 @@ GOOD = '{"text": "A text that is long enough to be kept by the cleaning."}\n'
         ("a.jsonl", GOOD.encode() + b"\xff\n", r"line 2: byte 0xff"),
         ("a.jsonl", GOOD.encode() + b"nonsense\n", r"line 2: not JSON"),
         ("a.jsonl", GOOD.encode() + b'{"text": "\\ud800"}\n', r"line 2: '.*ud800' is half a character"),
-        ("a.jsonl", b"[1]\n", r"line 1: has no fields"),
+        ("a.jsonl", b"1\n", r"line 1: has no fields"),
+        ("a.jsonl", b'[{"text": "one"}]\n', r"line 1: a JSON array"),
+        (
+            "a.jsonl",
+            b'[\n{"text": "one"},\n',
+            r"line 1: a JSON array, or JSON over several lines: JSONL has one object",
+        ),
+        ("a.jsonl", b'[{"text": "one"},\n', r"line 1: a JSON array, or JSON over several lines"),
+        ("a.jsonl", b'{\n "text": "one"\n}\n', r"line 1: a JSON array, or JSON over several lines"),
+        ("a.jsonl", b"\n \n", r"a.jsonl: the file has nothing but blank lines"),
+        ("a.jsonl", GOOD.encode() + b'{"text": "a \\u0000 b"}\n', r"line 2: a NUL byte"),
+        ("a.txt", b"one\ntwo\n\x00\n", r"a.txt, line 3: a NUL byte: the file is binary, or UTF-16"),
+        ("a.txt", "words".encode("utf-16"), r"a.txt, line 1: byte 0xff is not UTF-8"),
+        ("a.txt", "words".encode("utf-16-le"), r"a.txt, line 1: a NUL byte"),
         ("a.jsonl", b'{"text": ""}\n', r"line 1: 'text' is empty"),
         ("a.jsonl", GOOD.encode() + b"x" * 3000, r"line 2: longer than"),
         ("a.txt", b"one line\n" + b"x" * 3000, r"a.txt, line 2: more than .* in one document"),
-        ("a.pdf", b"x", r"no .txt, .md or .jsonl file"),
+        ("a.pdf", b"x", r"a.pdf in .*/mine cannot be read: .* leave_out=\['\*.pdf'\]"),
     ],
 )
 def test_bad_text_is_refused_by_file_and_line(tmp_path, monkeypatch, name, data, words):
@@ -88,6 +101,76 @@ def test_bad_text_is_refused_by_file_and_line(tmp_path, monkeypatch, name, data,
     (folder / name).write_bytes(data)
     with pytest.raises(corpus_sources.BadText, match=words):
         corpus.from_folder(folder, target, licence="CC0-1.0")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
+
+
+def test_a_file_beside_the_good_ones_is_read_or_named(tmp_path):
+    """Capital endings are read; what is packed or of another kind is refused by name, unless it is left out by name."""
+    folder, target = tmp_path / "mine", tmp_path / "corpus"
+    (folder / "deep").mkdir(parents=True)
+    for number, name in enumerate(["a.TXT", "b.Md", "deep/c.txt"]):
+        (folder / name).write_text(f"Text {number} is long enough to be kept by the cleaning.")
+    (folder / "d.JSONL").write_text(GOOD)
+    built = corpus.from_folder(folder, target, licence="CC0-1.0", held_out_percent=20)
+    assert built.steps.documents.tolist() == [4, 4, 4]
+    for name in ("e.jsonl.gz", "f.json", "deep/g.parquet", "README"):
+        (folder / name).write_bytes(b"x")
+    words = (
+        r"README, deep/g.parquet, e.jsonl.gz, f.json in .* cannot be read: .*'\*.gz', '\*.json', '\*.parquet', 'README'"
+    )
+    with pytest.raises(corpus_sources.BadText, match=words):
+        corpus.from_folder(folder, target, licence="CC0-1.0")
+    for left_out in (["*.gz", "*.json", "README", "g.*"], ["*.gz", "*.json", "README", "deep"]):
+        again = corpus.from_folder(folder, target, licence="CC0-1.0", held_out_percent=20, leave_out=left_out)
+        assert again.steps.documents[0] == (3 if "deep" in left_out else 4)
+    for wrong, words in ((folder / "a.TXT", "is a file"), (folder / "nowhere", "does not exist")):
+        with pytest.raises(corpus_sources.BadText, match=words):
+            corpus.from_folder(wrong, target, licence="CC0-1.0")
+
+
+def test_hidden_folders_are_left_out_and_links_out_are_refused(tmp_path):
+    """An old edition that JupyterLab keeps is not held out while the new one is trained on; a link leads nowhere else."""
+    folder, target = tmp_path / "mine", tmp_path / "corpus"
+    (folder / ".ipynb_checkpoints").mkdir(parents=True)
+    (folder / ".ipynb_checkpoints" / "0-checkpoint.txt").write_text("An old edition of note 0, which nobody wants.")
+    (folder / ".DS_Store").write_bytes(b"\0")
+    for number in range(4):
+        (folder / f"{number}.txt").write_text(f"Note {number} is long enough to be kept by the cleaning.")
+    (folder / "same.txt").symlink_to("0.txt")
+    with pytest.warns(UserWarning, match=r"because hidden: \.DS_Store, \.ipynb_checkpoints"):
+        built = corpus.from_folder(folder, target, licence="CC0-1.0", held_out_percent=20)
+    assert not [t for split in corpus.SPLITS for t in built.texts("mine", split) if "old edition" in t]
+    assert built.steps.documents.tolist() == [5, 5, 4]
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "secret.txt").write_text("A file that is nobody's business, and long enough.")
+    for name, place in (("out.txt", "outside/secret.txt"), ("out", "outside")):
+        (folder / name).symlink_to(tmp_path / place)
+        with pytest.raises(corpus_sources.BadText, match=rf"{name} in .* lead out of it: .*leave_out=\['{name}'\]"):
+            corpus.from_folder(folder, target, licence="CC0-1.0")
+        (folder / name).unlink()
+
+
+def test_a_byte_order_mark_and_blank_lines_are_no_text(tmp_path):
+    """Windows editors write the mark, everybody the blank last line; line numbers stay those of the file."""
+    (tmp_path / "mine").mkdir()
+    lines = [json.dumps({"text": f"Document {i}, with a sentence that is long enough."}) for i in range(6)]
+    (tmp_path / "mine" / "a.jsonl").write_text("\ufeff" + "\n".join([*lines[:3], "", *lines[3:], "", " ", ""]))
+    built = corpus.from_folder(tmp_path / "mine", tmp_path / "out", licence="CC0-1.0", held_out_percent=20)
+    found = {d["name"]: d["text"] for split in corpus.SPLITS for d in built.documents("mine", split)}
+    assert found == {f"a.jsonl line {i + 1 + (i > 2)}": json.loads(line)["text"] for i, line in enumerate(lines)}
+
+
+def test_one_large_file_is_one_document(tmp_path):
+    """It cannot be split; the message says how to make documents of it, also where one file is most of the text."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "book.txt").write_text("A book of many sentences in one file. " * 30_000)
+    with pytest.raises(ValueError, match=r"1 modules or documents: at least 3 .* one document: cut it into several"):
+        corpus.from_folder(folder, tmp_path / "out", licence="CC0-1.0")
+    for name in ("a", "b"):
+        (folder / f"{name}.txt").write_text(f"A small text {name} beside a very large one.")
+    with pytest.raises(ValueError, match="leave none for test: cut the large"):
+        corpus.from_folder(folder, tmp_path / "out", licence="CC0-1.0")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
 
 
