@@ -144,6 +144,7 @@ def prepare(
     source = checkpoints.require(load) if load else None
     if isinstance(cfg, (str, Path)):
         content = configuration.read_file(Path(cfg))
+        configuration.refuse_foreign_code(content, Path(cfg))
         plan = layout.require(content, ranks)
     else:
         configuration.refuse_unknown_fields(cfg)
@@ -159,6 +160,7 @@ def prepare(
         else:
             configuration.write_config(cfg, path, places)
             content = runs.Run(path).config
+            configuration.refuse_foreign_code(content, path / "config.yaml")
         launcher = launcher or ("torchrun" if device == "cuda" else "warm")
         runs.write_json(path / "launch.json", _about(content, path, ranks, device, launcher, target, plan, record))
     except BaseException:  # a directory without its launch.json would look like a run that goes on

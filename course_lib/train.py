@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from course_lib import failures, files, memory_meter, runs, stack
+from course_lib import configuration, failures, files, memory_meter, runs, stack
 from course_lib.runs import ConfigError
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ def read_config(path: Path) -> ConfigContainer:
         path: A YAML file that `ConfigContainer.to_yaml` wrote.
 
     Raises:
-        ConfigError: If the file is missing, is no YAML, or names a field or class that Bridge does not have.
+        ConfigError: If the file is missing, is no YAML, names a field that Bridge does not have, or code that Bridge does
+            not write.
     """
     import yaml
     from megatron.bridge.training.config import ConfigContainer
@@ -54,6 +55,7 @@ def read_config(path: Path) -> ConfigContainer:
         content = yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         if not isinstance(content, dict):
             raise ConfigError(f"{path} is empty or not a mapping")
+        configuration.refuse_foreign_code(content, path)
         return ConfigContainer.from_dict(content, mode=InstantiationMode.STRICT)
     except ConfigError:
         raise

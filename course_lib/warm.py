@@ -48,6 +48,7 @@ class WarmError(RuntimeError):
 
 RANK_CODE = (
     *("cpu/*.py", "layout*.py", "warm*.py"),
+    *("checkpoints.py", "configuration.py", "credentials.py"),
     *("deferred.py", "devices.py", "failures.py", "files.py", "imports.py", "memory_meter.py", "parameters.py"),
     *("preload.py", "runs.py", "stack.py", "train.py", "units.py"),
 )

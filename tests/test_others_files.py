@@ -1,0 +1,118 @@
+"""Files of others are data: a configuration that names foreign code is refused by name, and never runs it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import small
+import yaml
+
+from course_lib import configuration, launch, train
+
+
+@pytest.fixture(scope="module")
+def written(bridge, tmp_path_factory):
+    """What Bridge writes for the small model, as nested dicts."""
+    path = tmp_path_factory.mktemp("written") / "config.yaml"
+    small.config().to_yaml(str(path))
+    return yaml.safe_load(path.read_text())
+
+
+TOUCH = "touch PWNED"
+LAYER = "megatron.core.transformer.spec_utils.ModuleSpec"
+FOREIGN = {
+    "a module that torch imports": ("profiling", {"_target_": "torch.os.system", "command": TOUCH}),
+    "a module that Megatron imports": (
+        "profiling",
+        {"_target_": "megatron.core.package_info._subprocess.run", "_args_": [["touch", "PWNED"]]},
+    ),
+    "a builtin": ("profiling", {"_target_": "builtins.exec", "_args_": ["import os; os.system('touch PWNED')"]}),
+    "torch's own loader": (
+        "profiling",
+        {"_target_": "torch.serialization.load", "f": "evil.pt", "weights_only": False},
+    ),
+    "Megatron's own importer": (
+        "model.transformer_layer_spec",
+        {"_target_": "megatron.bridge.utils.import_utils.safe_import", "_partial_": True, "_args_": ["evil"]},
+    ),
+    "a function to be called later": ("model.activation_func", {"_target_": "torch.os.system", "_call_": False}),
+    "inside a list": ("dataset.blend", [["a"], [{"_target_": "torch.os.system", "command": TOUCH}]]),
+    "inside a plain mapping": (
+        "tokenizer.hf_tokenizer_kwargs",
+        {"a": {"_target_": "torch.os.system", "command": TOUCH}},
+    ),
+    "inside a partial": (
+        "model.transformer_layer_spec",
+        {
+            "_target_": "megatron.bridge.models.gpt_provider.local_layer_spec",
+            "_partial_": True,
+            "_args_": [{"_target_": "torch.os.system", "command": TOUCH}],
+        },
+    ),
+    "a dataclass of another field": ("profiling", {"_target_": "megatron.bridge.training.config.LoggerConfig"}),
+    "a method of Hugging Face": ("model", {"_target_": "transformers.AutoModel.from_pretrained", "_args_": ["evil"]}),
+    "a layer by name": ("model.transformer_layer_spec", {"_target_": LAYER, "module": ["os", "system"], "params": {}}),
+    "a builder of models": ("model._builder_", "torch.os.system"),
+    "a manager of checkpoints": ("checkpoint.custom_manager_class", "torch.os.system"),
+    "a quantizer": ("model.fp8_quantizer_factory", "os.system"),
+    "code of a tokenizer": ("tokenizer.trust_remote_code", True),
+    "a value of the environment": ("logger.wandb_project", "${oc.env:HOME}"),
+    "a value to be filled in": ("logger.wandb_project", "???"),
+    "no text": ("profiling", {"_target_": ["torch", "os"]}),
+    "no truth": ("profiling", {"_target_": "megatron.bridge.training.config.ProfilingConfig", "_call_": "False"}),
+}
+
+
+def with_field(written, field, value):
+    """The content with one field changed."""
+    content = copy.deepcopy(written)
+    holder = content
+    *parents, last = field.split(".")
+    for parent in parents:
+        holder = holder[parent]
+    holder[last] = value
+    return content
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_foreign_code_in_a_configuration_is_named_and_never_runs(
+    written, kind, tmp_path, monkeypatch, runs_directory
+) -> None:
+    """The launcher and a rank's reading both name file and field; nothing ran, and no run directory is left."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil.py").write_text("open('PWNED', 'w')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    field, value = FOREIGN[kind]
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(with_field(written, field, value)))
+    named = f"{file}, field {field.removesuffix('._builder_')}"
+    for read in (train.read_config, lambda path: launch.prepare(path, ranks=2)):
+        with pytest.raises(launch.ConfigError) as caught:
+            read(file)
+        assert str(caught.value).startswith(named)
+    assert not (tmp_path / "PWNED").exists() and not runs_directory.exists()
+
+
+def test_tags_of_yaml_build_nothing(bridge, tmp_path, monkeypatch, runs_directory) -> None:
+    """A tag that names Python is no YAML here."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text("train: !!python/object/apply:os.system ['touch PWNED']\n")
+    for read in (train.read_config, lambda path: launch.prepare(path, ranks=2)):
+        with pytest.raises(launch.ConfigError, match="is not valid YAML"):
+            read(tmp_path / "config.yaml")
+    assert not (tmp_path / "PWNED").exists()
+
+
+def test_what_bridge_writes_passes(written, tmp_path) -> None:
+    """The small model, and a configuration with a partial, a specification of layers and an enumeration, come back."""
+    configuration.refuse_foreign_code(written, tmp_path / "config.yaml")
+    assert written["train"]["exit_signal"]["_target_"] == "signal.Signals"
+    spec = {
+        "_target_": LAYER,
+        "module": {"_target_": "torch.nn.modules.linear.Identity", "_call_": False},
+        "params": {},
+    }
+    decoder = "megatron.core.models.gpt.gpt_layer_specs.get_gpt_decoder_block_spec"
+    for value in (spec, {"_target_": decoder, "_partial_": True, "_args_": [], "use_transformer_engine": False}):
+        configuration.refuse_foreign_code(with_field(written, "model.transformer_layer_spec", value), tmp_path / "a")
