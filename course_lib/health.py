@@ -1,4 +1,4 @@
-"""Is a run healthy?  Five signs, read from its run directory, each with a limit.
+"""Is a run healthy?  Six signs, read from its run directory, each with a limit.
 
 The limits are conventions of this course, wide enough for short runs; a sign beyond its limit asks for a look, and
 says nothing about the cause.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from course_lib import evaluate
 from course_lib.units import MiB
 
 if TYPE_CHECKING:
@@ -24,11 +25,16 @@ SPIKE_NATS = 1.0
 GRADIENT_RATIO = 5.0
 """The average of ten gradient norms may be this many times the norm of step 1; runs get over a single jump."""
 
-START_SHARE = 0.05
-"""The first loss may differ from ln(vocabulary) by this share."""
+START_NATS = 0.25
+"""The first loss may lie so far from `evaluate.first_loss`, in nats/token."""
 
-GROWTH_SHARE = 0.03
-"""A rank's memory may grow by this share of itself in a step, over the second half of the run."""
+FALL_NATS = 0.1
+"""The average of the last ten losses must lie this far below the loss of step 1, or the run has learned nothing."""
+
+GROWTH_BYTES = MiB
+"""A rank's memory may grow by this much in a step, over the second half of the run; how much it holds is no excuse."""
+
+_POINTS = 200  # a line through more of them is no better, and the pairs of points grow with the square
 
 
 def smoothed(values: pd.Series, *, window: int = 10) -> pd.Series:
@@ -44,19 +50,21 @@ def smoothed(values: pd.Series, *, window: int = 10) -> pd.Series:
 def memory_growth(run: Run) -> pd.DataFrame:
     """How fast the memory of each rank grows over the second half of the run.
 
-    Allocators keep what they once had, so every run grows at first; a leak goes on.
+    Allocators keep what they once had, so every run grows at first, and sometimes by a jump later; a leak goes on.
+    The slope is the median of those between all pairs of steps (Theil and Sen), which a jump hardly moves.
 
     Args:
         run: A run with `memory` of at least four steps.
 
     Returns:
-        One row a rank, indexed by it: `bytes_per_step` (slope of a straight line) and `share_per_step` (of its level).
+        One row a rank, indexed by it: `bytes_per_step`, and `at_least`, the lower end of its 95% interval.
 
     Raises:
         ValueError: If there are too few steps for a line.
     """
     import numpy as np
     import pandas as pd
+    from scipy.stats import theilslopes
 
     steps = run.memory["step"]
     frame = run.memory[steps > (steps.min() + steps.max()) / 2]  # a resumed run does not begin at step 0
@@ -64,17 +72,18 @@ def memory_growth(run: Run) -> pd.DataFrame:
         raise ValueError(f"run {run.name!r} is too short to see memory grow: train at least four steps")
     rows = {}
     for rank, one in frame.groupby("rank"):
-        slope = np.polyfit(one["step"].astype(float), one["memory_bytes"].astype(float), 1)[0]
-        rows[int(rank)] = {"bytes_per_step": slope, "share_per_step": slope / one["memory_bytes"].mean()}
+        few = one.iloc[np.unique(np.linspace(0, len(one) - 1, _POINTS).astype(int))]
+        line = theilslopes(few["memory_bytes"].astype(float), few["step"].astype(float))
+        rows[int(rank)] = {"bytes_per_step": line.slope, "at_least": line.low_slope}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("rank")
 
 
 def symptoms(run: Run, *, vocab_size: int) -> pd.DataFrame:
-    """Look at a run as a physician would: a table of signs, measured value, limit, and `"ok"` or `"look"`.
+    """Hold each sign of a run against its limit: a table of measured value, limit, and `"ok"` or `"look"`.
 
     Args:
         run: A finished run.
-        vocab_size: Ids of the tokenizer, for the loss of a model that knows nothing.
+        vocab_size: Rows of the output layer, for the loss of fresh weights.
 
     Returns:
         One row a sign, indexed by its name: `measured`, `limit`, `unit`, `where`, `verdict`.
@@ -83,23 +92,32 @@ def symptoms(run: Run, *, vocab_size: int) -> pd.DataFrame:
 
     metrics = run.metrics
     losses = metrics["loss"].astype(float)
-    start = abs(losses.iloc[0] / math.log(vocab_size) - 1)
+    model = run.config["model"]
+    expected = evaluate.first_loss(vocab_size, model["hidden_size"], model["init_method_std"])
+    start = abs(losses.iloc[0] - expected)
     calm = smoothed(losses)
     above = calm - calm.cummin()
     norms = smoothed(metrics["grad_norm"].astype(float)) / float(metrics["grad_norm"].iloc[0])
     growth = memory_growth(run)
-    worst = growth["share_per_step"].idxmax()
+    worst = growth["at_least"].idxmax()
     unusable = int(metrics["skipped"].astype(bool).sum() + (~losses.map(math.isfinite)).sum())
     rows = [
-        ("first loss away from ln(V)", start, START_SHARE, "share", "step 1"),
+        (f"first loss away from {expected:.2f}", start, START_NATS, "nats/token", "step 1"),
         ("loss, average of 10, above its lowest", above.max(), SPIKE_NATS, "nats/token", _step(metrics, above)),
         ("gradient norm, average of 10, against step 1", norms.max(), GRADIENT_RATIO, "times", _step(metrics, norms)),
         ("steps skipped or not a number", unusable, 0, "steps", ""),
         (
-            "memory growth of one rank",
-            growth["share_per_step"].max(),
-            GROWTH_SHARE,
-            "share/step",
+            "loss, average of the last 10, above step 1",
+            losses.iloc[-10:].mean() - losses.iloc[0],
+            -FALL_NATS,
+            "nats/token",
+            "",
+        ),
+        (
+            "memory growth of one rank, at least",
+            growth["at_least"].max() / MiB,
+            GROWTH_BYTES / MiB,
+            "MiB/step",
             f"rank {worst}, {growth.loc[worst, 'bytes_per_step'] / MiB:.1f} MiB/step",
         ),
     ]

@@ -101,7 +101,8 @@ def loss(run: Run, *, ax: Axes | None = None, baseline: Mapping[str, float] | No
         look = {"color": COLOURS["blue"], "marker": "o" if len(metrics) <= 40 else "", "markersize": 4}
         ax.plot(metrics["step"], metrics["loss"], label="training", **look, **(FAINT if long else {}))
         if long:
-            average = metrics["loss"].rolling(AVERAGED, min_periods=1).mean()
+            # Centred: a trailing mean lies above a loss that falls.
+            average = metrics["loss"].rolling(AVERAGED, center=True).mean()
             ax.plot(metrics["step"], average, label=f"average of {AVERAGED}", color=COLOURS["blue"], linestyle="-")
         sentences.append(
             f"Training loss goes from {metrics['loss'].iloc[0]:.3g} at step {int(metrics['step'].iloc[0])} "

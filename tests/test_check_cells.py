@@ -99,7 +99,7 @@ def indices(folder: Path, *, loss: float = math.log(8192), other: bytes = b"same
         (theirs / f"{number}.npy").write_bytes(b"same" if number else other)
     run = SimpleNamespace(metrics=pd.DataFrame({"loss": [loss]}))
     cfg = SimpleNamespace(dataset=SimpleNamespace(path_to_cache=theirs))
-    return {"run": run, "vocab_size": 8192, "cfg": cfg, "mine": mine, "Path": Path}
+    return {"run": run, "first_loss": 9.02, "cfg": cfg, "mine": mine, "Path": Path}
 
 
 def encoders(*, here: int = 0, there: int = 0) -> dict[str, Any]:
@@ -143,8 +143,9 @@ def runs_of_two(*, first: float = 6.93, added: int = 0, per_byte: float = 3.8) -
         return SimpleNamespace(metrics=pd.DataFrame({"loss": [loss]}))
 
     return {
-        **{"bpe_vocab_size": 1024, "nemotron": SimpleNamespace(vocab_size=131072), "on_rank_0": [100, 200]},
+        **{"on_rank_0": [100, 200]},
         **{"both": {"BPE": run(first), "Nemotron": run(11.78)}, "added": 200 + added},
+        **{"expected": {"BPE": 6.944, "Nemotron": 11.796}},
         **{"per_token": {"BPE": 6.5, "Nemotron": 11.0}, "per_byte": {"BPE": 3.7, "Nemotron": per_byte}},
     }
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import math
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace as Some
@@ -12,7 +14,7 @@ import pytest
 from lesson_cells import falsify, gives, tagged
 from omegaconf import OmegaConf
 
-from course_lib import blueprint, recipes, stack_map
+from course_lib import blueprint, evaluate, recipes, stack_map
 from course_lib.census import Census
 from course_lib.findings import Finding
 
@@ -183,13 +185,18 @@ def trained(*losses, on_rank_0=361_600, tokens=2048):
 
 def lesson_03():
     """Facts of lesson 03."""
-    planned = {"vocab_size": 1024, "parameters": 722_048, "tokens_per_step": 2048}
+    planned = {"first_loss": 6.957, "parameters": 722_048, "tokens_per_step": 2048}
     cfg = Some(model=Some(num_layers=4, hidden_size=128))
-    yield "check", {"cfg": cfg, **planned, **trained(6.94, 6.2)}, {
+    yield "check", {"cfg": cfg, **planned, **trained(6.97, 6.2)}, {
         "a first loss of another vocabulary": trained(7.6, 6.2),
-        "a rank that holds the whole model": trained(6.94, 6.2, on_rank_0=722_048),
-        "half a batch": trained(6.94, 6.2, tokens=1024),
-        "a learning rate of zero": trained(6.94, 6.94),
+        "a rank that holds the whole model": trained(6.97, 6.2, on_rank_0=722_048),
+        "half a batch": trained(6.97, 6.2, tokens=1024),
+        "a learning rate of zero": trained(6.97, 6.97),
+    }  # fmt: skip
+    facts = json.loads((Path(__file__).parent.parent / "data" / "first_loss.json").read_text())
+    yield "check-first-loss", {"others": facts, "evaluate": evaluate}, {
+        "ln V alone": {"evaluate": Some(first_loss=lambda ids, *_: math.log(ids))},
+        "a narrow model of another vocabulary": {"evaluate": Some(first_loss=lambda ids, width, s: math.log(2 * ids))},
     }  # fmt: skip
     yield "check-mock", {"counting": [True, True]}, {"other mock data": {"counting": [True, False]}}
     yield "check-real-text", {"run_text": Some(validation=pd.DataFrame({"loss": [6.0, 4.2]})), "unigram": 5.2}, {

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
+from small import config
 
-from course_lib import corpus, evaluate, indexed, runs, tokenizers
+from course_lib import corpus, evaluate, indexed, launch, runs, tokenizers
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +111,31 @@ def test_generating_without_a_checkpoint_is_refused(tmp_path):
     """The message says how to get one."""
     with pytest.raises(FileNotFoundError, match="save=True"):
         evaluate.generate(runs.Run(tmp_path), ["x"])
+
+
+FIRST_LOSSES = json.loads((Path(__file__).parent.parent / "data" / "first_loss.json").read_text())
+
+
+@pytest.mark.parametrize("row", FIRST_LOSSES["published"] + FIRST_LOSSES["measured"], ids=lambda row: row["name"])
+def test_a_first_loss_is_ln_v_and_the_spread_of_the_logits(row):
+    """NVIDIA's and ours lie within 0.04 of the formula, and ln V alone misses every wide model by a tenth or more."""
+    expected = evaluate.first_loss(row["vocab_size"], row["hidden_size"], row["init_method_std"])
+    assert row["source"] and row["first_loss"] == pytest.approx(expected, abs=0.04)
+    assert row["hidden_size"] < 1000 or row["first_loss"] - math.log(row["vocab_size"]) > 0.1
+
+
+@pytest.mark.parametrize("row", FIRST_LOSSES["measured"], ids=lambda row: row["name"])
+def test_a_fresh_model_starts_where_the_data_say(row, bridge, runs_directory):
+    """One step of Megatron's own model at this width, on one rank, has the loss that `data/first_loss.json` holds."""
+    cfg = config(
+        tp=1,
+        train_iters=1,
+        model__num_layers=1,
+        model__hidden_size=row["hidden_size"],
+        model__share_embeddings_and_output_weights=False,
+        tokenizer__vocab_size=row["vocab_size"],
+        train__global_batch_size=16,
+        train__micro_batch_size=8,
+    )
+    run = launch.run(cfg, ranks=1, show=None)
+    assert run.metrics.loss.iloc[0] == pytest.approx(row["first_loss"], abs=0.02)
