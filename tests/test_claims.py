@@ -170,6 +170,11 @@ def lesson_10():
             {"launch": Some(run=gives(0))},
         ],
     )
+    rise = pd.Series([0.28, 0.27])
+    loaded = {"padded": Some(outcome=Some(status="succeeded")), "rise": rise}
+    yield "check-rows", loaded, [
+        {"padded": Some(outcome=Some(status="failed"))}, {"rise": 0 * rise}, {"rise": pd.Series([0.28, 0.01])},
+    ]  # fmt: skip
     stopped = {"peak rate": Some(exception="KeyError"), "warmup": Some(cause="for warmup iterations do not match")}
     strict = Some(scheduler=Some(override_opt_param_scheduler=False))
     changed = {"stopped": stopped, "recipe": Some(scheduler=Some(override_opt_param_scheduler=True))}
