@@ -8,6 +8,8 @@ The rules themselves, with their sources upstream, are in :mod:`course_lib.layou
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from itertools import product
 from math import prod
 from typing import Any
@@ -44,13 +46,41 @@ def check(cfg: Any, ranks: int) -> list[Refusal]:
         ranks: World size.
 
     Returns:
-        Every reason against it; an empty list if Megatron would accept it.
+        Every reason against it, each with changes that were tried and are accepted as far as this reason goes; an empty
+        list if Megatron would accept the layout.
 
     >>> model = dict(num_layers=4, hidden_size=64, num_attention_heads=8, tensor_model_parallel_size=3)
-    >>> print(check(model, 9)[0])
+    >>> print(check(model, 24)[0])
     model.tensor_model_parallel_size: TP=3 does not divide 8 query heads: choose 1, 2, 4 or 8
     """
-    return refusals(Layout.from_config(cfg, ranks=ranks), Fields.of(cfg))
+    found = _refusals(cfg, ranks, {})
+    return [replace(reason, changes=_accepted(reason, found, cfg, ranks)) for reason in found]
+
+
+def _refusals(cfg: Any, ranks: int, changes: Mapping[str, Any]) -> list[Refusal]:
+    """The reasons against a configuration with some fields changed."""
+    fields = Fields.of(cfg)
+    fields = Fields(fields.cfg, {**(fields.changed or {}), **changes})
+    return refusals(Layout.from_config(fields, ranks=changes.get("ranks", ranks)), fields)
+
+
+def _accepted(reason: Refusal, found: list[Refusal], cfg: Any, ranks: int) -> tuple[Mapping[str, Any], ...]:
+    """The changes that take a reason away and bring up no other; where one alone does not, with what it needs besides."""
+    known = {other.kind for other in found}
+
+    def complete(change: Mapping[str, Any], depth: int) -> Mapping[str, Any] | None:
+        left = {other.kind: other for other in _refusals(cfg, ranks, change)}
+        if reason.kind in left:
+            return None
+        new = next((other for kind, other in left.items() if kind not in known), None)
+        if new is None:
+            return change
+        more = (complete({**change, **further}, depth - 1) for further in new.changes if depth)
+        return next(filter(None, more), None)
+
+    alone = tuple(change for change in reason.changes if complete(change, 0))
+    together = {} if alone else {repr(whole): whole for change in reason.changes if (whole := complete(change, 5))}
+    return alone or tuple(sorted(together.values(), key=len))
 
 
 def require(cfg: Any, ranks: int) -> Layout:
@@ -90,16 +120,15 @@ def legal_layouts(ranks: int, cfg: Any) -> list[Layout]:
     found = []
     for tensor, pipeline, context, expert in product(choices, choices, choices, choices if has_experts else (1,)):
         changed = {
-            "tensor_model_parallel_size": tensor,
-            "pipeline_model_parallel_size": pipeline,
-            "context_parallel_size": context,
-            "expert_model_parallel_size": expert,
+            "model.tensor_model_parallel_size": tensor,
+            "model.pipeline_model_parallel_size": pipeline,
+            "model.context_parallel_size": context,
+            "model.expert_model_parallel_size": expert,
         }
         if has_experts and tensor > 1:
-            changed["sequence_parallel"] = True
-        candidate = Fields(cfg, changed)
-        if not check(candidate, ranks):
-            found.append(Layout.from_config(candidate, ranks=ranks))
+            changed["model.sequence_parallel"] = True
+        if not _refusals(cfg, ranks, changed):
+            found.append(Layout.from_config(Fields(cfg, changed), ranks=ranks))
     return found
 
 

@@ -10,17 +10,27 @@ Source: megatron-core 0.19.2 (``model_parallel_config.py``, ``parallel_state.py`
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import lcm
 
-from course_lib.layout_sizes import Fields, Layout, LayoutError, Refusal, divisors, either
+from course_lib.layout_sizes import Fields, Layout, LayoutError, Refusal, divisors, next_multiple
 from course_lib.layout_stages import stage_layers
-from course_lib.layout_vocabulary import next_multiple, padded_vocab_size, rows_follow_the_tokenizer
+from course_lib.layout_vocabulary import padded_vocab_size, rows_follow_the_tokenizer
 from course_lib.parameters import head_channels
 
 __all__ = ["refusals"]
 
 TP = "model.tensor_model_parallel_size"
 EP = "model.expert_model_parallel_size"
+PP = "model.pipeline_model_parallel_size"
 VPP = "model.virtual_pipeline_model_parallel_size"
+BATCH = "train.global_batch_size"
+MODEL_SIZES = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
+    *("seq_length", "vocab_size", "make_vocab_size_divisible_by", "microbatch_group_size_per_vp_stage"),
+    *("num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"),
+    *("mamba_num_heads", "mamba_num_groups"),
+)
+OTHER_SIZES = (("dataset", "seq_length"), ("tokenizer", "vocab_size"))
 
 
 def refusals(layout: Layout, fields: Fields) -> list[Refusal]:
@@ -49,19 +59,26 @@ def refusals(layout: Layout, fields: Fields) -> list[Refusal]:
     return [refusal for rule in rules for refusal in rule(layout, fields)]
 
 
-def _use_multiple(size: int, value: int) -> str:
-    """The fix for a value that a size does not divide, where the value is the one to change."""
-    return f"use a multiple of {size}, e.g. {next_multiple(size, value)}"
-
-
 def _positive(layout: Layout, fields: Fields) -> Iterator[Refusal]:
-    ranks = ["tensor_model", "pipeline_model", "context", "expert_model", "expert_tensor", "virtual_pipeline_model"]
-    sizes = {f"model.{name}_parallel_size": getattr(layout, f"{name}_parallel_size") for name in ranks}
-    batches = {f"train.{name}_batch_size": fields.get("train", f"{name}_batch_size") for name in ("global", "micro")}
-    for numbers, what in (({"ranks": layout.world_size} | sizes, "ranks"), (batches, "samples")):
+    names = ["tensor_model", "pipeline_model", "context", "expert_model", "expert_tensor", "virtual_pipeline_model"]
+    ranks = {f"model.{name}_parallel_size": getattr(layout, f"{name}_parallel_size") for name in names}
+    samples = {
+        f"{section}.{name}": fields.get(section, name)
+        for section, prefix in (("train", ""), ("validation", "eval_"))
+        for name in (f"{prefix}global_batch_size", f"{prefix}micro_batch_size")
+    }
+    # Bridge takes the layers of a hybrid model from its pattern.
+    absent = ("num_layers", "num_attention_heads") if _hybrid_pattern(fields) else ()
+    sizes = {f"model.{name}": fields.model(name) for name in MODEL_SIZES if name not in absent}
+    sizes |= {f"{section}.{name}": fields.get(section, name) for section, name in OTHER_SIZES}
+    for numbers, what in (
+        ({"ranks": layout.world_size} | ranks, "number of ranks"),
+        (samples, "number of samples"),
+        (sizes, "size"),
+    ):
         for field, value in numbers.items():
-            if value is not None and (not isinstance(value, int) or value < 1):
-                yield Refusal(field, f"{value!r} is not a number of {what}", "give a whole number of at least 1")
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                yield Refusal(field, f"{value!r} is not a {what}", "give a whole number of at least 1")
 
 
 def _world(layout: Layout, _: Fields) -> Iterator[Refusal]:
@@ -86,8 +103,9 @@ def _divided_by_size(layout: Layout, fields: Fields) -> Iterator[Refusal]:
         ("EP", layout.expert_model_parallel_size, fields.model("num_moe_experts"), "experts"),
     ):
         if value and value % size:
-            field, fix = TP if name == "TP" else EP, f"choose {either(divisors(value))}"
-            yield Refusal(field, f"{name}={size} does not divide {value} {what}", fix)
+            field = TP if name == "TP" else EP
+            changes = tuple({field: fitting} for fitting in divisors(value))
+            yield Refusal(field, f"{name}={size} does not divide {value} {what}", changes=changes)
 
 
 def _multiples_of_size(layout: Layout, fields: Fields) -> Iterator[Refusal]:
@@ -103,19 +121,25 @@ def _multiples_of_size(layout: Layout, fields: Fields) -> Iterator[Refusal]:
         ("TP", tensor, "moe_shared_expert_intermediate_size", shared, experts),
     ):
         if exists and value and value % size:
-            message = f"{name}={size} does not divide {field}={value}"
-            yield Refusal(f"model.{field}", message, _use_multiple(size, value))
+            yield _multiple(f"model.{field}", f"{name}={size} does not divide {field}={value}", size, value)
 
 
 def _pipeline(layout: Layout, fields: Fields) -> Iterator[Refusal]:
     """Layers per stage, and the micro-batches that the interleaved schedule needs."""
     stages, chunks = layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size
+    layers = fields.model("num_layers", 0)
     if stages == 1 and chunks is not None:
         message = f"VPP={chunks} interleaves pipeline stages, but PP=1 has one stage"
-        yield Refusal(VPP, message, "set it to None, or PP to at least 2")
-        return
+        more = ({PP: size} for size in divisors(layers)[1:])
+        yield Refusal(VPP, message, changes=({VPP: None}, *more))
+    elif chunks == 1:
+        message = f"VPP=1 gives each of PP={stages} stages one chunk, which interleaves nothing"
+        more = ({VPP: size} for size in divisors(layers // stages)[1:])
+        yield Refusal(VPP, message, "None is the schedule without interleaving", ({VPP: None}, *more))
+    if stages == 1 or chunks == 1:  # what else is wrong, is so without chunks, too
+        chunks, fields = None, Fields(fields.cfg, {**(fields.changed or {}), VPP: None})
     # A hybrid model carries its stage borders in its layer pattern.
-    if fields.model("num_layers") is not None and not _hybrid_pattern(fields):
+    if layers and not _hybrid_pattern(fields):
         try:
             in_first_stage = len(stage_layers(fields)[0])
         except LayoutError as error:
@@ -129,11 +153,12 @@ def _pipeline(layout: Layout, fields: Fields) -> Iterator[Refusal]:
     microbatches, rest = divmod(batch, micro * layout.data_parallel_size)
     group = fields.model("microbatch_group_size_per_vp_stage", stages)
     if not rest and (not stages <= group <= microbatches or 0 < microbatches % group < stages):
-        yield Refusal(
-            "train.global_batch_size",
-            f"interleaving PP={stages} feeds micro-batches in groups of {group}, and a step has {microbatches}",
-            f"let a step have a multiple of {max(group, stages)} micro-batches",
-        )
+        wanted = max(group, stages)
+        change = {BATCH: next_multiple(wanted, microbatches) * micro * layout.data_parallel_size}
+        if group < stages:
+            change["model.microbatch_group_size_per_vp_stage"] = None
+        message = f"interleaving PP={stages} feeds micro-batches in groups of {group}, and a step has {microbatches}"
+        yield Refusal(BATCH, message, f"a step of whole groups of {wanted} micro-batches", (change,))
 
 
 def _hybrid_pattern(fields: Fields) -> str:
@@ -149,13 +174,13 @@ def _attention(layout: Layout, fields: Fields) -> Iterator[Refusal]:
     groups = fields.model("num_query_groups") or heads
     if groups % tensor and tensor % groups:
         message = f"TP={tensor} is neither a divisor nor a multiple of {groups} query groups"
-        fits = [size for size in divisors(heads) if not groups % size or not size % groups]
-        yield Refusal(TP, message, f"choose {either(fits)}")
+        fitting = [size for size in divisors(heads) if not groups % size or not size % groups]
+        yield Refusal(TP, message, changes=tuple({TP: size} for size in fitting))
     if fields.model("multi_latent_attention", False):
         return
     if heads % groups:
-        message, fix = f"{groups} query groups do not divide {heads} query heads", f"choose {either(divisors(heads))}"
-        yield Refusal("model.num_query_groups", message, fix)
+        field, message = "model.num_query_groups", f"{groups} query groups do not divide {heads} query heads"
+        yield Refusal(field, message, changes=tuple({field: number} for number in divisors(heads)))
     channels = head_channels(fields)
     rows = channels * (heads + 2 * groups)
     if not heads % tensor and rows % tensor:
@@ -163,7 +188,7 @@ def _attention(layout: Layout, fields: Fields) -> Iterator[Refusal]:
             TP,
             f"TP={tensor} does not divide the {rows} rows of the fused query, key and value projection"
             f" ({heads} + 2 x {groups} heads of {channels})",
-            f"choose {either(size for size in divisors(heads) if not rows % size)}",
+            changes=tuple({TP: size} for size in divisors(heads) if not rows % size),
         )
 
 
@@ -172,20 +197,17 @@ def _vocabulary(layout: Layout, fields: Fields) -> Iterator[Refusal]:
     rows, tensor = fields.model("vocab_size"), layout.tensor_model_parallel_size
     if rows_follow_the_tokenizer(fields):
         return  # they come from the tokenizer, and then they are padded
-    ids = fields.get("tokenizer", "vocab_size", 0)
+    field, ids = "model.vocab_size", fields.get("tokenizer", "vocab_size", 0)
+    divisible_by = fields.model("make_vocab_size_divisible_by", 128)
+    padded = {field: padded_vocab_size(max(rows, ids), tensor_model_parallel_size=tensor, divisible_by=divisible_by)}
     if rows < ids:
         message = f"{rows} rows cannot hold the {ids} ids of the tokenizer"
-        yield Refusal("model.vocab_size", message, "raise it, or set it to None to take the tokenizer's")
+        yield Refusal(field, message, "None takes the tokenizer's", (padded, {field: None}))
     # A whole configuration: a size set on the model is taken as it is, whatever should_pad_vocab said before.
-    padded = fields.model("should_pad_vocab", False) and not fields.is_container
-    if rows % tensor and not padded:
-        divisible_by = fields.model("make_vocab_size_divisible_by", 128)
-        fitting = padded_vocab_size(rows, tensor_model_parallel_size=tensor, divisible_by=divisible_by)
-        yield Refusal(
-            "model.vocab_size",
-            f"TP={tensor} does not divide the {rows} rows of the embedding",
-            f"use {fitting}, or set tokenizer.use_tokenizer_vocab_size=True, which pads",
-        )
+    if rows % tensor and (fields.is_container or not fields.model("should_pad_vocab", False)):
+        pads = ({"tokenizer.use_tokenizer_vocab_size": True},) if ids else ()
+        message = f"TP={tensor} does not divide the {rows} rows of the embedding"
+        yield Refusal(field, message, "the tokenizer's size is padded" if pads else "", (padded, *pads))
 
 
 def _sequence(layout: Layout, fields: Fields) -> Iterator[Refusal]:
@@ -197,7 +219,8 @@ def _sequence(layout: Layout, fields: Fields) -> Iterator[Refusal]:
         yield Refusal(
             "model.context_parallel_size",
             f"CP={context} needs Transformer Engine's attention; the local layers refuse it",
-            "set CP to 1, or run on GPUs with Transformer Engine",
+            "or run on GPUs with Transformer Engine",
+            ({"model.context_parallel_size": 1},),
         )
     if length is None:
         return
@@ -205,14 +228,19 @@ def _sequence(layout: Layout, fields: Fields) -> Iterator[Refusal]:
         yield Refusal(
             "dataset.seq_length",
             f"the data has sequences of {data_length} tokens, the model of {length}",
-            "set model.seq_length and dataset.seq_length to the same number",
+            changes=({"dataset.seq_length": length}, {"model.seq_length": data_length}),
         )
-    if context > 1 and length % (2 * context):
+    pieces, shares = 2 * context if context > 1 else 1, context * tensor if layout.sequence_parallel else 1
+    size = lcm(pieces, shares)
+    if length % pieces:
         message = f"CP={context} cuts a sequence into 2 x {context} pieces, which do not divide {length} tokens"
-        yield Refusal("model.seq_length", message, _use_multiple(2 * context, length))
-    elif layout.sequence_parallel and length // context % tensor:
+    elif length % size:
         message = f"sequence parallelism shares {length // context} tokens of a sequence among TP={tensor} ranks"
-        yield Refusal("model.seq_length", message, _use_multiple(context * tensor, length))
+    else:
+        return
+    names = ("model.seq_length", *(("dataset.seq_length",) if data_length else ()))
+    tokens = [number for number in (length // size * size, next_multiple(size, length)) if number]
+    yield Refusal("model.seq_length", message, f"multiples of {size}", tuple(dict.fromkeys(names, n) for n in tokens))
 
 
 def _experts(layout: Layout, fields: Fields) -> Iterator[Refusal]:
@@ -220,16 +248,15 @@ def _experts(layout: Layout, fields: Fields) -> Iterator[Refusal]:
     tensor, expert = layout.tensor_model_parallel_size, layout.expert_model_parallel_size
     if not fields.model("num_moe_experts"):
         if expert > 1:
-            yield Refusal(EP, f"EP={expert}, but the model has no experts", "set EP to 1")
+            yield Refusal(EP, f"EP={expert}, but the model has no experts", changes=({EP: 1},))
         return
     if tensor > 1 and not layout.sequence_parallel:
-        message = f"experts with TP={tensor} train only with sequence parallelism"
-        yield Refusal("model.sequence_parallel", message, "set model.sequence_parallel=True, or TP to 1")
+        field, message = "model.sequence_parallel", f"experts with TP={tensor} train only with sequence parallelism"
+        yield Refusal(field, message, changes=({field: True}, {TP: 1}))
     expert_tensor = layout.resolved_expert_tensor_parallel_size
     if expert_tensor > 1 and fields.model("add_bias_linear", False):
-        message = f"experts with biases cannot be split by ETP={expert_tensor}"
-        fix = "set model.add_bias_linear=False, or model.expert_tensor_parallel_size=1"
-        yield Refusal("model.add_bias_linear", message, fix)
+        field, message = "model.add_bias_linear", f"experts with biases cannot be split by ETP={expert_tensor}"
+        yield Refusal(field, message, changes=({field: False}, {"model.expert_tensor_parallel_size": 1}))
 
 
 def _batch(layout: Layout, fields: Fields) -> Iterator[Refusal]:
@@ -240,10 +267,17 @@ def _batch(layout: Layout, fields: Fields) -> Iterator[Refusal]:
     batch, micro = fields.get("train", "global_batch_size"), fields.get("train", "micro_batch_size")
     own_batch = fields.get("validation", "eval_global_batch_size", batch)
     own_micro = fields.get("validation", "eval_micro_batch_size", micro)
-    checked = {"train.global_batch_size": (batch, micro)}
+    checked = {BATCH: (batch, micro)}
     if (own_batch, own_micro) != (batch, micro):  # an evaluation that says nothing is refused with the training, once
         checked["validation.eval_global_batch_size"] = (own_batch, own_micro)
     for field, (samples, share) in checked.items():
         if samples and share and samples % (share * copies):
             message = f"{samples} samples a step cannot be shared by DP={copies} copies with micro-batches of {share}"
-            yield Refusal(field, message, _use_multiple(share * copies, samples))
+            yield _multiple(field, message, share * copies, samples)
+
+
+def _multiple(field: str, message: str, size: int, value: int) -> Refusal:
+    """The refusal of a value that a size does not divide, where the value is the one to change."""
+    below = value // size * size
+    changes = ({field: below},) if below else ()
+    return Refusal(field, message, f"multiples of {size}", (*changes, {field: next_multiple(size, value)}))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from math import prod
+from math import ceil, prod
 from typing import Any
 
-__all__ = ["Fields", "Layout", "LayoutError", "Refusal", "divisors", "either"]
+__all__ = ["Fields", "Layout", "LayoutError", "Refusal", "divisors", "either", "next_multiple"]
 
 
 @dataclass(frozen=True)
@@ -17,15 +18,35 @@ class Refusal:
     Attributes:
         field: The configuration field to change, e.g. ``model.tensor_model_parallel_size``.
         message: What was given and what it collides with.
-        fix: What to do.
+        fix: What to do; a remark on the changes where there are some.
+        changes: Alternative remedies, each with new values by dotted field; ``ranks`` is the world size.
     """
 
     field: str
     message: str
-    fix: str
+    fix: str = ""
+    changes: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def kind(self) -> tuple[str, str]:
+        """Equal for two refusals by the same rule about the same field, whatever the numbers."""
+        return self.field, re.sub(r"\d+", "", self.message)
+
+    @property
+    def remedy(self) -> str:
+        """The changes and the remark, as a sentence has them."""
+        own = [change[self.field] for change in self.changes if set(change) == {self.field}]
+        words = [f"choose {either(own)}"] if own else []
+        for change in [change for change in self.changes if set(change) != {self.field}][:3]:
+            same = len(set(map(repr, change.values()))) == 1
+            each = [" and ".join(change)] if same else change
+            values = list(change.values())
+            words.append("set " + " and ".join(f"{name} to {value}" for name, value in zip(each, values, strict=False)))
+        remark = f" ({self.fix})" if words and self.fix else self.fix
+        return ", or ".join(words) + remark
 
     def __str__(self) -> str:
-        return f"{self.field}: {self.message}: {self.fix}"
+        return f"{self.field}: {self.message}: {self.remedy}"
 
 
 class LayoutError(ValueError):
@@ -42,7 +63,7 @@ class Fields:
 
     Attributes:
         cfg: The configuration.
-        changed: Model fields that replace those of ``cfg``.
+        changed: Values by dotted name, such as ``model.num_layers``, that replace those of ``cfg``.
     """
 
     cfg: Any
@@ -60,21 +81,21 @@ class Fields:
 
     def get(self, section: str, name: str, default: Any = None) -> Any:
         """A field of a section; ``default`` if either is missing or None."""
-        value = _read(_read(self.cfg, section), name)
+        value = _read(self.changed, f"{section}.{name}", _read(_read(self.cfg, section), name))
         return default if value is None else value
 
     def model(self, name: str, default: Any = None) -> Any:
         """A field of the model; Bridge's newer model configs keep some of them under ``transformer``."""
         model = _read(self.cfg, "model") if self.is_container else self.cfg
-        for holder in (self.changed, model, _read(model, "transformer")):
-            value = _read(holder, name)
-            if value is not None:
-                return value
-        return default
+        given = _read(model, name)
+        value = _read(
+            self.changed, f"model.{name}", _read(_read(model, "transformer"), name) if given is None else given
+        )
+        return default if value is None else value
 
 
-def _read(holder: Any, name: str) -> Any:
-    return holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)
+def _read(holder: Any, name: str, default: Any = None) -> Any:
+    return holder.get(name, default) if isinstance(holder, (dict, Mapping)) else getattr(holder, name, default)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,10 +157,9 @@ class Layout:
             LayoutError: If TP x PP x CP does not divide the world size.
         """
         return self._copies(
-            "model.tensor_model_parallel_size",
-            TP=self.tensor_model_parallel_size,
-            PP=self.pipeline_model_parallel_size,
-            CP=self.context_parallel_size,
+            TP=("tensor_model_parallel_size", self.tensor_model_parallel_size),
+            PP=("pipeline_model_parallel_size", self.pipeline_model_parallel_size),
+            CP=("context_parallel_size", self.context_parallel_size),
         )
 
     @property
@@ -163,20 +183,25 @@ class Layout:
             LayoutError: If ETP x EP x PP does not divide the world size.
         """
         return self._copies(
-            "model.expert_model_parallel_size",
-            ETP=self.resolved_expert_tensor_parallel_size,
-            EP=self.expert_model_parallel_size,
-            PP=self.pipeline_model_parallel_size,
+            EP=("expert_model_parallel_size", self.expert_model_parallel_size),
+            ETP=("expert_tensor_parallel_size", self.resolved_expert_tensor_parallel_size),
+            PP=("pipeline_model_parallel_size", self.pipeline_model_parallel_size),
         )
 
-    def _copies(self, field: str, **sizes: int) -> int:
-        size = prod(sizes.values())
-        if self.world_size % size:
-            spelled = " x ".join(f"{name}={value}" for name, value in sizes.items())
-            message = f"{self.world_size} ranks cannot be divided into groups of {spelled} = {size}"
-            fix = f"let the product be {either(divisors(self.world_size))}, or use a multiple of {size} ranks"
-            raise LayoutError(Refusal(field, message, fix))
-        return self.world_size // size
+    def _copies(self, **sizes: tuple[str, int]) -> int:
+        group = prod(size for _, size in sizes.values())
+        if self.world_size % group == 0:
+            return self.world_size // group
+        spelled = " x ".join(f"{name}={size}" for name, (_, size) in sizes.items())
+        changes = [
+            {f"model.{field}": fitting}
+            for field, size in sizes.values()
+            for fitting in divisors(self.world_size)
+            if size > 1 and self.world_size % (group // size * fitting) == 0
+        ]
+        field = next(f"model.{field}" for field, size in sizes.values() if size > 1)
+        message = f"{self.world_size} ranks cannot be divided into groups of {spelled} = {group}"
+        raise LayoutError(Refusal(field, message, changes=({"ranks": next_multiple(group, self.world_size)}, *changes)))
 
     def __str__(self) -> str:
         copies = "?" if self.world_size % self.model_parallel_size else self.data_parallel_size
@@ -196,7 +221,12 @@ def divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
-def either(choices: Iterable[int]) -> str:
+def next_multiple(size: int, value: int) -> int:
+    """The smallest multiple of a size that is not below a value."""
+    return ceil(value / size) * size
+
+
+def either(choices: Iterable[object]) -> str:
     """Choices as a sentence has them.
 
     >>> either([1, 2, 4]), either([1])

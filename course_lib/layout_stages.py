@@ -9,9 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from course_lib.layout_sizes import Fields, LayoutError, Refusal, divisors, either
+from course_lib.layout_sizes import Fields, LayoutError, Refusal, divisors
 
 __all__ = ["stage_layers"]
+
+# What takes each of the three ways to divide the layers back.
+PLAN = {"model.pipeline_model_parallel_layout": None}
+UNEVEN = {f"model.num_layers_in_{stage}_pipeline_stage": None for stage in ("first", "last")}
+COUNTED = {f"model.account_for_{part}_in_pipeline_split": False for part in ("embedding", "loss")}
 
 
 def interleaves_unsaid(cfg: Any) -> bool:
@@ -55,7 +60,7 @@ def stage_layers(cfg: Any) -> list[list[int]]:
                 Refusal(
                     "model.pipeline_model_parallel_layout",
                     "a written layer plan cannot be combined with stage layer counts",
-                    "keep the plan and unset num_layers_in_*_pipeline_stage and account_for_*_in_pipeline_split",
+                    changes=(UNEVEN | COUNTED, PLAN),
                 )
             )
         return _planned(fields)
@@ -64,7 +69,7 @@ def stage_layers(cfg: Any) -> list[list[int]]:
             Refusal(
                 "model.num_layers_in_first_pipeline_stage",
                 "given layer counts cannot be combined with account_for_embedding/loss_in_pipeline_split",
-                "use one of the two",
+                changes=(COUNTED, UNEVEN),
             )
         )
     stages = _uneven(fields, first, last) if uneven else _even(fields, embedding + loss)
@@ -84,7 +89,8 @@ def _even(fields: Fields, extra: int) -> list[int]:
             Refusal(
                 "model.pipeline_model_parallel_size",
                 f"PP={stages} does not divide {layers} layers{counted}",
-                f"choose {either(divisors(total))}, or give num_layers_in_first/last_pipeline_stage",
+                "or give num_layers_in_first/last_pipeline_stage",
+                tuple({"model.pipeline_model_parallel_size": size} for size in divisors(total)),
             )
         )
     return [total // stages] * stages
@@ -97,7 +103,7 @@ def _uneven(fields: Fields, first: int | None, last: int | None) -> list[int]:
     for name, count in given.items():
         if count <= 0:
             field, message = f"model.num_layers_in_{name}_pipeline_stage", f"{count} layers cannot fill a stage"
-            raise LayoutError(Refusal(field, message, "give at least 1, or None"))
+            raise LayoutError(Refusal(field, message, "or give at least 1", ({field: None},)))
     middle, left = stages - len(given), layers - sum(given.values())
     fits = left == 0 if middle == 0 else middle > 0 and left > 0 and left % middle == 0
     if not fits:
@@ -106,7 +112,8 @@ def _uneven(fields: Fields, first: int | None, last: int | None) -> list[int]:
             Refusal(
                 f"model.num_layers_in_{next(iter(given))}_pipeline_stage",
                 f"with {spelled} of {stages} stages, {left} of {layers} layers are left for {middle} stages",
-                "let the rest be a positive multiple of the stages that are left (or 0 for none)",
+                "or let the rest be a positive multiple of the stages that are left, 0 for none",
+                (UNEVEN,),
             )
         )
     between = [left // middle] * middle if middle else []
@@ -123,7 +130,10 @@ def _into_chunks(fields: Fields, stages: list[int]) -> list[list[int]]:
                     "model.virtual_pipeline_model_parallel_size",
                     f"VPP={chunks} does not divide the {count} layers of a pipeline stage (embedding and loss count if"
                     " they are accounted for)",
-                    f"choose {either(divisors(count))}",
+                    changes=(
+                        *({"model.virtual_pipeline_model_parallel_size": size} for size in divisors(count)[1:]),
+                        {"model.virtual_pipeline_model_parallel_size": None},
+                    ),
                 )
             )
     return [[count // chunks] * chunks for count in stages]
@@ -142,13 +152,18 @@ def _planned(fields: Fields) -> list[list[int]]:
         parsed = PipelineParallelLayerLayout(plan, stages)
         parsed.validate_layer_layout(num_layers=layers, mtp_num_layers=fields.model("mtp_num_layers"))
     except (AssertionError, NotImplementedError) as error:
-        fix = f"write a plan for {layers} layers and a multiple of {stages} stages"
-        raise LayoutError(Refusal(field, str(error), fix)) from None
+        fix = f"or write a plan for {layers} layers and a multiple of {stages} stages"
+        raise LayoutError(Refusal(field, str(error), fix, (PLAN,))) from None
     found, chunks = parsed.virtual_pipeline_model_parallel_size, fields.model("virtual_pipeline_model_parallel_size")
     if chunks not in (None, found):
         raise LayoutError(
-            Refusal(field, f"the plan has {found} chunks a stage, but VPP={chunks}", f"set VPP to {found}")
+            Refusal(
+                field,
+                f"the plan has {found} chunks a stage, but VPP={chunks}",
+                changes=({"model.virtual_pipeline_model_parallel_size": found},),
+            )
         )
     if stages == 1 and found > 1:
-        raise LayoutError(Refusal(field, f"the plan has {found} stages, but PP=1 has one", f"set PP to {found}"))
+        message = f"the plan has {found} stages, but PP=1 has one"
+        raise LayoutError(Refusal(field, message, changes=({"model.pipeline_model_parallel_size": found}, PLAN)))
     return [[chunk.count(LayerType.decoder) for chunk in stage] for stage in parsed.layout]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from math import ceil
 from typing import Any
 
-from course_lib.layout_sizes import Fields
+from course_lib.layout_sizes import Fields, next_multiple
 
-__all__ = ["embedding_rows", "next_multiple", "padded_vocab_size", "rows_follow_the_tokenizer"]
+__all__ = ["embedding_rows", "padded_vocab_size", "rows_follow_the_tokenizer"]
 
 
 def padded_vocab_size(vocab_size: int, *, tensor_model_parallel_size: int = 1, divisible_by: int = 128) -> int:
@@ -73,8 +72,3 @@ def embedding_rows(cfg: Any) -> int:
 def rows_follow_the_tokenizer(fields: Fields) -> bool:
     """Whether Bridge takes the tokenizer's size, and pads it, instead of the model's own."""
     return fields.model("vocab_size") is None or fields.get("tokenizer", "use_tokenizer_vocab_size", False)
-
-
-def next_multiple(size: int, value: int) -> int:
-    """The smallest multiple of a size that is not below a value."""
-    return ceil(value / size) * size

@@ -85,7 +85,8 @@ def test_pipeline_refusals_and_stage_layers_are_megatrons(bridge: Any) -> None:
     """Layers per stage: the same refusals, the same division; and no division that loses layers silently.
 
     Megatron itself accepts a few divisions whose stages do not add up to the model (a first stage with more layers
-    than the model has, for example).  The course refuses those: they are the only difference.
+    than the model has, for example), and one chunk a stage, which interleaves nothing.  The course refuses those: they
+    are the only difference.
     """
     cases = accepted = silent = 0
     for changed in pipelines():
@@ -97,6 +98,7 @@ def test_pipeline_refusals_and_stage_layers_are_megatrons(bridge: Any) -> None:
         lost = not theirs and (sum(map(sum, built)) != model.num_layers or min(map(min, built)) < 0)
         # With one stage a first and a last count name the same stage, and Megatron takes the last if it happens to fit.
         lost = lost or (not theirs and model.pipeline_model_parallel_size == 1 and None not in ends(changed))
+        lost = lost or model.virtual_pipeline_model_parallel_size == 1
         assert bool(ours) == bool(theirs or lost), f"{changed}\n  course: {ours}\n  Megatron: {theirs or built}"
         assert mine is None or mine == built, changed
         cases, accepted, silent = cases + 1, accepted + (not ours), silent + lost
