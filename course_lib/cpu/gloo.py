@@ -1,4 +1,4 @@
-"""Collectives as NCCL takes them, over gloo: averages, uneven parts, any shape."""
+"""Collectives as NCCL takes them, over gloo: averages, uneven parts, any shape; and transfers between stages."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from collections.abc import Callable
 from course_lib.cpu.redirection import Redirection
 
 __all__ = ["redirections"]
+
+FORWARD, BACKWARD = 1, 2
+"""Tags of activations and of gradients between pipeline stages."""
 
 
 def _int_splits(original: Callable) -> Callable:
@@ -137,8 +140,78 @@ def _divide(tensor: object, count: int) -> None:
             tensor.div_(count, rounding_mode=None if tensor.is_floating_point() else "trunc")
 
 
+def _tagged_transfers(original: Callable) -> Callable:
+    """Replace `_batched_p2p_ops` and `_p2p_ops`: an activation meets an activation, whatever was sent before it.
+
+    Without tags, what one rank sends to another arrives in the order in which it was sent.  With two stages the previous
+    and the next one are the same rank: both ask it first for an activation and send it a gradient first.
+    """
+
+    @functools.wraps(original)
+    def transfers(
+        *,
+        tensor_send_prev: object,
+        tensor_recv_prev: object,
+        tensor_send_next: object,
+        tensor_recv_next: object,
+        group: object,
+        prev_pipeline_rank: int,
+        next_pipeline_rank: int,
+    ) -> list | dict[str, object]:
+        from torch.distributed import irecv, isend
+
+        requests = {
+            name: transfer(tensor, peer, group, tag)
+            for name, transfer, tensor, peer, tag in (
+                ("send_prev", isend, tensor_send_prev, prev_pipeline_rank, BACKWARD),
+                ("recv_prev", irecv, tensor_recv_prev, prev_pipeline_rank, FORWARD),
+                ("send_next", isend, tensor_send_next, next_pipeline_rank, FORWARD),
+                ("recv_next", irecv, tensor_recv_next, next_pipeline_rank, BACKWARD),
+            )
+            if tensor is not None
+        }
+        return list(requests.values()) if original.__name__ == "_batched_p2p_ops" else requests
+
+    return transfers
+
+
+def _tagged_shapes(original: Callable) -> Callable:
+    """Replace `P2PCommunicator._communicate_shapes`: the shapes travel as the tensors do, and with their tags."""
+
+    @functools.wraps(original)
+    def shapes(
+        self: object, tensor_send_next: object, tensor_send_prev: object, recv_prev: bool, recv_next: bool
+    ) -> tuple[list[int], list[int]]:
+        import torch
+        from megatron.core.pipeline_parallel import p2p_communication
+
+        sent = [
+            None if tensor is None else torch.tensor(tensor.shape) for tensor in (tensor_send_prev, tensor_send_next)
+        ]
+        got = [torch.zeros(3, dtype=torch.int64) for _ in range(2)]
+        for request in p2p_communication._batched_p2p_ops(
+            tensor_send_prev=sent[0],
+            tensor_recv_prev=got[0] if recv_prev else None,
+            tensor_send_next=sent[1],
+            tensor_recv_next=got[1] if recv_next else None,
+            group=self.pp_group,
+            prev_pipeline_rank=self.prev_rank,
+            next_pipeline_rank=self.next_rank,
+        ):
+            request.wait()
+        return got[0].tolist(), got[1].tolist()
+
+    return shapes
+
+
 def redirections() -> list[Redirection]:
     """What gloo refuses and NCCL does, in the order in which it is applied."""
+    stages = "megatron.core.pipeline_parallel.p2p_communication"
+    same_rank = (
+        "of two stages the previous is the next: upstream's order gives one the other's gradient for its activation"
+    )
+    neighbours = ("group", "prev_pipeline_rank", "next_pipeline_rank")
+    wanted = tuple(f"tensor_{way}_{stage}" for way in ("send", "recv") for stage in ("prev", "next"))
     no_average = "gloo has no averaging reduction; MoE's and MTP's logging ask for one"
     return [
         Redirection("torch.distributed.all_to_all_single", _int_splits, "split sizes as ints", "gloo refuses tensors"),
@@ -182,5 +255,22 @@ def redirections() -> list[Redirection]:
                 "torch.distributed.all_gather_into_tensor",
                 "megatron.core.tensor_parallel.utils.dist_all_gather_func",
             )
+        ),
+        *(
+            Redirection(
+                f"{stages}.{name}",
+                _tagged_transfers,
+                "activations and gradients have tags",
+                same_rank,
+                wanted + neighbours,
+            )
+            for name in ("_batched_p2p_ops", "_p2p_ops")
+        ),
+        Redirection(
+            f"{stages}.P2PCommunicator._communicate_shapes",
+            _tagged_shapes,
+            "shapes have tags as well",
+            same_rank,
+            ("self", "tensor_send_next", "tensor_send_prev", "recv_prev", "recv_next"),
         ),
     ]
