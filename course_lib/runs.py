@@ -28,6 +28,7 @@ __all__ = [
     "Run",
     "RunsUnwritable",
     "create",
+    "difference",
     "directory",
     "listing",
     "read",
@@ -178,6 +179,17 @@ STAGES = (
     "failed",
 )
 """The stages that a rank goes through, in order."""
+
+
+def difference(run: Run, other: Run) -> float:
+    """How far two runs' losses and gradient norms are apart: the largest difference, relative to `other`'s value.
+
+    The first loss cannot see a wrong backward pass; the gradient norm can.  Only steps that both runs have count; the result
+    is NaN, which is near nothing, if there are none, or if a run has no number at one of them.
+    """
+    one, two = (each.metrics.set_index("step")[["loss", "grad_norm"]].astype(float) for each in (run, other))
+    common = one.index.intersection(two.index)
+    return float(((one - two) / two).loc[common].abs().max(skipna=False).max(skipna=False))
 
 
 def directory() -> Path:

@@ -42,6 +42,17 @@ def run_in(
     return runs.Run(path)
 
 
+def test_two_runs_differ_by_loss_or_gradient_norm(tmp_path):
+    """The largest relative difference of steps that both have; a number that is missing is no agreement."""
+    norms = [1.0] * 20
+    one = run_in(tmp_path / "one")
+    assert runs.difference(run_in(tmp_path / "same", steps=10), one) == 0
+    other = run_in(tmp_path / "other", grad_norm=[*norms[:19], 1.25])
+    assert runs.difference(other, one) == 0.25 and runs.difference(one, other) == pytest.approx(0.2)
+    assert math.isnan(runs.difference(run_in(tmp_path / "nan", grad_norm=[*norms[:19], math.nan]), one))
+    assert math.isnan(runs.difference(run_in(tmp_path / "none", steps=0), one))
+
+
 @pytest.mark.parametrize("tp", [1, 4])
 def test_flops_equal_bridges_own_count(bridge, tp):
     """The formula with the masked half left out is what Bridge folds into its TFLOP/s."""
