@@ -31,9 +31,9 @@ def started() -> tuple[Any, Any, list]:
     return dist, dist.group.WORLD, opened
 
 
-def reduced(dist, tensor, op=None):
+def reduced(dist, tensor, op=None, group=None):
     """The tensor after an all-reduce."""
-    dist.all_reduce(tensor, op=op or dist.ReduceOp.SUM)
+    dist.all_reduce(tensor, op=op or dist.ReduceOp.SUM, group=group)
     return tensor
 
 
@@ -134,6 +134,64 @@ def rank_quarrels(_: str) -> None:
 def test_a_lost_or_mistaken_rank_is_named(in_ranks, tmp_path: Path):
     """Nobody waits for ever, reads a tensor of another size, or has to guess who it was."""
     in_ranks(rank_quarrels, tmp_path, ranks=2)
+
+
+def rank_comes_and_goes(_: str) -> None:
+    """Groups that come and go, in this process's own way and in Megatron's, by memory and by message."""
+    import resource
+
+    import torch
+    from megatron.core import parallel_state
+
+    from course_lib.cpu import mailbox
+
+    def kept() -> tuple[int, int]:
+        """Descriptors and mailboxes of this process."""
+        return len(os.listdir("/proc/self/fd")), Path("/proc/self/maps").read_text().count("mailbox")
+
+    def unseen(path: str, secret: int) -> None:
+        raise OSError(path)
+
+    dist, group, opened = started()
+    dist.barrier()
+    assert reduced(dist, torch.ones(2)).tolist() == [4, 4]
+    before, visit = kept(), mailbox._visit
+    assert before[1] == 4, "this rank's and three others'"
+    for see, kind in ((visit, mailbox.Mailboxes), (unseen, mailbox.Messages)):
+        mailbox._visit = see
+        quick = dist.new_group()
+        assert reduced(dist, torch.ones(2), group=quick).tolist() == [4, 4]
+        assert type(opened.pop()) is kind
+        dist.destroy_process_group(quick)
+        del quick
+        assert kept() == before
+    mailbox._visit = visit
+
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    rounds = []
+    for _ in range(3):
+        parallel_state.initialize_model_parallel(2, 2)
+        for mine in (parallel_state.get_tensor_model_parallel_group(), parallel_state.get_model_parallel_group()):
+            assert reduced(dist, torch.ones(2), group=mine).tolist() == [mine.size()] * 2
+        del mine
+        parallel_state.destroy_model_parallel()
+        opened.clear()
+        rounds.append(kept())
+    assert rounds == [before] * 3
+
+    many = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
+    high = mailbox.connect(group)
+    assert high.peers[(group.rank() + 1) % 4].heard.fileno() > 1023
+    assert sum(int(shown) for shown in high.share(torch.tensor(group.rank())).values()) == 6
+    for descriptor in many:
+        os.close(descriptor)
+    dist.destroy_process_group()
+
+
+def test_mailboxes_end_with_their_group(in_ranks, tmp_path: Path):
+    """No descriptor and no memory is left of a group that was destroyed; and a descriptor's number does not matter."""
+    in_ranks(rank_comes_and_goes, tmp_path, ranks=4)
 
 
 def test_a_stranger_is_no_mailbox(tmp_path: Path):

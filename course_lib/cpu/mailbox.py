@@ -8,11 +8,11 @@ it puts a tensor there, writes a word of some bytes to each of the others, and t
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import secrets
 import select
 import struct
+import weakref
 from dataclasses import dataclass
 from io import FileIO
 from typing import Any, Protocol
@@ -48,11 +48,11 @@ class Messages:
     """The tensors themselves as messages by gloo, for ranks that do not see each other's memory."""
 
     def __init__(self, group: Any) -> None:
-        self.group = group
+        self._group = weakref.ref(group)  # whoever keeps an exchange for a group must not keep the group
 
     def share(self, tensor: Any) -> dict[int, Any]:
         """As in `Exchange`."""
-        return self.deal(dict.fromkeys(_others(self.group), tensor))
+        return self.deal(dict.fromkeys(_others(self._group()), tensor))
 
     def deal(self, tensors: dict[int, Any]) -> dict[int, Any]:
         """As in `Exchange`."""
@@ -62,8 +62,8 @@ class Messages:
         # The recorder wraps the methods of the class while it records; these are the ones below.
         send, receive = (getattr(method, "__wrapped__", method) for method in (ProcessGroup.send, ProcessGroup.recv))
         received = {rank: torch.empty_like(tensor) for rank, tensor in tensors.items()}
-        works = [send(self.group, [tensor], rank, TAG) for rank, tensor in tensors.items()]
-        works += [receive(self.group, [tensor], rank, TAG) for rank, tensor in received.items()]
+        works = [send(self._group(), [tensor], rank, TAG) for rank, tensor in tensors.items()]
+        works += [receive(self._group(), [tensor], rank, TAG) for rank, tensor in received.items()]
         for work in works:
             work.wait()
         return received
@@ -89,6 +89,8 @@ class Peer:
 class Mailboxes:
     """Tensors lie in the sender's mailbox, and a word through a pipe says so.
 
+    Memory and pipes are given back when the last reference goes: nobody but the process group's own entry holds one.
+
     Attributes:
         memory: This rank's own mailbox, a byte tensor of `SLOTS * SLOT_BYTES`.
         peers: The other ranks by their rank of the group.
@@ -97,6 +99,9 @@ class Mailboxes:
     def __init__(self, rank: int, memory: Any, peers: dict[int, Peer], *, limit_seconds: float) -> None:
         self.memory, self.peers = memory, peers
         self._rank, self._limit_seconds, self._round = rank, limit_seconds, 0
+        self._news = {number: select.poll() for number in peers}  # select() knows no descriptor above 1023
+        for number, peer in peers.items():
+            self._news[number].register(peer.heard, select.POLLIN)
 
     def share(self, tensor: Any) -> dict[int, Any]:
         """As in `Exchange`; this rank's own tensor is among those returned."""
@@ -128,8 +133,8 @@ class Mailboxes:
         word = WORD.pack(self._round, size_bytes)
         for peer in self.peers.values():
             peer.told.write(word)
-        for peer in self.peers.values():
-            if not select.select([peer.heard], [], [], self._limit_seconds)[0]:
+        for number, peer in self.peers.items():
+            if not self._news[number].poll(min(self._limit_seconds * 1000, 2**31 - 1)):
                 raise RuntimeError(f"connection timeout: no word from rank {peer.name} for {self._limit_seconds:g} s")
             heard = peer.heard.read(WORD.size)
             if not heard:
@@ -205,9 +210,10 @@ def _visit(path: str, secret: int) -> Any:
 
 
 def _map(descriptor: int) -> Any:
+    """The memory of a descriptor, which may be closed afterwards; Python's own `mmap` would keep a copy of it open."""
     import torch
 
-    return torch.frombuffer(mmap.mmap(descriptor, SLOTS * SLOT_BYTES), dtype=torch.uint8)
+    return torch.from_file(f"/proc/self/fd/{descriptor}", shared=True, size=SLOTS * SLOT_BYTES, dtype=torch.uint8)
 
 
 def _others(group: Any) -> list[int]:

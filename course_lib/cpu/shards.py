@@ -120,16 +120,46 @@ def _all_reduce(exchange: Callable[[Any], Exchange], original: Callable) -> Call
     return allreduce
 
 
+def _with_its_groups(original: Callable) -> Callable:
+    """Wrap `destroy_model_parallel`: the groups that Megatron made end with it, and with them sockets and mailboxes."""
+
+    @functools.wraps(original)
+    def destroy_model_parallel() -> None:
+        import torch.distributed as dist
+        from megatron.core import parallel_state
+
+        made = parallel_state._global_process_group_list or []
+        original()
+        for group in made:
+            if dist.is_initialized() and group in dist.distributed_c10d._world.pg_map:
+                dist.destroy_process_group(group)
+
+    return destroy_model_parallel
+
+
 def redirections() -> list[Redirection]:
     """The collectives of tensor parallelism and of the distributed optimizer, in the order in which they are applied."""
     exchange = _connections()
     return [
+        *(
+            Redirection(
+                f"{GROUP}.{method}", functools.partial(replacement, exchange), "read from the others' mailboxes", reason
+            )
+            for method, replacement, reason in (
+                (
+                    "reduce_scatter_single_coalesced",
+                    _reduce_scatter,
+                    "gloo adds up everything on every rank, keeps a part",
+                ),
+                ("all_gather_single_coalesced", _all_gather, "gloo copies every part twice"),
+                ("allreduce", _all_reduce, "gloo sends it through sockets"),
+            )
+        ),
         Redirection(
-            f"{GROUP}.{method}", functools.partial(replacement, exchange), "read from the others' mailboxes", reason
-        )
-        for method, replacement, reason in (
-            ("reduce_scatter_single_coalesced", _reduce_scatter, "gloo adds up everything on every rank, keeps a part"),
-            ("all_gather_single_coalesced", _all_gather, "gloo copies every part twice"),
-            ("allreduce", _all_reduce, "gloo sends it through sockets"),
-        )
+            "megatron.core.parallel_state.destroy_model_parallel",
+            _with_its_groups,
+            "destroys its process groups",
+            "upstream only forgets them: each keeps a socket, a pipe and memory for every rank",
+            (),
+        ),
     ]
