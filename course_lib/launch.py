@@ -216,8 +216,26 @@ def _view(show: str | None, train_iters: int, path: Path) -> live.View | None:
     return live.view(train_iters, name=path.name)
 
 
+def _running() -> int:
+    """How many threads of this machine run or wait for a core, this one among them; the least of three looks."""
+    looks = []
+    for _ in range(3):
+        looks.append(int(Path("/proc/loadavg").read_text().split()[3].split("/")[0]))
+        time.sleep(0.005)
+    return min(looks)
+
+
+def _threads(ranks: int) -> int:
+    """Threads of each rank: its share of the cores, or one while others keep every core of the machine busy.
+
+    The threads of one operation wait for the slowest of them, and on a busy machine that is one without a core.
+    """
+    share = max(1, len(os.sched_getaffinity(0)) // ranks)
+    return share if share == 1 or _running() <= (os.cpu_count() or 1) else 1
+
+
 def _start_warm(run: runs.Run, ranks: int) -> warm.Launched:
-    threads = os.environ.get("COURSE_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // ranks))
+    threads = os.environ.get("COURSE_THREADS") or str(_threads(ranks))
     environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     return warm.lease().launch(
         "course_lib.train:start",

@@ -272,6 +272,7 @@ def _start_server(path: Path) -> subprocess.Popen:
     path.unlink(missing_ok=True)
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONDONTWRITEBYTECODE", "RANK", "WORLD_SIZE")}
     environment["OMP_NUM_THREADS"] = "1"
+    environment["OMP_WAIT_POLICY"] = "passive"  # a thread that waits for another must not keep the core it waits for
     root = str(Path(__file__).resolve().parent.parent)
     environment["PYTHONPATH"] = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
     with open(path.with_suffix(".log"), "w") as log:

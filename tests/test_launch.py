@@ -188,6 +188,40 @@ def test_a_watch_that_fails_ends_the_run(bridge, runs_directory):
     assert not any(os.path.exists(f"/proc/{rank['pid']}") for rank in run.ranks().values())
 
 
+@pytest.mark.parametrize(
+    ("cores", "ranks", "running", "threads"),
+    [(4, 1, 1, 4), (4, 1, 4, 4), (4, 1, 5, 1), (4, 2, 4, 2), (4, 2, 5, 1), (4, 8, 1, 1), (2, 1, 60, 1)],
+)
+def test_a_rank_takes_its_share_of_the_cores(monkeypatch, cores, ranks, running, threads):
+    """All cores are shared among the ranks; where others keep them busy, a rank has one thread."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(launch, "_running", lambda: running)
+    assert launch._threads(ranks) == threads
+
+
+def test_who_runs_is_counted():
+    """Two busy threads are seen while they run."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    try:
+        time.sleep(0.1)
+        assert launch._running() >= 3
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+
+
+def rank_waits(_: str) -> None:
+    """What the OpenMP library of this process read when it was loaded."""
+    assert b"\0OMP_WAIT_POLICY=passive\0" in Path("/proc/self/environ").read_bytes()
+
+
+def test_waiting_threads_leave_their_core_to_others(in_ranks, tmp_path):
+    """Threads that wait sleep: spinning ones took a step of 1.5 s to 166 s beside two busy processes."""
+    in_ranks(rank_waits, tmp_path)
+
+
 def test_a_file_neither_saves_nor_resumes_unless_asked(bridge, runs_directory, tmp_path):
     """Bridge's default checkpoint directory, which every recipe shares, is not used; with `save` it is the run's own."""
     cfg = small.config(train_iters=1)
