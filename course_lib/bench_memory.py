@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
-from course_lib import bench, runs, warm
+from course_lib import bench, launch, runs
 
 __all__ = ["shared"]
 
@@ -32,23 +32,22 @@ def shared(config: Path) -> bench.Figure:
     )
 
 
+class _Seen(Exception):
+    """What there was to see was seen."""
+
+
 def _while_training(path: Path, ranks: int, look: Callable[[list[int]], float]) -> float:
     """Start a run, look at its ranks after three steps, and stop it."""
-    run = runs.Run(runs.create("memory"))
-    shutil.copyfile(path, run.path / "config.yaml")
-    runs.write_json(run.path / "launch.json", {"ranks": ranks, "device": "cpu"})
-    launched = warm.lease().launch(
-        "course_lib.train:start", str(run.path), ranks=ranks, log=run.path / "log.txt", env={"OMP_NUM_THREADS": "1"}
-    )
-    try:
-        while len(run.again().metrics) < 3:
-            if launched.wait(0.2) is not None:
-                raise RuntimeError(f"the run ended early: {run.outcome}")
-        return look([entry["pid"] for entry in run.ranks().values()])
-    finally:
-        launched.stop()
-        launched.wait_for(30)
-        launched.close()
+    found: list[float] = []
+
+    def watch(run: runs.Run) -> None:
+        if len(run.metrics) >= 3:
+            found.append(look([entry["pid"] for entry in run.ranks().values()]))
+            raise _Seen
+
+    with contextlib.suppress(_Seen):
+        launch.run(path, ranks=ranks, name="memory", show=None, watch=watch)
+    return found[0]
 
 
 def _proportional_bytes(pids: list[int]) -> float:

@@ -5,7 +5,6 @@ Everything is measured in turn within one run, so that a busy machine slows both
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import time
@@ -13,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from course_lib import bench
+from course_lib import bench, launch
 
 __all__ = ["compare", "course_run", "in_one_rank"]
 
@@ -47,40 +46,28 @@ def in_one_rank(config: Path, *, threads: int, limit_seconds: float = 900.0) -> 
         FLOP/s of the machine beside it: `matrix`.
 
     Raises:
-        RuntimeError: If the rank failed; the message has the end of its log.
+        RunFailed: If the rank failed; names the cause.
     """
-    from course_lib import warm
-
-    answer, log = config.with_suffix(".json"), config.with_suffix(".txt")
-    answer.unlink(missing_ok=True)
-    warm.call(
-        "course_lib.bench_step:compare", str(config), ranks=1, log=log, threads=threads, limit_seconds=limit_seconds
-    )
-    if not answer.exists():
-        raise RuntimeError(f"the comparison failed:\n{log.read_text()[-2000:]}")
-    return json.loads(answer.read_text())
+    job = "course_lib.bench_step:compare"
+    (seconds,) = launch.call(job, str(config), ranks=1, device="cpu", threads=threads, limit_seconds=limit_seconds)
+    return seconds
 
 
-def compare(config: str) -> None:
+def compare(config: str) -> dict[str, list[float]]:
     """In one rank: after each Bridge step, a step of a Hugging Face Llama of the same size, and a few products.
 
     Bridge's step is everything from the end of the products to the start of the next Hugging Face step: data, forward,
     backward, gradient reduction, clipping, AdamW, logging.  Hugging Face's is forward, backward, clipping and AdamW on
     ready data.
     """
-    import torch
     from megatron.bridge.training.callbacks import Callback
     from megatron.bridge.training.gpt_step import forward_step
     from megatron.bridge.training.pretrain import pretrain
 
-    from course_lib import accounting, cpu, devices, train
-    from course_lib.cpu import heap
+    from course_lib import accounting, devices, train
 
-    heap.keep()  # as every rank of a run does
-    cpu.activate()
     cfg = train.read_config(Path(config))
     devices.apply(cfg)
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     seconds: dict[str, list[float]] = {"bridge": [], "hugging face": [], "data": [], "matrix": []}
     waited = 0.0
 
@@ -115,7 +102,7 @@ def compare(config: str) -> None:
             waited, self.since = 0.0, time.perf_counter()
 
     pretrain(cfg, step, callbacks=[Interleave()])
-    Path(config).with_suffix(".json").write_text(json.dumps({name: rows[LEFT_OUT:] for name, rows in seconds.items()}))
+    return {name: rows[LEFT_OUT:] for name, rows in seconds.items()}
 
 
 def _hugging_face(cfg: Any, *, vocab_size: int) -> Any:
@@ -169,7 +156,7 @@ def course_run(work: Path) -> list[bench.Figure]:
 
 
 def _compared(name: str, one: Path, eight: Path) -> list[bench.Figure]:
-    from course_lib import accounting, launch, train
+    from course_lib import accounting, train
 
     cfg = train.read_config(one)
     tokens = cfg.train.global_batch_size * cfg.model.seq_length

@@ -6,14 +6,12 @@ Core's layers and optimizers, with the same weights and the same data; what a ra
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from course_lib import runs, warm
+from course_lib import launch
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,6 +27,10 @@ __all__ = [
     "row_parallel",
     "sharded_step",
 ]
+
+# torch before 2.13, which NVIDIA's containers carry, knows these two by longer names
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 # ------------------------------------------------------------------------------------------------- tensor parallel, by hand
 
@@ -85,9 +87,9 @@ def sharded_step(parameter: torch.Tensor, shard: torch.Tensor, optimizer: torch.
     """All ranks hold the parameter, but each steps only its shard, and holds Adam's moments for that alone."""
     gradient = parameter.grad.view(-1) / dist.get_world_size()
     shard.grad = torch.empty_like(shard)
-    dist.reduce_scatter_single(shard.grad, gradient)
+    reduce_scatter_single(shard.grad, gradient)
     optimizer.step()
-    dist.all_gather_single(parameter.data.view(-1), shard.data)
+    all_gather_single(parameter.data.view(-1), shard.data)
 
 
 # ----------------------------------------------------------------------------------------------------- beside Megatron Core
@@ -145,8 +147,6 @@ def _compare(target: str, ranks: int, **sizes: int) -> pd.DataFrame:
     """Run a function of `by_hand_ranks` in so many ranks; the largest value over the ranks of each cell."""
     import pandas as pd
 
-    with tempfile.TemporaryDirectory(prefix="course-by-hand-") as work:
-        runs.write_json(Path(work) / "sizes.json", sizes)
-        answers = warm.answers(f"course_lib.by_hand_ranks:{target}", Path(work), ranks=ranks)
+    answers = launch.call(f"course_lib.by_hand_ranks:{target}", sizes, ranks=ranks)
     frames = [pd.DataFrame.from_dict(answer, orient="index") for answer in answers]
     return pd.concat(frames).groupby(level=0, sort=False).max()

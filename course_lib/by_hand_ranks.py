@@ -2,51 +2,39 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from course_lib import runs
+from course_lib import train
 from course_lib.by_hand import column_parallel, data_parallel_step, row_parallel, sharded_step
 
 __all__ = ["data_parallel", "optimizer_bytes", "tensor_parallel"]
 
 
-def _begin(work: str, *, tensor_parallel: bool) -> dict[str, int]:
-    """Start Megatron Core in a rank, and read what was asked."""
-    import json
-
+def _begin(*, tensor_parallel: bool) -> None:
+    """Let the ranks meet, and start Megatron Core in each."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    train.meet()
     parallel_state.initialize_model_parallel(dist.get_world_size() if tensor_parallel else 1)
     model_parallel_cuda_manual_seed(1)
-    return json.loads((Path(work) / "sizes.json").read_text())
 
 
-def _end(work: str, answer: dict[str, dict[str, float]]) -> None:
-    runs.write_json(Path(work) / f"rank_{os.environ['RANK']}.json", answer)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def tensor_parallel(work: str) -> None:
+def tensor_parallel(sizes: dict[str, int]) -> dict[str, dict[str, float]]:
     """In each rank: forward and backward three times, and the distances from the plain result."""
     from megatron.core.model_parallel_config import ModelParallelConfig
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
-    sizes = _begin(work, tensor_parallel=True)
+    _begin(tensor_parallel=True)
     hidden, middle = sizes["hidden_size"], sizes["ffn_hidden_size"]
     rank, ranks = dist.get_rank(), dist.get_world_size()
     generator = torch.Generator().manual_seed(1)
-    a = torch.randn(middle, hidden, generator=generator) / hidden**0.5  # W of the first layer, [out, in]
-    b = torch.randn(hidden, middle, generator=generator) / middle**0.5
-    x = torch.randn(16, 2, hidden, generator=generator)  # [sequence, batch, hidden]
+    a = torch.randn(middle, hidden, generator=generator).cuda() / hidden**0.5  # W of the first layer, [out, in]
+    b = torch.randn(hidden, middle, generator=generator).cuda() / middle**0.5
+    x = torch.randn(16, 2, hidden, generator=generator).cuda()  # [sequence, batch, hidden]
     mine = slice(rank * middle // ranks, (rank + 1) * middle // ranks)
 
     def trained(layers: Any, weights: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -68,32 +56,29 @@ def tensor_parallel(work: str) -> None:
         tensor_model_parallel_size=ranks, use_cpu_initialization=True, gradient_accumulation_fusion=False
     )
     options = {"config": config, "init_method": torch.nn.init.zeros_, "bias": False, "skip_bias_add": False}
-    column = ColumnParallelLinear(hidden, middle, gather_output=False, **options)
-    row = RowParallelLinear(middle, hidden, input_is_parallel=True, **options)
+    column = ColumnParallelLinear(hidden, middle, gather_output=False, **options).cuda()
+    row = RowParallelLinear(middle, hidden, input_is_parallel=True, **options).cuda()
     column.weight.data.copy_(a[mine])
     row.weight.data.copy_(b[:, mine])
     core = trained(lambda x, a, b: row(torch.relu(column(x)[0]))[0], [column.weight, row.weight])
     names = ("output", "gradient of x", "gradient of A", "gradient of B")
-    _end(
-        work,
-        {
-            name: {
-                "largest value": float(p.abs().max()),
-                "by hand": float((h - p).abs().max()),
-                "Megatron Core": float((c - p).abs().max()),
-            }
-            for name, p, h, c in zip(names, plain, hand, core, strict=True)
-        },
-    )
+    return {
+        name: {
+            "largest value": float(p.abs().max()),
+            "by hand": float((h - p).abs().max()),
+            "Megatron Core": float((c - p).abs().max()),
+        }
+        for name, p, h, c in zip(names, plain, hand, core, strict=True)
+    }
 
 
-def data_parallel(work: str) -> None:
+def data_parallel(sizes: dict[str, int]) -> dict[str, dict[str, float]]:
     """In each rank: the same training five times, and the distance of the weights from those of one process."""
-    sizes = _begin(work, tensor_parallel=False)
+    _begin(tensor_parallel=False)
     features, rank, ranks = sizes["features"], dist.get_rank(), dist.get_world_size()
     generator = torch.Generator().manual_seed(1)
-    start = torch.randn(features, features, generator=generator) / features**0.5
-    batches = torch.randn(sizes["steps"], 8 * ranks, features, generator=generator)
+    start = torch.randn(features, features, generator=generator).cuda() / features**0.5
+    batches = torch.randn(sizes["steps"], 8 * ranks, features, generator=generator).cuda()
     adam = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 
     def loss(weight: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
@@ -128,24 +113,25 @@ def data_parallel(work: str) -> None:
     for name, (trained, state_bytes) in found.items():
         difference = float((trained - reference).abs().max())
         answer[name] = {"largest difference": difference, "optimizer state (bytes)": state_bytes}
-    _end(work, answer)
+    return answer
 
 
-def optimizer_bytes(work: str) -> None:
+def optimizer_bytes(sizes: dict[str, int]) -> dict[str, dict[str, float]]:
     """In each rank: one step of a bf16 matrix, and the fp32 bytes that the optimizer holds for it."""
-    features = _begin(work, tensor_parallel=False)["features"]
-    start = torch.randn(features, features, generator=torch.Generator().manual_seed(1)) / features**0.5
+    _begin(tensor_parallel=False)
+    features = sizes["features"]
+    start = torch.randn(features, features, generator=torch.Generator().manual_seed(1)).cuda() / features**0.5
     answer = {}
     for name, distributed in (("optimizer", False), ("distributed optimizer", True)):
         model, optimizer = _core(start.bfloat16(), {"lr": 1e-2}, distributed=distributed)
-        batch = torch.ones(8, features, dtype=torch.bfloat16)
+        batch = torch.ones(8, features, dtype=torch.bfloat16, device="cuda")
         (batch @ model.module.weight.T).square().mean().backward()
         model.finish_grad_sync()
         optimizer.step()
         inner = optimizer.chained_optimizers[0].optimizer
         held_bytes = _bytes_of(inner) + sum(p.nbytes for group in inner.param_groups for p in group["params"])
         answer[name] = {"bytes per parameter": held_bytes / features**2}
-    _end(work, answer)
+    return answer
 
 
 def _bytes_of(optimizer: torch.optim.Optimizer) -> int:

@@ -90,12 +90,10 @@ def refuse_unknown_fields(cfg: object) -> None:
 
 
 def as_the_ranks_see_it(cfg: ConfigContainer, device: str) -> ConfigContainer:
-    """The configuration with the CPU's fields where the ranks will have no GPU; `cfg` itself stays as it is."""
-    if device == "cuda":
-        return cfg
+    """The configuration with the fields that ranks on this device set; `cfg` itself stays as it is."""
     from course_lib import devices
 
-    return devices.applied(cfg)
+    return devices.applied(cfg, device)
 
 
 def read_file(path: Path) -> dict:
@@ -132,7 +130,8 @@ def write_config(cfg: ConfigContainer, path: Path, places: dict[str, str | None]
     """
     mine = copy.copy(cfg)
     mine.checkpoint, mine.logger = copy.copy(cfg.checkpoint), copy.copy(cfg.logger)
-    mine.checkpoint.save, mine.checkpoint.load = places["save"], places["load"]
+    for field, value in places.items():
+        setattr(mine.checkpoint, field, value)
     mine.logger.tensorboard_dir = None  # the run directory records the same numbers
     with files.replacing(path / "config.yaml") as half:
         mine.to_yaml(str(half))

@@ -75,15 +75,15 @@ def start(notebook: str, *, options: Sequence[str] = ()) -> None:
         notebook: The notebook to open, as a path below the project.
         options: Further options of JupyterLab.
     """
-    from course_lib import stack, warm
+    from course_lib import launch, warm
 
     settings = environment()
     prepare_workspace(Path(settings["JUPYTERLAB_WORKSPACES_DIR"]), notebook)
-    if stack.device(1) == "cpu":
-        try:
-            warm.lease().keep_when_replaced()
-        except warm.WarmError as error:  # the lessons start it themselves, and will say what is wrong
-            print(f"The stack is not imported ahead: {error}", file=sys.stderr)
+    try:
+        if (lease := launch.warm_up()) is not None:
+            lease.keep_when_replaced()
+    except warm.WarmError as error:  # the lessons start it themselves, and will say what is wrong
+        print(f"The stack is not imported ahead: {error}", file=sys.stderr)
     sys.stdout.flush()
     os.chdir(PROJECT)
     os.execve(sys.executable, command(notebook, options=options), settings)

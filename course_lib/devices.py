@@ -1,8 +1,8 @@
-"""What a run's configuration becomes on a machine without GPUs: a table of fields.
+"""What a run's configuration becomes in the ranks: a table of fields for each device.
 
-The file `config.yaml` of a run is the same for both devices.  A CPU rank applies these fields after reading it; a GPU
-rank applies none.  Every entry has its reason, and a test holds the table complete: what a rank really used differs
-from `config.yaml` in exactly these fields.
+The file `config.yaml` of a run is the same for both devices.  A rank applies the fields of its device after reading it:
+a CPU rank many, a GPU rank only what its installation lacks.  Every entry has its reason, and a test holds the table
+complete: what a rank really used differs from `config.yaml` in exactly these fields.
 """
 
 from __future__ import annotations
@@ -15,31 +15,41 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["FIELDS", "Difference", "Field", "applied", "apply", "differences", "table"]
+__all__ = [
+    "FIELDS",
+    "GPU_FIELDS",
+    "Difference",
+    "Field",
+    "applied",
+    "apply",
+    "differences",
+    "refuse_what_is_missing",
+    "table",
+]
 
 
 @dataclass(frozen=True)
 class Field:
-    """One configuration field that a CPU rank sets.
+    """One configuration field that a rank sets.
 
     Attributes:
         path: Dotted name under the configuration, such as `model.bf16`.
-        on_cpu: The value there, or a function of the configuration that returns it.
+        becomes: The value in the rank, or a function of the configuration that returns it.
         why: The reason.
     """
 
     path: str
-    on_cpu: object
+    becomes: object
     why: str
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One field that differs between the two devices, for one configuration."""
+    """One field of one configuration that the ranks change."""
 
     field: str
-    on_gpu: object
-    on_cpu: object
+    in_cfg: object
+    in_ranks: object
     why: str
 
 
@@ -102,6 +112,26 @@ FIELDS: tuple[Field, ...] = (
 )
 
 
+GPU_FIELDS: tuple[Field, ...] = (
+    Field(
+        "model.gradient_accumulation_fusion",
+        lambda cfg: cfg.model.gradient_accumulation_fusion and _installed("fused_weight_gradient_mlp_cuda"),
+        "Megatron Core's output layer needs Apex' fused_weight_gradient_mlp_cuda for it, which is not installed",
+    ),
+)
+"""What a GPU rank sets.
+
+Source: megatron-core tensor_parallel/layers.py @ 0.19.2 `ColumnParallelLinear` raises without Apex; megatron-bridge
+utils/fusions.py @ 0.6.2 switches the fusion on as soon as Transformer Engine, or a stand-in for it, can be imported.
+"""
+
+
+def _installed(module: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(module) is not None
+
+
 def _local_attention() -> object:
     from megatron.core.transformer.enums import AttnBackend
 
@@ -121,50 +151,72 @@ def _holder(cfg: object, path: str) -> tuple[object, str] | None:
     return (cfg, name) if cfg is not None and hasattr(cfg, name) else None
 
 
-def differences(cfg: object) -> list[Difference]:
-    """Which fields of this configuration change on a CPU.
+def differences(cfg: object, device: str = "cpu") -> list[Difference]:
+    """Which fields of this configuration the ranks change.
 
     Args:
-        cfg: Bridge's `ConfigContainer`; it is not changed.
+        cfg: Bridge's `ConfigContainer`, or what has some of its sections; it is not changed.
+        device: Where the ranks are, `"cpu"` or `"cuda"`; a GPU rank changes what its installation lacks.
 
     Returns:
         One entry for each field whose value differs; fields that the configuration does not have are left out.
     """
     found = []
-    for field in FIELDS:
+    for field in GPU_FIELDS if device == "cuda" else FIELDS:
         holder = _holder(cfg, field.path)
         if holder is None:
             continue
         now = getattr(*holder)
-        then = field.on_cpu(cfg) if isinstance(field.on_cpu, Callable) else field.on_cpu
+        then = field.becomes(cfg) if isinstance(field.becomes, Callable) else field.becomes
         if now is not then and now != then:
             found.append(Difference(field.path, now, then, field.why))
     return found
 
 
-def apply(cfg: object) -> list[Difference]:
-    """Set the CPU's values in place and return what changed, as `differences()` would say it."""
-    changed = differences(cfg)
+def refuse_what_is_missing(transformer_impl: str | None, device: str) -> None:
+    """Stop a run whose layers are not installed where its ranks are.
+
+    Args:
+        transformer_impl: The model's field.
+        device: Where the ranks are.
+
+    Raises:
+        ConfigError: If GPU ranks would need Transformer Engine and do not have it.
+    """
+    if device == "cuda" and transformer_impl == "transformer_engine":
+        from course_lib import stack
+        from course_lib.runs import ConfigError
+
+        if "transformer_engine" in stack.missing_modules():
+            raise ConfigError(
+                "cfg.model.transformer_impl is 'transformer_engine', and Transformer Engine is not installed here, where "
+                f"the ranks have GPUs. {stack.GPU_SET_UP}"
+            )
+
+
+def apply(cfg: object, device: str = "cpu") -> list[Difference]:
+    """Set the values of a device's ranks in place and return what changed, as `differences()` would say it."""
+    changed = differences(cfg, device)
     for difference in changed:
-        setattr(*_holder(cfg, difference.field), difference.on_cpu)
+        setattr(*_holder(cfg, difference.field), difference.in_ranks)
     return changed
 
 
-def applied(cfg: object) -> object:
-    """A copy of the configuration as CPU ranks see it; `cfg` itself stays as it is."""
+def applied(cfg: object, device: str = "cpu") -> object:
+    """A copy of the configuration as ranks see it; `cfg` itself stays as it is."""
     mine = copy.copy(cfg)
     for section in {field.path.split(".")[0] for field in FIELDS if "." in field.path}:
         setattr(mine, section, copy.copy(getattr(cfg, section)))
-    apply(mine)
+    apply(mine, device)
     return mine
 
 
-def table(cfg: object) -> pd.DataFrame:
-    """The differences as a table for people: `field, on GPU, on CPU, why`."""
+def table(cfg: object, device: str = "cpu") -> pd.DataFrame:
+    """The differences as a table for people: `field, in cfg, in the ranks, why`."""
     import pandas as pd
 
     def short(value: object) -> str:
         return getattr(value, "__name__", None) or str(value)
 
-    rows = [(d.field, short(d.on_gpu), short(d.on_cpu), d.why) for d in differences(cfg)]
-    return pd.DataFrame(rows, columns=["field", "on GPU", "on CPU", "why"]).set_index("field")
+    rows = [(d.field, short(d.in_cfg), short(d.in_ranks), d.why) for d in differences(cfg, device)]
+    return pd.DataFrame(rows, columns=["field", "in cfg", "in the ranks", "why"]).set_index("field")

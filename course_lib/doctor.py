@@ -60,11 +60,14 @@ def report(*, imports: bool = True) -> Report:
     Args:
         imports: Import NeMo Run, NeMo Curator and AutoModel, too, instead of only looking for them.
     """
-    findings = (*machine.findings(), *installation.findings(has_gpus=stack.gpu_count() > 0))
+    try:
+        device = stack.device(stack.LESSON_RANKS)
+    except ValueError:  # what COURSE_DEVICE says is neither; the finding about GPUs says so
+        device = "cpu"
+    findings = (*machine.findings(), *installation.findings(has_gpus=device == "cuda"))
     if imports:
         findings = (*findings, *installation.imports())
-    told = not any(finding.name == "GPUs" and finding.status == "fail" for finding in findings)
-    lessons = lessons_that_run(findings, device=stack.device(machine.GPUS_FOR_A_LESSON) if told else "cpu")
+    lessons = lessons_that_run(findings, device=device)
     return Report(findings, installation.packages(), tuple(stack.stand_ins()), lessons)
 
 
@@ -81,7 +84,7 @@ def lessons_that_run(
         device: Where eight ranks would run, "cpu" or "cuda".
     """
     failed = [finding.name for finding in findings if finding.status == "fail"]
-    trains = f"on {machine.GPUS_FOR_A_LESSON} GPUs" if device == "cuda" else "on the CPU"
+    trains = f"on {stack.LESSON_RANKS} GPUs" if device == "cuda" else "on the CPU"
     found = []
     for path in lessons.notebooks(notebooks):
         number, _, title = path.stem.partition("_")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import types
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from course_lib import checkpoints, failures, runs, stack, warm
+from course_lib import checkpoints, launch, runs, stack
 
 if TYPE_CHECKING:
     import numpy as np
@@ -155,64 +155,61 @@ def generate(
 
     Raises:
         NoCheckpoint: If the run has no whole checkpoint.
-        RuntimeError: If the rank fails; the end of its log says why.
+        RunFailed: If the rank fails; names the cause.
     """
-    checkpoint = checkpoints.latest(run).path
-    work = run.path / "generate"
-    work.mkdir(exist_ok=True)
     request = {
         "run": str(run.path),
-        "checkpoint": str(checkpoint),
+        "checkpoint": str(checkpoints.latest(run).path),
         "prompts": list(prompts),
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "seed": seed,
     }
-    answer, log = work / "answer.json", work / "log.txt"
-    answer.unlink(missing_ok=True)
-    runs.write_json(work / "request.json", request)
-    warm.call("course_lib.evaluate:generate_rank", str(work), ranks=1, log=log, threads=2, limit_seconds=wait_seconds)
-    if not answer.exists():
-        tail = log.read_text(errors="replace")[-1500:]
-        raise RuntimeError(f"generating from run {run.name!r} failed. {failures.hint_for(tail)}\n{tail}")
-    return json.loads(answer.read_text())
+    # What CPU ranks trained is read where no GPU is needed for it, and GPU ranks' work on the CPU if there is none here.
+    device = "cpu" if run.launch.get("device") == "cpu" else stack.device(1)
+    (texts,) = launch.call(
+        "course_lib.evaluate:generate_rank", request, ranks=1, device=device, limit_seconds=wait_seconds
+    )
+    return texts
 
 
-def generate_rank(work: str) -> None:
-    """What the one rank does: load the checkpoint at TP=1, sample, write `answer.json`."""
-    if stack.device(1) == "cpu":
-        from course_lib import cpu
-
-        cpu.activate()
+def generate_rank(request: dict) -> list[str]:
+    """What the one rank does: load the checkpoint at TP=1, and sample."""
     import torch
-    from megatron.bridge.training.model_load_save import load_megatron_model, temporary_distributed_context
+    from megatron.bridge.training.model_load_save import (
+        load_megatron_model,
+        load_model_config,
+        temporary_distributed_context,
+    )
 
-    from course_lib import tokenizers
+    from course_lib import devices, tokenizers
 
-    request = json.loads((Path(work) / "request.json").read_text())
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    run = runs.Run(Path(request["run"]))
+    run, device = runs.Run(Path(request["run"])), stack.device(1)
     tokenizer = tokenizers.load(Path(run.config["tokenizer"]["tokenizer_model"]))
     length = run.config["dataset"]["seq_length"]
     end = tokenizers.end_of_document(tokenizer)
     generator = torch.Generator().manual_seed(request["seed"])
-    with temporary_distributed_context(backend="gloo"):
-        model = load_megatron_model(request["checkpoint"], use_cpu_init=True, skip_temp_dist_context=True)
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    saved = types.SimpleNamespace(model=load_model_config(request["checkpoint"])[0])
+    fields = {row.field.removeprefix("model."): row.in_ranks for row in devices.differences(saved, device)}
+    with temporary_distributed_context(backend="nccl" if device == "cuda" else "gloo"):
+        model = load_megatron_model(
+            request["checkpoint"], use_cpu_init=device == "cpu", skip_temp_dist_context=True, mp_overrides=fields
+        )
         model = (model[0] if isinstance(model, list) else model).eval()
         texts = []
         for prompt in request["prompts"]:
             ids = tokenizer.encode(prompt).ids
             for _ in range(request["max_new_tokens"]):
-                window = torch.tensor([ids[-length:]])
+                window = torch.tensor([ids[-length:]], device="cuda")
+                places = torch.arange(window.shape[1], device="cuda")[None]
                 with torch.no_grad():
-                    logits = model(window, torch.arange(window.shape[1])[None], None)[
-                        0, -1, : tokenizer.get_vocab_size()
-                    ]
-                ids.append(_sample(logits, request["temperature"], generator))
+                    logits = model(window, places, None)[0, -1, : tokenizer.get_vocab_size()]
+                ids.append(_sample(logits.float().cpu(), request["temperature"], generator))
                 if ids[-1] == end:
                     break
             texts.append(tokenizer.decode(ids))
-    runs.write_json(Path(work) / "answer.json", texts)
+    return texts
 
 
 def _sample(logits: object, temperature: float, generator: object) -> int:
@@ -220,5 +217,5 @@ def _sample(logits: object, temperature: float, generator: object) -> int:
 
     if temperature == 0:
         return int(logits.argmax())
-    chances = torch.softmax(logits.float() / temperature, dim=-1)
+    chances = torch.softmax(logits / temperature, dim=-1)
     return int(torch.multinomial(chances, 1, generator=generator))

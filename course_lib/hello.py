@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from course_lib import runs, warm
+from course_lib import launch, train
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,7 +16,7 @@ __all__ = ["ranks"]
 
 
 def ranks(count: int, *, wait_seconds: float = 180.0) -> pd.DataFrame:
-    """Start so many CPU ranks, let them add their numbers over gloo, and show what each of them saw.
+    """Start so many ranks, let them add their numbers over gloo, or over NCCL on GPUs, and show what each of them saw.
 
     Args:
         count: Number of ranks, at least 1.
@@ -25,39 +24,39 @@ def ranks(count: int, *, wait_seconds: float = 180.0) -> pd.DataFrame:
 
     Returns:
         One row a rank: `rank`, `pid`, `sum` (what the all-reduce returned), `cuda` (what `torch.cuda.is_available()`
-        says in the rank), `seconds` (from the request until the rank was alive), `import_seconds` (how long the process
-        that it is a copy of had imported the stack).
+        says in the rank), `seconds` (from the request until the rank was ready), `import_seconds` (how long the process
+        that it is a copy of had imported the stack; a rank on a GPU is no copy, and has imported it itself).
 
     Raises:
         ValueError: If `count` is below 1.
-        RuntimeError: If a rank did not answer; the end of the launcher's log says why.
+        RunFailed: If a rank did not answer; names the first one and its cause.
     """
     import pandas as pd
 
-    if count < 1:
-        raise ValueError(f"count={count}: there must be at least one rank")
-    with tempfile.TemporaryDirectory(prefix="course-hello-") as work:
-        started = time.time()
-        answers = warm.answers("course_lib.hello:say_hello", Path(work), ranks=count, limit_seconds=wait_seconds)
+    started = time.time()
+    answers = launch.call("course_lib.hello:say_hello", ranks=count, limit_seconds=wait_seconds)
     frame = pd.DataFrame(answers)
     frame["seconds"] = (frame.pop("alive") - started).round(2)
     frame["import_seconds"] = frame.pop("import_seconds").round(1)
     return frame.set_index("rank")
 
 
-def say_hello(work: str) -> None:
-    """What each rank does; `RANK` is in the environment."""
+def say_hello(_: None) -> dict:
+    """What each rank does."""
     alive = time.time()
     import torch
 
-    from course_lib import preload  # this process is a fork of one that has imported it
-
-    torch.distributed.init_process_group("gloo")
-    number = torch.tensor(float(os.environ["RANK"]))
-    torch.distributed.all_reduce(number)
+    train.meet()
     rank = torch.distributed.get_rank()
+    number = torch.tensor(float(rank), device="cuda")  # which is the CPU in a CPU rank
+    torch.distributed.all_reduce(number)
     answer = {"rank": rank, "pid": os.getpid(), "sum": int(number), "cuda": torch.cuda.is_available(), "alive": alive}
-    answer["import_seconds"] = preload.import_seconds
-    runs.write_json(Path(work) / f"rank_{rank}.json", answer)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    return answer | {"import_seconds": _import_seconds(alive)}
+
+
+def _import_seconds(alive: float) -> float:
+    """What importing the stack took: in the process of which this one is a fork, or in this one since it began."""
+    import psutil
+
+    preload = sys.modules.get("course_lib.preload")
+    return preload.import_seconds if preload else alive - psutil.Process().create_time()

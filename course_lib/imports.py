@@ -164,8 +164,8 @@ def _re_exported(loader: importlib.machinery.SourceFileLoader, package: str) -> 
 class _Finder(importlib.abc.MetaPathFinder):
     """Answers for deferred modules, and runs a hook after a few others are imported."""
 
-    def __init__(self) -> None:
-        self.rules = {rule.module: rule for rule in DEFERRED}
+    def __init__(self, rules: Iterable[Deferred]) -> None:
+        self.rules = {rule.module: rule for rule in rules}
         self.hooks = {"megatron.bridge.models.conversion.auto_bridge": _load_bridges_on_demand}
 
     def find_spec(self, name: str, path: object, target: object = None) -> importlib.machinery.ModuleSpec | None:
@@ -266,12 +266,15 @@ def ready() -> bool:
     return any(isinstance(finder, _Finder) for finder in sys.meta_path)
 
 
-def defer() -> None:
+def defer(*, compiler: bool = False) -> None:
     """Postpone the bodies of the modules in `DEFERRED` from now on; calling it again changes nothing.
 
     Modules that are already imported stay as they are.
+
+    Args:
+        compiler: Leave torch's compiler out of it: this process will use it.
     """
     if ready():
         return
-    sys.meta_path.insert(0, _Finder())
+    sys.meta_path.insert(0, _Finder(r for r in DEFERRED if not (compiler and r.module.startswith("torch._dynamo"))))
     _import_transformers_quickly()

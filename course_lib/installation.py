@@ -30,10 +30,13 @@ __all__ = [
     "helpers",
     "imports",
     "leptonai",
+    "nccl",
     "one_installation",
     "packages",
     "places",
+    "torch_has_cuda",
     "torch_has_gloo",
+    "transformer_engine",
     "version",
     "versions",
 ]
@@ -88,6 +91,8 @@ def findings(*, has_gpus: bool) -> list[Finding]:
         helpers(),
         torch_has_gloo(),
     ]
+    if has_gpus:
+        found += [torch_has_cuda(), nccl(), transformer_engine(stack.missing_modules())]
     if version("nemo-run"):
         found.append(leptonai(version("leptonai")))
     return [*found, beside_the_engine({name: version(name) for name in BESIDE_THE_ENGINE})]
@@ -292,6 +297,48 @@ def torch_has_gloo(library: Path | None = None) -> Finding:
     # The type name of c10d::ProcessGroupGloo as C++ compilers write it.
     built_in = b"N4c10d16ProcessGroupGlooE" in library.read_bytes()
     return fail_unless(built_in, "gloo in torch", "built in" if built_in else f"not in {library.name}", fix)
+
+
+def torch_has_cuda(library: Path | None = None) -> Finding:
+    """GPU ranks need a torch that was built for CUDA; a wheel from the CPU index is not.
+
+    Args:
+        library: The file that only such a build has; that of the installed torch if None.
+    """
+    library = library or _folder_of("torch") / "lib/libtorch_cuda.so"
+    fix = f"Run `uv pip install --reinstall torch=={stack.TESTED['torch']}` without a CPU index: PyPI's build has CUDA."
+    value = "built in" if library.exists() else f"{library.name} is missing: this torch was built for the CPU"
+    return fail_unless(library.exists(), "CUDA in torch", value, fix)
+
+
+def nccl(library: str | None = None) -> Finding:
+    """GPU ranks talk over NCCL: its library must load, and says its version itself.
+
+    Args:
+        library: File or name of the library; that of PyPI's package if None, else the system's, as in NVIDIA's container.
+    """
+    import ctypes
+
+    ours = next((p for root in places("nvidia.nccl") for p in root.glob("lib/libnccl.so*")), None)
+    library = library or str(ours or "libnccl.so.2")
+    number = ctypes.c_int()
+    try:
+        ctypes.CDLL(library).ncclGetVersion(ctypes.byref(number))
+    except (OSError, AttributeError) as error:
+        fix = f"Run `uv pip install --reinstall torch=={stack.TESTED['torch']}`, which brings NCCL along."
+        return Finding("NCCL", "fail", f"{library} does not load: {error}", fix)
+    major, minor, patch = number.value // 10_000, number.value // 100 % 100, number.value % 100
+    return Finding("NCCL", "ok", f"{major}.{minor}.{patch} ({library})")
+
+
+def transformer_engine(missing: Sequence[str]) -> Finding:
+    """The recipes' layers on a GPU are Transformer Engine's.
+
+    Args:
+        missing: What `stack.missing_modules` returned.
+    """
+    there = "transformer_engine" not in missing
+    return fail_unless(there, "Transformer Engine", version("transformer-engine") or "not installed", stack.GPU_SET_UP)
 
 
 def _folder_of(module: str) -> Path:

@@ -1,15 +1,22 @@
-"""Start a run on N ranks and wait for it: forked CPU ranks here, `torchrun` with NCCL where there are enough GPUs."""
+"""Start ranks and wait for them: forked CPU ranks here, `torchrun` with NCCL where there are enough GPUs.
+
+`run` trains, `prepare` writes down a run for somebody else to start, `call` lets ranks do anything else.  Nothing but
+these three decides on which device ranks work.
+"""
 
 from __future__ import annotations
 
 import functools
+import json
 import os
 import re
 import shutil
+import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from course_lib import checkpoints, configuration, runs, stack, supervision, torchrun, train, warm
 from course_lib.configuration import FieldError
@@ -29,6 +36,7 @@ __all__ = [
     "FieldError",
     "RunFailed",
     "RunInterrupted",
+    "call",
     "command",
     "differences",
     "prepare",
@@ -39,23 +47,34 @@ __all__ = [
 ]
 
 
-def warm_up() -> None:
-    """Let the stack be imported in the background, so that the first `run()` need not wait for it."""
-    if stack.device(1) == "cpu":
-        warm.lease()
+def warm_up(ranks: int = stack.LESSON_RANKS) -> warm.Lease | None:
+    """Let the stack be imported in the background, so that the first launch of CPU ranks need not wait for it.
+
+    Args:
+        ranks: Number of ranks that will be launched; if they will have GPUs, nothing is imported.
+
+    Returns:
+        This process's lease of the fork server, which lives as long as the process; `None` where GPUs do the work.
+    """
+    return warm.lease() if stack.device(ranks) == "cpu" else None
 
 
-def differences(cfg: ConfigContainer) -> pd.DataFrame:
-    """What this machine changes in a configuration for CPU ranks: `field, on GPU, on CPU, why`."""
+def differences(cfg: ConfigContainer, *, ranks: int = stack.LESSON_RANKS) -> pd.DataFrame:
+    """What ranks on this machine change in a configuration: `field, in cfg, in the ranks, why`.
+
+    Args:
+        cfg: Bridge's configuration; it is not changed.
+        ranks: Number of ranks, which decides the device.
+    """
     from course_lib import devices
 
-    return devices.table(cfg)
+    return devices.table(cfg, stack.device(ranks))
 
 
 def run(
     cfg: ConfigContainer | Path | str,
     *,
-    ranks: int = 8,
+    ranks: int = stack.LESSON_RANKS,
     name: str = "run",
     save: bool = False,
     load: runs.Run | Path | None = None,
@@ -78,7 +97,7 @@ def run(
             default directory; a run of this course does neither unless asked, from a file as well.
         load: A run, or a checkpoint directory, to start from: weights, optimizer, step and place in the data.
         show: `"live"` for a view of loss, memory and throughput while it trains, `None` for silence.
-        launcher: `"warm"` or `"torchrun"`; `None` takes what fits the device.
+        launcher: `"warm"` or `"torchrun"`; `None` takes what fits the device.  GPU ranks are started by torchrun.
         target: What each rank executes, as `module:function`, called with the run directory and the configuration
             (see `train.rank_main`); the module must be importable where the ranks run.
         record: Write every collective and every forward and backward pass to the run directory, for `Run.collectives`
@@ -95,21 +114,105 @@ def run(
         NoCheckpoint: If there is nothing to load where `load` points; Bridge would start from random weights.
         RunFailed: If a rank failed; names the first one and its cause.
         RunInterrupted: If the learner interrupted; no rank is left.
+
+    Warns:
+        UserWarning: If a checkpoint comes from the other device, whose random states do not fit this one's.
     """
     if launcher not in (None, "warm", "torchrun"):
         raise ValueError(f"launcher={launcher!r}: use 'warm' or 'torchrun', or prepare() the run and start it yourself")
     if show not in (None, "live"):
         raise ValueError(f"show={show!r}: use 'live' or None")
+    _refuse_what_is_missing(cfg, stack.device(ranks))
     run_ = prepare(cfg, ranks=ranks, name=name, save=save, load=load, launcher=launcher, target=target, record=record)
-    start = _start_warm if run_.launch["launcher"] == "warm" else torchrun.start
     view = functools.partial(_view, show, run_.launch["train_iters"], run_.path)
-    return supervision.until_the_end(run_, ranks=ranks, start=start, view=view, watch=watch)
+    return supervision.until_the_end(run_, ranks=ranks, start=_starter(run_), view=view, watch=watch)
+
+
+def call(
+    job: str,
+    argument: Any = None,
+    *,
+    ranks: int = stack.LESSON_RANKS,
+    device: str | None = None,
+    threads: int | None = None,
+    limit_seconds: float = 300.0,
+) -> list[Any]:
+    """Let every rank do something else than train, and return what each of them answered.
+
+    Args:
+        job: What each rank calls, as `module:function`.  Ranks that want to talk call `train.meet()` first.
+        argument: Its one argument, of JSON's kinds.
+        ranks: Number of ranks.
+        device: `"cpu"` or `"cuda"` if the caller knows better than `stack.device(ranks)`.
+        threads: Threads of each CPU rank's matrix products; by default the ranks share the cores.
+        limit_seconds: Stop the ranks after so long.
+
+    Returns:
+        One answer a rank, in their order, of JSON's kinds.
+
+    Raises:
+        ValueError: If `job` is no name of a function, or there is no rank.
+        RunFailed: If a rank failed; names the first one and its cause, and the directory of its log is kept.
+        RunInterrupted: If the learner interrupted; no rank is left.
+        TimeoutError: If the ranks still worked at the limit; they are stopped.
+    """
+    _refuse_no_function(job)
+    if ranks < 1:
+        raise ValueError(f"ranks={ranks}: there must be at least one rank")
+    device = device or stack.device(ranks)
+    run_ = runs.Run(Path(tempfile.mkdtemp(prefix=f"course-{job.rpartition(':')[2]}-")))
+    for part in ("logs", "ranks"):
+        (run_.path / part).mkdir()
+    about = {"name": run_.name, "ranks": ranks, "device": device, "launcher": _launcher_for(device)}
+    about |= {"target": job, "argument": argument, "threads": threads, "started": time.time()}
+    runs.write_json(run_.path / "launch.json", about)
+    end = time.monotonic() + limit_seconds
+
+    def watch(_: runs.Run) -> None:
+        if time.monotonic() > end:
+            raise TimeoutError(
+                f"{job} on {ranks} ranks still worked after {limit_seconds:.0f} s; its ranks are stopped"
+            )
+
+    try:
+        supervision.until_the_end(run_, ranks=ranks, start=_starter(run_), view=lambda: None, watch=watch)
+    except RunFailed:
+        raise
+    except BaseException:
+        shutil.rmtree(run_.path)
+        raise
+    answers = [json.loads((run_.path / "ranks" / f"{rank}.answer").read_text()) for rank in range(ranks)]
+    shutil.rmtree(run_.path)
+    return answers
+
+
+def _refuse_no_function(target: str) -> None:
+    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", target):
+        raise ValueError(f"{target!r} names no function: give it as 'module:function', such as {train.TARGET!r}")
+
+
+def _launcher_for(device: str) -> str:
+    return "torchrun" if device == "cuda" else "warm"
+
+
+def _starter(run: runs.Run) -> Callable[[runs.Run, int], warm.Launched | torchrun.Started]:
+    return _start_warm if run.launch["launcher"] == "warm" else torchrun.start
+
+
+def _refuse_what_is_missing(cfg: ConfigContainer | Path | str, device: str) -> None:
+    """Ask before there are ranks what each of them would ask: are its layers installed?  The ranks start on this machine."""
+    if device == "cuda":
+        from course_lib import devices
+
+        is_file = isinstance(cfg, (str, Path))
+        model = configuration.read_file(Path(cfg))["model"] if is_file else vars(cfg.model)
+        devices.refuse_what_is_missing(model.get("transformer_impl"), device)
 
 
 def prepare(
     cfg: ConfigContainer | Path | str,
     *,
-    ranks: int = 8,
+    ranks: int = stack.LESSON_RANKS,
     name: str = "run",
     save: bool = False,
     load: runs.Run | Path | None = None,
@@ -138,9 +241,13 @@ def prepare(
     """
     from course_lib import layout
 
-    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", target):
-        raise ValueError(f"target={target!r}: name a function as 'module:function', such as {train.TARGET!r}")
+    _refuse_no_function(target)
     device = stack.device(ranks)
+    if launcher == "warm" and device == "cuda":
+        raise ValueError(
+            "launcher='warm' forks ranks that work on the CPU, and these ranks have GPUs: leave launcher out, or set "
+            "COURSE_DEVICE=cpu"
+        )
     source = checkpoints.require(load) if load else None
     if isinstance(cfg, (str, Path)):
         content = configuration.read_file(Path(cfg))
@@ -153,7 +260,7 @@ def prepare(
     places = {
         "save": str(path / "checkpoints") if save else None,
         "load": str(Path(source).absolute()) if source else None,  # whoever starts it may stand elsewhere
-    }
+    } | _random_states(source, device)
     try:
         if isinstance(cfg, (str, Path)):
             configuration.write_content(content, path, places)
@@ -161,12 +268,31 @@ def prepare(
             configuration.write_config(cfg, path, places)
             content = runs.Run(path).config
             configuration.refuse_foreign_code(content, path / "config.yaml")
-        launcher = launcher or ("torchrun" if device == "cuda" else "warm")
+        launcher = launcher or _launcher_for(device)
         runs.write_json(path / "launch.json", _about(content, path, ranks, device, launcher, target, plan, record))
     except BaseException:  # a directory without its launch.json would look like a run that goes on
         shutil.rmtree(path)
         raise
     return runs.Run(path)
+
+
+def _random_states(source: Path | None, device: str) -> dict[str, bool]:
+    """Leave out the random states of a checkpoint from the other device: a GPU's generator is another one than a CPU's.
+
+    Source: megatron-bridge training/checkpointing.py @ 0.6.2 gives `torch.cuda.set_rng_state` what stands in the file.
+    """
+    if source is None:
+        return {}
+    launches = [runs.Run(folder).launch for folder in Path(source).absolute().parents[:2]]
+    saved_on = next((launch["device"] for launch in launches if "device" in launch), device)
+    if saved_on == device:
+        return {}
+    warnings.warn(
+        f"the checkpoint was saved by {saved_on} ranks and goes on in {device} ranks: cfg.checkpoint.load_rng is set to "
+        "False in this run, because the two have other random generators. Dropout, if there is any, draws other numbers",
+        stacklevel=3,
+    )
+    return {"load_rng": False}
 
 
 def _told(content: dict, section: str, field: str) -> int:
@@ -235,7 +361,7 @@ def _threads(ranks: int) -> int:
 
 
 def _start_warm(run: runs.Run, ranks: int) -> warm.Launched:
-    threads = os.environ.get("COURSE_THREADS") or str(_threads(ranks))
+    threads = str(run.launch.get("threads") or os.environ.get("COURSE_THREADS") or _threads(ranks))
     environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     return warm.lease().launch(
         "course_lib.train:start",

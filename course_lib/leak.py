@@ -21,7 +21,7 @@ class _Leak:
     def on_train_step_start(self, context: object) -> None:
         import torch
 
-        self.kept.append(torch.ones(BYTES_PER_STEP // 4))
+        self.kept.append(torch.ones(BYTES_PER_STEP // 4, device="cuda"))  # the CPU in a CPU rank
 
 
 def rank_main(run_directory: str, cfg: object = None) -> None:

@@ -5,8 +5,9 @@ A run whose target is :data:`TARGET` trains as every run does, and each rank wri
     run = launch.run(cfg, ranks=8, name="measured", target=live_tensors.TARGET)
     live_tensors.read(run)
 
-States are summed over the objects that hold them.  Activations are measured another way than they are planned: torch's
-profiler reports every allocation and release while the first micro-batch of a step goes forward.
+States are summed over the objects that hold them, and only what lies on the rank's device counts.  Activations are
+measured another way than they are planned: torch's profiler reports every allocation and release while the first
+micro-batch of a step goes forward.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from course_lib import files
+from course_lib import files, stack
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,7 +75,7 @@ class _Measuring:
     def on_train_step_end(self, context: Any) -> None:
         if context.state.train_state.step == 1:
             self.found |= _states(_as_list(context.model), context.optimizer)
-            self.found["live_bytes"] = _bytes(item for item in gc.get_objects() if _is_tensor(item))
+            self.found["live_bytes"] = _bytes(item for item in gc.get_objects() if _counts(item))
             files.write_text(self.path / "ranks" / f"{self.found['rank']}.tensors", json.dumps(self.found))
 
 
@@ -89,7 +90,7 @@ def _states(chunks: list[Any], optimizer: Any) -> dict[str, int]:
         if part.optimizer is not None
         for parameter, state in part.optimizer.state.items()
         for tensor in (parameter, *state.values())
-        if _is_tensor(tensor) and tensor.untyped_storage().data_ptr() not in mine
+        if _counts(tensor) and tensor.untyped_storage().data_ptr() not in mine
     ]
     return {
         "weights_bytes": _bytes(weights),
@@ -111,10 +112,15 @@ def _watch_one_forward(chunks: list[Any], found: dict[str, int]) -> None:
     def end(*_: Any) -> None:
         handles.pop(0).remove()
         watched.stop()
+        on_gpu = stack.device(1) == "cuda"
         # The records themselves.  torch's table of events gives a record to every operation that runs at the time, so
         # what gloo's threads allocate and release while a rank waits would count twice.
         records = watched.profiler.kineto_results.events()
-        found["activations_bytes"] = sum(record.nbytes() for record in records if record.name() == "[memory]")
+        found["activations_bytes"] = sum(
+            record.nbytes()
+            for record in records
+            if record.name() == "[memory]" and (str(record.device_type()) == "DeviceType.CUDA") == on_gpu
+        )
 
     handles += [chunks[0].register_forward_pre_hook(begin), chunks[0].register_forward_hook(end)]
 
@@ -123,10 +129,12 @@ def _as_list(model: Any) -> list[Any]:
     return list(model) if isinstance(model, list | tuple) else [model]
 
 
-def _is_tensor(item: object) -> bool:
+def _counts(item: object) -> bool:
+    """True for a tensor in the memory of the rank's device: a GPU rank has a few on the CPU, too."""
     import torch
 
-    return isinstance(item, torch.Tensor) and type(item).__name__ != "FakeTensor"
+    is_real = isinstance(item, torch.Tensor) and type(item).__name__ != "FakeTensor"
+    return is_real and item.device.type == stack.device(1)
 
 
 def _bytes(tensors: Any) -> int:

@@ -10,9 +10,11 @@ import contextlib
 import locale
 import os
 import queue
+import re
 import resource
 import shutil
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +25,6 @@ from course_lib.findings import Finding, fail_unless, warn_unless
 from course_lib.units import GiB
 
 __all__ = [
-    "GPUS_FOR_A_LESSON",
     "available_cores",
     "bytecode",
     "cores",
@@ -33,6 +34,7 @@ __all__ = [
     "gloo",
     "gpus",
     "hub",
+    "locked_memory",
     "loopback",
     "memory",
     "open_files",
@@ -40,9 +42,9 @@ __all__ = [
     "runs_writable",
     "shared_memory",
     "text_encoding",
+    "topology",
 ]
 
-GPUS_FOR_A_LESSON = 8
 OPEN_FILES = 1024  # eight ranks hold some hundred sockets and files each at their start
 SHARED_MEMORY_BYTES = GiB  # Docker's default is 64 MiB, too little for NCCL and for DataLoader workers
 RUNS_DISK_BYTES = GiB  # one run writes some MiB; a checkpoint of the lessons' models some hundred
@@ -50,7 +52,7 @@ RUNS_DISK_BYTES = GiB  # one run writes some MiB; a checkpoint of the lessons' m
 
 def findings() -> list[Finding]:
     """Every reading of this machine."""
-    folder = runs.directory()
+    folder, names = runs.directory(), stack.gpus()
     return [
         python(),
         glibc(),
@@ -58,7 +60,8 @@ def findings() -> list[Finding]:
         memory(),
         disk(folder),
         shared_memory(),
-        gpus(stack.gpus()),
+        gpus(names),
+        *([topology(), locked_memory()] if names else []),
         open_files(),
         text_encoding(),
         bytecode(),
@@ -148,7 +151,7 @@ def gpus(names: Sequence[str] | None, *, device: Callable[[int], str] = stack.de
         device: Says where so many ranks would run, "cpu" or "cuda"; ValueError if what it was told is neither.
     """
     try:
-        chosen = device(GPUS_FOR_A_LESSON)
+        chosen = device(stack.LESSON_RANKS)
     except ValueError as error:
         return Finding("GPUs", "fail", str(error).split(";")[0], "Run `unset COURSE_DEVICE`, or set it to cpu or cuda.")
     if names is None:
@@ -158,6 +161,42 @@ def gpus(names: Sequence[str] | None, *, device: Callable[[int], str] = stack.de
         return Finding("GPUs", "ok", "none: the ranks run on the CPU")
     where = "eight ranks use them" if chosen == "cuda" else "eight ranks run on the CPU"
     return Finding("GPUs", "ok", f"{len(names)} x {names[0]} ({where})")
+
+
+def topology(*, seconds: float = 20.0) -> Finding:
+    """How the GPUs are wired: tensor parallelism wants NVLink between all of them.
+
+    Source: the legend of `nvidia-smi topo -m`: NV# is NVLink, SYS and NODE go through the processors, PHB, PXB and PIX
+    through PCIe.
+    """
+    command = ["nvidia-smi", "topo", "-m"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        fix = "Run `nvidia-smi topo -m` and mend the driver: without it nobody knows how the GPUs are wired."
+        return Finding("GPU topology", "warn", f"`nvidia-smi topo -m` fails: {type(error).__name__}", fix)
+    rows = [line.split() for line in re.sub(r"\x1b\[[0-9;]*m", "", told).splitlines()]
+    count = sum(row[0].startswith("GPU") and row[0][3:].isdigit() for row in rows if row) - 1  # but for the header
+    if count < 0 or any(len(row) < count + 1 for row in rows[1 : count + 1]):
+        return Finding("GPU topology", "warn", "`nvidia-smi topo -m` gave no matrix", "Run it and read it yourself.")
+    links = {f"GPU{a}-GPU{b}": rows[a + 1][b + 1] for a in range(count) for b in range(a + 1, count)}
+    kinds = sorted(set(links.values()))
+    slow = {pair: kind for pair, kind in links.items() if not kind.startswith("NV")}
+    if not slow:
+        return Finding("GPU topology", "ok", f"{', '.join(kinds)} between all pairs" if links else "one GPU")
+    pair, kind = next(iter(slow.items()))
+    value = f"{len(slow)} of {len(links)} pairs without NVLink, {pair} by {kind}"
+    fix = "Keep tensor parallelism among GPUs that NVLink connects: see `nvidia-smi topo -m`, and choose TP by it."
+    return Finding("GPU topology", "warn", value, fix)
+
+
+def locked_memory(*, limit: int | None = None) -> Finding:
+    """NCCL and pinned buffers lock memory; Docker's default limit is 64 KiB (or 8 MiB)."""
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] if limit is None else limit
+    fix = "Start the container with `--ulimit memlock=-1`, or run `ulimit -l unlimited`."
+    unlimited = limit == resource.RLIM_INFINITY
+    value = "unlimited" if unlimited else f"{limit / GiB:.3f} GiB"
+    return warn_unless(unlimited or limit >= SHARED_MEMORY_BYTES, "locked memory", value, fix)
 
 
 def open_files(*, limit: int | None = None) -> Finding:

@@ -21,11 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 __all__ = [
+    "GPU_SET_UP",
+    "LESSON_RANKS",
     "TESTED",
     "StandIn",
     "device",
     "gpu_count",
     "gpus",
+    "hide_gpu_packages",
     "keep_built_helpers",
     "prepare_imports",
     "stand_ins",
@@ -34,6 +37,9 @@ __all__ = [
 
 TESTED = {"torch": "2.13.0", "megatron-core": "0.19.2", "megatron-bridge": "0.6.2"}
 """The versions that `course_lib.cpu` was tested against; `pyproject.toml` pins the same."""
+
+LESSON_RANKS = 8
+"""How many ranks the lessons' runs have: so many GPUs are needed to run them on GPUs."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,29 @@ _MODULES = {
         ("inprocess",),
     ),
 }
+
+
+GPU_SET_UP = (
+    'Run `uv sync --locked --inexact --extra gpu` on the node (README, "Never run on a GPU"), or use NVIDIA\'s container; '
+    "COURSE_DEVICE=cpu runs the lessons' ranks on the CPU."
+)
+"""How a GPU node gets Transformer Engine."""
+
+_GPU_ONLY = (
+    *("transformer_engine", "transformer_engine_torch", "apex", "amp_C", "flash_attn", "flash_attn_3"),
+    *("mamba_ssm", "causal_conv1d"),
+)
+"""Packages of CUDA kernels that Megatron Core takes instead of torch's own as soon as they can be imported."""
+
+
+def hide_gpu_packages() -> None:
+    """Let nobody in this process import what works on GPU tensors only; for CPU ranks on a machine that has it installed.
+
+    Call it before anything imports Megatron: Core decides once, at import, whose optimizer and whose norms it takes.
+    """
+    for name in _GPU_ONLY:
+        if not getattr(sys.modules.get(name), "__stand_in__", False):
+            sys.modules[name] = None  # Python's own way to say that a module cannot be imported
 
 
 def versions() -> dict[str, str | None]:
@@ -140,9 +169,9 @@ def missing_modules() -> list[str]:
 
 
 def _installed(name: str) -> bool:
-    loaded = sys.modules.get(name)
-    if loaded is not None:
-        return not getattr(loaded, "__stand_in__", False)
+    if name in sys.modules:
+        loaded = sys.modules[name]
+        return loaded is not None and not getattr(loaded, "__stand_in__", False)
     return importlib.util.find_spec(name) is not None
 
 
@@ -163,10 +192,13 @@ def stand_ins() -> list[StandIn]:
     return rows
 
 
-def prepare_imports() -> list[StandIn]:
+def prepare_imports(*, compiler: bool = False) -> list[StandIn]:
     """Make `import megatron.bridge` work, and work fast, in this process.
 
     On a GPU node where Transformer Engine and the resiliency extension are installed it changes nothing.
+
+    Args:
+        compiler: Leave `torch.compile` as it is: a GPU rank trains with it.
 
     Returns:
         What stands in for what, as in `stand_ins()`.
@@ -180,15 +212,16 @@ def prepare_imports() -> list[StandIn]:
     rows = stand_ins()
     if not rows:
         return rows
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     _quiet_first_import()
-    import torch
-
     from course_lib import imports
 
-    torch.compile = _do_not_compile
-    imports.defer()
+    if not compiler:
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        import torch
+
+        torch.compile = _do_not_compile
+    imports.defer(compiler=compiler)
     _put_stand_ins()
     return rows
 
@@ -232,7 +265,7 @@ def _put_stand_ins() -> None:
     importlib.import_module("megatron.core.fp8_utils")
     importlib.import_module("megatron.core.extensions.transformer_engine")
     for name in missing_modules():
-        if name in sys.modules:  # called before: a second stand-in would have other classes of the same names
+        if sys.modules.get(name) is not None:  # called before: a second one would have other classes of the same names
             continue
         module = _empty_module(name)
         for child in _MODULES[name][1]:

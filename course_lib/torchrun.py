@@ -11,12 +11,16 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
-from course_lib import runs
+from course_lib import machine, runs, stack
 
 __all__ = ["Started", "command", "kill", "settings", "start", "start_process"]
 
 
-def command(run: runs.Run | Path, *, ranks: int = 8, meet: Sequence[str] = ("--standalone",)) -> list[str]:
+ONE_NODE = ("--standalone", "--local-addr", "localhost")
+"""How the ranks of one node meet.  torchrun alone would ask for the host's name, which need not resolve in a container."""
+
+
+def command(run: runs.Run | Path, *, ranks: int = stack.LESSON_RANKS, meet: Sequence[str] = ONE_NODE) -> list[str]:
     """The command that starts the same run by hand, here or on a GPU node.
 
     Args:
@@ -25,8 +29,8 @@ def command(run: runs.Run | Path, *, ranks: int = 8, meet: Sequence[str] = ("--s
         meet: How the nodes find each other; by default there is one.
 
     Example:
-        >>> " ".join(command(Path("runs/smoke"), ranks=8)[1:])
-        '-m torch.distributed.run --standalone --nproc-per-node 8 -m course_lib.train runs/smoke/config.yaml'
+        >>> " ".join(command(Path("runs/smoke"), ranks=8)[6:])
+        '--nproc-per-node 8 -m course_lib.train runs/smoke/config.yaml'
     """
     path = run.path if isinstance(run, runs.Run) else Path(run)
     torchrun = [sys.executable, "-m", "torch.distributed.run", *meet, "--nproc-per-node", str(ranks)]
@@ -55,8 +59,17 @@ def _own_places() -> list[str]:
 
 
 def start_process(run: runs.Run, words: list[str]) -> subprocess.Popen:
-    """Start a launcher's command in a session of its own; what it writes goes to the run's `logs/launcher.log`."""
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | settings(run)
+    """Start a launcher's command in a session of its own; what it writes goes to the run's `logs/launcher.log`.
+
+    All of it happens on this machine, so gloo, which Bridge uses beside NCCL, takes the loopback where the host's name
+    does not resolve.
+    """
+    unwanted = {"PYTHONDONTWRITEBYTECODE"}
+    if run.launch["device"] == "cuda":
+        unwanted.add("TORCHDYNAMO_DISABLE")  # prepare_imports() sets it in a kernel; GPU ranks train with the compiler
+    environment = {k: v for k, v in os.environ.items() if k not in unwanted} | settings(run)
+    if machine.gloo(environment=environment).status != "ok":
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with open(run.path / "logs" / "launcher.log", "a") as log:
         return subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True

@@ -4,6 +4,8 @@ The warm launcher runs `start()` in forked processes.  On a GPU node, or by hand
 torchrun, and so for NeMo Run and Slurm:
 
     torchrun --nproc-per-node 8 -m course_lib.train runs/NAME/config.yaml
+
+Ranks of `launch.call`, which do something else than train, start the same way; `launch.json` says what.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from megatron.bridge.training.callbacks import Callback
     from megatron.bridge.training.config import ConfigContainer
 
-__all__ = ["TARGET", "main", "prepare", "rank_main", "read_config", "recorder", "stage", "start", "the_target"]
+__all__ = ["TARGET", "main", "meet", "prepare", "rank_main", "read_config", "recorder", "stage", "start"]
 
 TARGET = "course_lib.train:rank_main"
 """What a rank executes unless the run says otherwise: Bridge's own loop."""
@@ -83,6 +85,7 @@ def recorder(path: Path, rank: int, world: int, meter: memory_meter.Meter) -> Ca
         world: Number of ranks.
         meter: Reads this rank's memory.
     """
+    import torch
     from megatron.bridge.training.callbacks import Callback
 
     class Recorder(Callback):
@@ -100,6 +103,8 @@ def recorder(path: Path, rank: int, world: int, meter: memory_meter.Meter) -> Ca
             self.started = time.perf_counter()
 
         def on_train_step_end(self, context: object) -> None:
+            if rank == world - 1:
+                torch.cuda.synchronize()  # a GPU may still be at work; no effect in a CPU rank
             elapsed_seconds = time.perf_counter() - self.started
             state = context.state
             step = state.train_state.step + 1  # Bridge counts the step after this event
@@ -180,12 +185,13 @@ def _output_to(log: Path) -> Iterator[None]:
             os.close(copy)
 
 
-def prepare(run_directory: str) -> ConfigContainer:
-    """What all ranks of one machine would do alike, done once: read the configuration."""
-    return read_config(Path(run_directory) / "config.yaml")
+def prepare(run_directory: str) -> ConfigContainer | None:
+    """What all ranks of one machine would do alike, done once: read the configuration, if there is one."""
+    path = Path(run_directory) / "config.yaml"
+    return read_config(path) if path.exists() else None
 
 
-def the_target(name: str) -> Callable[..., object]:
+def _function(name: str) -> Callable[..., object]:
     """The function that `module:function` names.
 
     Raises:
@@ -201,20 +207,30 @@ def the_target(name: str) -> Callable[..., object]:
 def start(run_directory: str, cfg: ConfigContainer | None = None) -> None:
     """Run one rank from start to end, by whatever launcher; `RANK` and `WORLD_SIZE` are in the environment.
 
-    What it executes is the `target` of `launch.json`, called with both arguments.
+    What it executes is the `target` of `launch.json`, on the `device` that stands there.  The target of a run is called
+    with both arguments; that of a call with the call's `argument`, and its answer is written to `ranks/N.answer`.
 
     Args:
-        run_directory: A directory with `config.yaml`, and `launch.json` if a launcher made it.
+        run_directory: A directory with `launch.json`, or with a `config.yaml` alone, which is trained.
         cfg: This rank's own copy of what `prepare()` returned; `None` reads the file.
 
     Raises:
         SystemExit: With code 1 after a failure, which then stands in `ranks/N.json` and `outcome.json`.
     """
-    path, rank = Path(run_directory), int(os.environ["RANK"])
+    path, rank, world = Path(run_directory), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     with _output_to(path / "logs" / f"rank_{rank}.log"):
         try:
-            stage(path, rank, "reading the configuration")
-            the_target(runs.Run(path).launch.get("target", TARGET))(run_directory, cfg)
+            stage(path, rank, runs.STAGES[1])
+            launch = runs.Run(path).launch
+            _take(launch.get("device") or stack.device(world), rank, world)
+            target = launch.get("target", TARGET)
+            if "argument" in launch:
+                stage(path, rank, f"calling {target}")
+                answer = _function(target)(launch["argument"])
+                files.write_text(path / "ranks" / f"{rank}.answer", json.dumps(answer))
+                _part()
+            else:
+                _function(target)(run_directory, cfg)
             stage(path, rank, "done")
         except BaseException as error:
             failures.record(path, rank, error)
@@ -230,6 +246,43 @@ def start(run_directory: str, cfg: ConfigContainer | None = None) -> None:
             os._exit(1)  # no destructor may wait for peers that are gone
 
 
+def _take(device: str, rank: int, world: int) -> None:
+    """Get this process ready for the device that the launcher chose: `stack.device()` says the same from now on.
+
+    This is the one place where a rank becomes a CPU rank.
+    """
+    os.environ["COURSE_DEVICE"] = device
+    if device == "cuda":
+        stack.prepare_imports(compiler=True)
+        return
+    from course_lib import cpu
+    from course_lib.cpu import cores, heap
+
+    cores.share(int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+    heap.keep()
+    cpu.activate(allow_untested=os.environ.get("COURSE_ALLOW_UNTESTED") == "1")
+    import torch
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+def meet() -> None:
+    """Let the ranks of a call meet: over NCCL, each with a GPU of its own, or over gloo."""
+    import torch
+
+    device = stack.device(int(os.environ["WORLD_SIZE"]))
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # no effect in a CPU rank
+    torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+
+
+def _part() -> None:
+    """The end of `meet()`, if a call began with it: nobody leaves while others still need an answer."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def rank_main(run_directory: str, cfg: ConfigContainer | None = None, *, callbacks: Sequence[object] = ()) -> None:
     """Train in this rank.  A target that wants more calls this with what it adds, and changes nothing else:
 
@@ -243,15 +296,7 @@ def rank_main(run_directory: str, cfg: ConfigContainer | None = None, *, callbac
             (`on_train_step_end(context)` and so on); it need not inherit from Bridge's `Callback`.
     """
     path, rank, world = Path(run_directory), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    launch = runs.Run(path).launch
-    device = launch.get("device") or stack.device(world)
-    if device == "cpu":
-        from course_lib import cpu
-        from course_lib.cpu import cores, heap
-
-        cores.share(int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", world)))
-        heap.keep()
-        cpu.activate(allow_untested=os.environ.get("COURSE_ALLOW_UNTESTED") == "1")
+    launch, device = runs.Run(path).launch, stack.device(world)
     import torch
     from megatron.bridge.training.finetune import finetune
     from megatron.bridge.training.gpt_step import forward_step
@@ -261,10 +306,9 @@ def rank_main(run_directory: str, cfg: ConfigContainer | None = None, *, callbac
 
     meter = memory_meter.meter(device)
     cfg = cfg or read_config(path / "config.yaml")
-    if device == "cpu":
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-        devices.apply(cfg)
-    else:
+    devices.refuse_what_is_missing(cfg.model.transformer_impl, device)
+    devices.apply(cfg, device)
+    if device == "cuda":
         stack.keep_built_helpers()
     layout.require(cfg, world)
     stage(path, rank, "building the model")
@@ -284,7 +328,7 @@ def rank_main(run_directory: str, cfg: ConfigContainer | None = None, *, callbac
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry for torchrun: `python -m course_lib.train runs/NAME/config.yaml`."""
+    """Entry for torchrun: `python -m course_lib.train runs/NAME/config.yaml`; any file there names the directory."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if len(arguments) != 1 or not os.environ.get("RANK"):
         sys.exit("usage: torchrun --nproc-per-node 8 -m course_lib.train runs/NAME/config.yaml")

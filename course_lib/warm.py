@@ -28,7 +28,7 @@ import tempfile
 import time
 from pathlib import Path
 
-__all__ = ["Launched", "Lease", "WarmError", "answers", "call", "lease", "rank_code"]
+__all__ = ["Launched", "Lease", "WarmError", "lease", "rank_code"]
 
 
 START_SECONDS = 60.0
@@ -185,55 +185,6 @@ def lease() -> Lease:
         return found
     _lease_of.cache_clear()  # the server was killed
     return _lease_of(os.getpid(), path)
-
-
-def call(target: str, argument: str, *, ranks: int, log: Path, threads: int = 1, limit_seconds: float = 300.0) -> dict:
-    """Run `target(argument)` in so many ranks and wait for their end.
-
-    Args:
-        target: A function as `module:name`, taking one string.
-        argument: The string.
-        ranks: Number of ranks.
-        log: File for what the agent and the ranks write.
-        threads: Threads of each rank's matrix products.
-        limit_seconds: Stop the ranks after so long.
-
-    Returns:
-        The agent's report; a caller judges the result by what the target left behind.
-
-    Raises:
-        TimeoutError: If the ranks still ran at the limit; they are stopped.
-    """
-    launched = lease().launch(target, argument, ranks=ranks, log=log, env={"OMP_NUM_THREADS": str(threads)})
-    try:
-        return launched.wait_for(limit_seconds)
-    finally:
-        launched.close()
-
-
-def answers(target: str, work: Path, *, ranks: int, limit_seconds: float = 300.0) -> list[dict]:
-    """Run `target(work)` in so many ranks, each of which writes `rank_N.json` there, and read what they wrote.
-
-    Args:
-        target: A function as `module:name`, taking the directory's name.
-        work: A directory.
-        ranks: Number of ranks.
-        limit_seconds: Stop the ranks after so long.
-
-    Returns:
-        One answer a rank, in their order.
-
-    Raises:
-        RuntimeError: If a rank did not answer; the end of the launcher's log says why.
-        TimeoutError: If the ranks still ran at the limit; they are stopped.
-    """
-    log = work / "log.txt"
-    call(target, str(work), ranks=ranks, log=log, limit_seconds=limit_seconds)
-    found = [path for rank in range(ranks) if (path := work / f"rank_{rank}.json").exists()]
-    if len(found) != ranks:
-        tail = log.read_text(errors="replace")[-1500:] if log.exists() else ""
-        raise RuntimeError(f"{len(found)} of {ranks} ranks answered. The end of the launcher's log:\n{tail}")
-    return [json.loads(path.read_text()) for path in found]
 
 
 def _alive(path: Path) -> bool:

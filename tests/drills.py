@@ -78,6 +78,27 @@ def writes_what_it_would_train_with(run_directory: str, cfg: object = None) -> N
     train.rank_main(run_directory, cfg)
 
 
+def reaches_pretrain(run_directory: str, cfg: object = None) -> None:
+    """A GPU rank that says what it finds where Bridge's pretrain() would begin, on a machine without a GPU."""
+    import sys
+
+    import torch
+    from megatron.bridge.training import initialize
+    from megatron.bridge.training import pretrain as module
+
+    from course_lib import memory_meter
+
+    def reached(*_: object, **__: object) -> None:
+        print("cpu:", [name for name in sys.modules if name.startswith("course_lib.cpu")])
+        print("redirected:", hasattr(torch.cuda.is_available, "__wrapped__"), torch.empty.__class__.__name__)
+        print("helpers:", initialize.compile_helpers())  # upstream's own would call make, and end the rank
+        print("compiler:", torch.compile.__module__, os.environ.get("TORCHDYNAMO_DISABLE") or None)
+
+    memory_meter.meter = lambda device: None
+    module.pretrain = reached
+    train.rank_main(run_directory, cfg)
+
+
 def fills_the_disk(run_directory: str, cfg: object = None) -> None:
     """Rank 1 fills what is left of the run's file system in its second step; whoever writes next meets it."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from course_lib import cpu
+from course_lib import cpu, runs
 from course_lib.cpu import device, redirection
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -67,7 +67,7 @@ def test_it_refuses_a_notebook_kernel():
     code = """
 import sys
 import ipykernel.kernelapp
-from course_lib import cpu
+from course_lib import cpu, runs
 try:
     cpu.activate()
 except cpu.Refused as refused:
@@ -79,36 +79,21 @@ print("torch" in sys.modules)
     assert touched == "False"
 
 
-def test_it_is_never_imported_on_a_gpu_run(tmp_path):
-    """With COURSE_DEVICE=cuda a rank reaches Bridge's pretrain() without course_lib.cpu and without any redirection."""
-    code = f"""
-import sys
-from course_lib import stack
-stack.prepare_imports()
-import small
-cfg = small.config(tp=1)
-cfg.to_yaml({str(tmp_path / "config.yaml")!r})
-import megatron.bridge.training.pretrain as module
-import torch
-def reached(*_, **__):
-    print("cpu:", [name for name in sys.modules if name.startswith("course_lib.cpu")])
-    print("redirected:", hasattr(torch.cuda.is_available, "__wrapped__"), torch.empty.__class__.__name__)
-    from megatron.bridge.training import initialize
-    print("helpers:", initialize.compile_helpers())  # upstream's own would call make, and end the rank
-module.pretrain = reached
-from pathlib import Path
-from course_lib import memory_meter, train
-memory_meter.meter = lambda device: print("meter:", device)
-for part in ("logs", "ranks"):
-    Path({str(tmp_path)!r}, part).mkdir()
-train.start({str(tmp_path)!r})
-"""
-    environment = {"COURSE_DEVICE": "cuda", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    python(code, **environment, PYTHONPATH=f"{PROJECT / 'tests'}{os.pathsep}{PROJECT}")
+def test_a_gpu_rank_imports_what_is_missing_and_keeps_the_compiler(bridge, tmp_path):
+    """Without Transformer Engine's neighbours a GPU rank reaches pretrain() by itself: no redirection, the real compiler."""
+    import small
+
+    for part in ("logs", "ranks"):
+        (tmp_path / part).mkdir()
+    small.config(tp=1, model__transformer_impl="local").to_yaml(str(tmp_path / "config.yaml"))
+    runs.write_json(tmp_path / "launch.json", {"device": "cuda", "target": "drills:reaches_pretrain"})
+    places = f"{PROJECT / 'tests'}{os.pathsep}{PROJECT}"
+    ranks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "TORCHDYNAMO_DISABLE": ""}  # it is set in this process
+    python(f"from course_lib import train; train.start({str(tmp_path)!r})", **ranks, PYTHONPATH=places)
     log = (tmp_path / "logs" / "rank_0.log").read_text()
-    assert "meter: cuda" in log and "cpu: []" in log
-    assert "redirected: False builtin_function_or_method" in log
+    assert "cpu: []" in log and "redirected: False builtin_function_or_method" in log
     assert "helpers: None" in log
+    assert "compiler: torch None" in log
 
 
 def test_the_real_meter_of_a_gpu_run_needs_no_redirection():

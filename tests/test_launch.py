@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import small
 
-from course_lib import cpu, devices, launch, layout, live_tensors, runs, supervision, torchrun, train, warm
+from course_lib import cpu, devices, launch, layout, live_tensors, runs, stack, supervision, torchrun, train, warm
 from course_lib.live_tensors import TARGET
 
 
@@ -129,7 +129,7 @@ def test_warm_launch_and_torchrun_give_the_same_losses(bridge, runs_directory):
 
 def test_a_target_that_cannot_be_is_refused(bridge, runs_directory):
     """What is no name of a function stops at the door; a function that is not there is the ranks' error, by name."""
-    with pytest.raises(ValueError, match="name a function as 'module:function'"):
+    with pytest.raises(ValueError, match="'course_lib.leak' names no function"):
         launch.prepare(small.config(), ranks=2, target="course_lib.leak")
     assert not runs_directory.exists()
     with pytest.raises(launch.RunFailed, match="target 'course_lib.leak:rank_mian' is no .module:function."):
@@ -265,8 +265,8 @@ def test_the_command_can_be_typed_by_hand():
     from pathlib import Path
 
     words = launch.command(Path("runs/smoke"), ranks=8)
-    assert words[1:] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "8", "-m", "course_lib.train",
-                         "runs/smoke/config.yaml"]  # fmt: skip
+    assert words[1:] == ["-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost",
+                         "--nproc-per-node", "8", "-m", "course_lib.train", "runs/smoke/config.yaml"]  # fmt: skip
 
 
 def test_all_clients_of_a_session_share_one_server(warm_engine):
@@ -299,6 +299,7 @@ def test_gpus_would_be_used(monkeypatch, bridge, runs_directory):
 
     monkeypatch.setenv("COURSE_DEVICE", "cuda")
     monkeypatch.setattr(torchrun, "start", start)
+    monkeypatch.setattr(stack, "missing_modules", lambda: [])
     run = launch.run(small.config(), ranks=8, name="gpu", show=None)
     about = json.loads((run.path / "launch.json").read_text())
     assert (about["device"], about["launcher"], seen["ranks"]) == ("cuda", "torchrun", 8)

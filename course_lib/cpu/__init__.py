@@ -51,6 +51,7 @@ def activate(*, allow_untested: bool = False) -> None:
         Refused: In a notebook kernel, or if versions differ from `stack.TESTED` and `allow_untested` is false.
         Misfit: If upstream moved and a redirection no longer fits; names each one.
     """
+    import os
     import sys
 
     from course_lib import stack
@@ -67,6 +68,8 @@ def activate(*, allow_untested: bool = False) -> None:
             f"untested versions: {'; '.join(wrong)}. Run `make setup` to get the tested ones, "
             "or set COURSE_ALLOW_UNTESTED=1 and check the results yourself."
         )
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that is there takes no part in it
+    stack.hide_gpu_packages()
     stack.prepare_imports()
     import torch
 

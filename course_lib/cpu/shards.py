@@ -44,10 +44,11 @@ def _reduce_scatter(exchange: Callable[[Any], Exchange], original: Callable) -> 
     import torch
 
     @functools.wraps(original)
-    def reduce_scatter(group: Any, outputs: list, inputs: list, options: Any) -> object:
-        average = options.reduceOp == torch.distributed.ReduceOp.AVG
-        if not average and options.reduceOp != torch.distributed.ReduceOp.SUM:
-            return original(group, outputs, inputs, options)
+    def reduce_scatter(group: Any, outputs: list, inputs: list, *options: Any) -> object:
+        operation = options[0].reduceOp if options else torch.distributed.ReduceOp.SUM
+        average = operation == torch.distributed.ReduceOp.AVG
+        if not average and operation != torch.distributed.ReduceOp.SUM:
+            return original(group, outputs, inputs, *options)
         me, size = group.rank(), group.size()
         for output, whole in zip(outputs, inputs, strict=True):
             total, shards = output.view(-1), whole.view(size, -1)
@@ -71,7 +72,7 @@ def _all_gather(exchange: Callable[[Any], Exchange], original: Callable) -> Call
     """Each rank shows its shard to the others, who put a copy in its place."""
 
     @functools.wraps(original)
-    def all_gather(group: Any, outputs: list, inputs: list, options: Any) -> object:
+    def all_gather(group: Any, outputs: list, inputs: list, *_: Any) -> object:
         me, size = group.rank(), group.size()
         for whole, mine in zip(outputs, inputs, strict=True):
             shards, mine = whole.view(size, -1), mine.view(-1)
@@ -137,6 +138,13 @@ def _with_its_groups(original: Callable) -> Callable:
     return destroy_model_parallel
 
 
+def _known(*names: str) -> str:
+    """The first of these methods that the installed torch has: 2.13 renamed some, and kept the old names beside."""
+    import torch
+
+    return next((name for name in names if hasattr(torch.distributed.ProcessGroup, name)), names[0])
+
+
 def redirections() -> list[Redirection]:
     """The collectives of tensor parallelism and of the distributed optimizer, in the order in which they are applied."""
     exchange = _connections()
@@ -147,11 +155,15 @@ def redirections() -> list[Redirection]:
             )
             for method, replacement, reason in (
                 (
-                    "reduce_scatter_single_coalesced",
+                    _known("reduce_scatter_single_coalesced", "reduce_scatter_tensor_coalesced"),
                     _reduce_scatter,
                     "gloo adds up everything on every rank, keeps a part",
                 ),
-                ("all_gather_single_coalesced", _all_gather, "gloo copies every part twice"),
+                (
+                    _known("all_gather_single_coalesced", "allgather_into_tensor_coalesced"),
+                    _all_gather,
+                    "gloo copies every part twice",
+                ),
                 ("allreduce", _all_reduce, "gloo sends it through sockets"),
             )
         ),
