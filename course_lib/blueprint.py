@@ -1,8 +1,7 @@
-"""The nano3 blueprint as data: its four stages, and where its documents, YAML and code disagree.
+"""The nano3 blueprint as data: its four stages, and where its documents, the installed recipe and its YAML differ.
 
-The tables are facts that the course read and wrote down, each with repository, path and version.  What a contradiction
-comes to is not in the table alone: `decide` computes the evidence from the installed packages, so that an upgrade that
-changes a fact is noticed.
+The tables are facts that the course read and wrote down, each with repository, path and version.  What the installed
+packages say is not in the table alone: `installed` computes it, so that an upgrade that changes a fact is noticed.
 """
 
 from __future__ import annotations
@@ -21,38 +20,39 @@ from course_lib import catalogue, recipes
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["NANO", "NANO_4B", "Contradiction", "contradictions", "decide", "load", "road", "stages"]
+__all__ = ["NANO", "NANO_4B", "Difference", "columns", "differences", "installed", "load", "stages"]
 
 NANO = "nemotronh.h100.nemotron_3_nano:nemotron_3_nano_pretrain_8gpu_h100_bf16_config"
 NANO_4B = "nemotronh.h100.nemotron_3_nano_4b:nemotron_3_nano_4b_pretrain_8gpu_h100_bf16_config"
 _DATA = Path(__file__).resolve().parent.parent / "data"
 _ROOT = "megatron.bridge.recipes."
-_MAMBA = ("hybrid_layer_pattern", "mamba_num_heads", "position_embedding_type")
-_CURRICULUM = ("train.train_iters", "train.global_batch_size", "optimizer.lr", "scheduler.lr_warmup_iters")
 
 
 @dataclass(frozen=True)
-class Contradiction:
-    """Two claims about one thing.
+class Difference:
+    """One thing of which three sources speak: NVIDIA's documents, the installed recipe, and the YAML or script of a stage.
 
     Attributes:
         id: Short name.
-        topic: What both are about.
-        claim_a: The one, with `source_a`: path and version.
-        claim_b: The other, with `source_b`.
-        verdict: `a`, `b`, `both`, `neither`, `undecided`, or `exercise` where the learner decides.
-        evidence: What `decide` computed at the pinned versions.
+        topic: What it is about.
+        reported: What the documents say of the run, with `says` and `source`, or None.
+        yaml: What the YAML or the script of the stage says, in the same form, or None.
+        installed: What `installed` computed at the pinned versions; None where nothing here can.
+        verdict: `two runs` where the recipe is no copy of the reported run, `stale` where a document or a YAML was left
+            behind, `same` where both mean one thing, `undecided`, or `exercise` where the learner decides.
+        lesson: Whether lesson 02 shows it.
+        loses: What somebody meets who believes the wrong source; empty where the lesson does not show it.
         pages: Numbers of the lessons that state it.
     """
 
     id: str
     topic: str
-    claim_a: str
-    source_a: str
-    claim_b: str
-    source_b: str
+    reported: dict[str, str] | None
+    yaml: dict[str, str] | None
+    installed: str | None
     verdict: str
-    evidence: str
+    lesson: bool
+    loses: str
     pages: list[str]
 
 
@@ -64,14 +64,42 @@ def stages(*, directory: Path = _DATA) -> pd.DataFrame:
     return pd.DataFrame(data["rows"], dtype=object)
 
 
-def contradictions(*, directory: Path = _DATA) -> tuple[Contradiction, ...]:
-    """Where nano3's documents, YAML and code disagree.
+def differences(*, directory: Path = _DATA) -> tuple[Difference, ...]:
+    """Where nano3's documents, the installed recipe and the YAML differ.
 
-    >>> len(contradictions()) >= 12
-    True
+    >>> sum(row.lesson for row in differences())
+    8
     """
-    data = json.loads((directory / "nano3_contradictions.json").read_text(encoding="utf-8"))
-    return tuple(Contradiction(**row) for row in data["rows"])
+    data = json.loads((directory / "nano3_differences.json").read_text(encoding="utf-8"))
+    return tuple(Difference(**row) for row in data["rows"])
+
+
+def columns(cfg: Any) -> pd.DataFrame:
+    """The rows of lesson 02: the reported run, the recipe that you get, the YAML, and what they come to.
+
+    Args:
+        cfg: The installed recipe of Nemotron 3 Nano; its column is computed from it.
+    """
+    import pandas as pd
+
+    def says(claim: dict[str, str] | None) -> str:
+        return claim["says"] if claim else ""
+
+    rows = [
+        (
+            row.topic,
+            says(row.reported),
+            installed(row, cfg) if row.installed else "",
+            says(row.yaml),
+            row.verdict,
+            row.loses,
+        )
+        for row in differences()
+        if row.lesson
+    ]
+    return pd.DataFrame(
+        rows, columns=["about", "the reported run", "the recipe you get", "the YAML", "verdict", "costs you"]
+    )
 
 
 def load(path: str) -> Any:
@@ -91,55 +119,22 @@ def load(path: str) -> Any:
         return getattr(importlib.import_module(_ROOT + module), function)()
 
 
-def decide(contradiction: Contradiction, cfg: Any) -> str:
-    """Compute what the installed packages say about a contradiction.
+def installed(row: Difference, cfg: Any) -> str:
+    """Compute what the installed packages say about one of `differences()`.
 
     Args:
-        contradiction: One of `contradictions()`.
+        row: The difference.
         cfg: The installed recipe of Nemotron 3 Nano.
 
     Returns:
-        The evidence as text; equal to `contradiction.evidence` as long as upstream does not change.
+        Text that equals `row.installed` as long as upstream does not change.
 
     Raises:
-        KeyError: If nothing here decides it; the message names what does.
+        KeyError: If nothing here computes it; the message has the row's verdict.
     """
-    if contradiction.id not in _DECIDERS:
-        raise KeyError(f"{contradiction.id!r} is not decided by computing: its verdict is {contradiction.verdict!r}")
-    return _DECIDERS[contradiction.id](cfg)
-
-
-def road(nano: Any, hybrid: Any, dense: Any) -> pd.DataFrame:
-    """What each step from Nemotron 3 Nano to a small dense model takes away, as differences of recipes.
-
-    Args:
-        nano: The 30B recipe, hybrid and with experts.
-        hybrid: The 4B recipe, hybrid and without experts.
-        dense: The 1B Llama recipe.
-
-    Returns:
-        One row a step: what goes, between which recipes, how many settings about it differ, and the telling ones.
-    """
-    import pandas as pd
-
-    rows = []
-    for what, between, before, after, about, shown in (
-        ("experts", "30B to 4B", nano, hybrid, ("moe", "expert"), ("num_moe_experts", "expert_model_parallel_size")),
-        ("Mamba layers", "4B to 1B", hybrid, dense, ("mamba", "hybrid", "position_embedding"), _MAMBA),
-        ("scale", "30B to 1B", nano, dense, ("num_", "hidden_size", "parallel_size"), ("num_layers", "hidden_size")),
-        ("curriculum", "30B to 1B", nano, dense, ("train.", "scheduler.", "optimizer.", "dataset."), _CURRICULUM),
-    ):
-        found = recipes.diff(before, after)
-        found = found[found.field.map(lambda name, about=about: any(word in name for word in about))]
-        values = found.set_index("field")
-        names = [
-            name
-            for name in (f"model.{short}" if "." not in short else short for short in shown)
-            if name in values.index
-        ]
-        text = "; ".join(f"{name}: {values.loc[name, 'before']} -> {values.loc[name, 'after']}" for name in names)
-        rows.append((what, between, len(found), text))
-    return pd.DataFrame(rows, columns=["what goes", "between", "settings that differ", "among them"])
+    if row.id not in _COMPUTED:
+        raise KeyError(f"{row.id!r} cannot be computed from the installed packages: its verdict is {row.verdict!r}")
+    return _COMPUTED[row.id](cfg)
 
 
 def _sizes(cfg: Any) -> str:
@@ -188,7 +183,7 @@ def _shared(cfg: Any) -> str:
     return f"one of width {width} = {width // routed} x {routed}"
 
 
-_DECIDERS: dict[str, Callable[[Any], str]] = {
+_COMPUTED: dict[str, Callable[[Any], str]] = {
     "layout": _sizes,
     "experts": lambda cfg: f"{cfg.model.num_moe_experts} experts, top {cfg.model.moe_router_topk}",
     "depth": lambda cfg: f"{cfg.model.num_layers} layers, width {cfg.model.hidden_size}",

@@ -27,7 +27,7 @@ _PLACES = {
     "NeMo Run": (2, 0),
     "Megatron-Bridge": (2, 1),
     "NeMo AutoModel": (2, 2),
-    "Megatron Core": (3, 1),
+    "Megatron-LM": (3, 1),
 }
 _LAYER_COLOURS = {
     "data": plots_style.COLOURS["green"],

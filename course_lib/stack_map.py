@@ -22,7 +22,7 @@ from course_lib import installation
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Box", "Proof", "Question", "boxes", "flows", "home", "prove", "questions", "table"]
+__all__ = ["Box", "Proof", "Question", "beside", "boxes", "flows", "home", "prove", "questions", "table"]
 
 _DATA = Path(__file__).resolve().parent.parent / "data" / "stack.json"
 _LIMIT_S = 420  # importing AutoModel takes ten seconds, or minutes on a machine that others use
@@ -87,7 +87,7 @@ def boxes(*, path: Path = _DATA) -> tuple[Box, ...]:
     """The six systems.
 
     >>> [box.name for box in boxes() if box.layer == "machinery"]
-    ['Megatron Core']
+    ['Megatron-LM']
     """
     return tuple(Box(**row) for row in _read(path)["boxes"])
 
@@ -95,6 +95,13 @@ def boxes(*, path: Path = _DATA) -> tuple[Box, ...]:
 def questions(*, path: Path = _DATA) -> tuple[Question, ...]:
     """The exercise "which repository do I open?"."""
     return tuple(Question(**row) for row in _read(path)["questions"])
+
+
+def beside() -> pd.DataFrame:
+    """Systems of the stages that this course does not run: one row each, with its stage, role, repository and source."""
+    import pandas as pd
+
+    return pd.DataFrame(_read(_DATA)["beside"])
 
 
 def flows(*, path: Path = _DATA) -> tuple[tuple[str, str, str], ...]:

@@ -69,15 +69,24 @@ def lesson_01():
     yield "check-versions", {"stack_map": stack_map, "installation": Some(version=tested.get)}, {
         "nothing is installed": {"installation": Some(version=gives(None))},
     }  # fmt: skip
-    together = Some(places=lambda name: [Path("one", *name.split("."), "__init__.py")])
-    apart = Some(places=lambda name: [Path(name, *name.split("."), "__init__.py")])
-    yield "check-namespace", {"installation": together}, {
-        "two installations": {"installation": apart},
+    shared = {"core", "training", "bridge", "energon"}
+    yield "check-namespace", {"homes": {"megatron.core": Path("one/megatron/core")}, "shared": shared}, {
+        "another package": {"shared": shared | {"nano"}},
+        "a core without its older loop": {"shared": shared - {"training"}},
     }  # fmt: skip
+    pairs = {"--lr": "optimizer.lr"}
+    known = {"pairs": pairs, "flags": {"--lr"}, "fields": {"optimizer.lr": 1}}
+    yield "check-flags", known, {"no such flag": {"flags": set()}, "no such field": {"fields": {}}}
+    own = {"registry": '"LlamaForCausalLM", "NemotronHForCausalLM", "Qwen3ForCausalLM"', "default": False}
+    yield (
+        "check-automodel",
+        own,
+        {"no own Llama": {"registry": ""}, "the Hub's model is the default": {"default": True}},
+    )
     proofs = {box.name: Some(file="installed.py" if box.distribution else "course_lib/blueprint.py") for box in boxes}
     installed = sum(box.distribution is not None for box in boxes)
     yield "check-roles", {"proofs": proofs, "installed": installed}, {
-        "Core shown by the course": {"proofs": proofs | {"Megatron Core": Some(file="course_lib/stack.py")}},
+        "Core shown by the course": {"proofs": proofs | {"Megatron-LM": Some(file="course_lib/stack.py")}},
     }  # fmt: skip
     yield "check-dependency", {"imports": {"megatron.bridge": 600, "megatron.core": 3}}, {
         "Bridge hardly needs Core": {"imports": {"megatron.bridge": 90, "megatron.core": 1}},
@@ -115,11 +124,6 @@ def nano(*, experts=29_374_808_064, embedding=352_321_536, rest=1_850_810_688, *
     return {"Nano 30B-A3B": Census("", parts, **{"experts": 128, "chosen": 6, "on_rank": on_rank} | fields)}
 
 
-def totals(b1=1_235_814_400, b3=3_212_749_824, b8=8_030_261_248):
-    """So many parameters of the three Llamas."""
-    return {name: Some(total=total) for name, total in (("Llama 1B", b1), ("Llama 3B", b3), ("Llama 8B", b8))}
-
-
 def lesson_02():
     """Facts of lesson 02; configurations are compared, shrunk and counted by the real functions."""
     llama_3b = other(LLAMA_1B, model={"num_layers": 28, "hidden_size": 3072})
@@ -127,16 +131,21 @@ def lesson_02():
         "nano": {"layers": 52, "width": 2688, "experts": 128, "chosen": 6},
         "nano_4b": {"layers": 42, "width": 3136},
     }
-    yield "check-diff", {"recipes": recipes, "llama_1b": LLAMA_1B, "llama_3b": llama_3b, **nanos}, {
+    shown = {"copy": copy, "tables": Some(full=gives(None)), "llama_1b": LLAMA_1B, "recipes": recipes}
+    yield "check-diff", {"llama_3b": llama_3b, **shown, **nanos}, {
         "another learning rate": {"llama_3b": other(llama_3b, optimizer={"lr": 1e-4})},
         "as deep as 1B": {"llama_3b": other(llama_3b, model={"num_layers": 16})},
         "one Nano twice": {"nano_4b": nanos["nano"]},
     }  # fmt: skip
-    deep = {"pattern": "MEM*E", "layers_published": 5, "nano": Some(model=Some(num_layers=5))}
+
+    def patterned(pattern, layers=5):
+        return {"nano": Some(model=Some(num_layers=layers, hybrid_layer_pattern=pattern))}
+
+    deep = {"layers_published": 5, "Counter": Counter, **patterned("MEM*E")}
     yield "check-pattern", deep, {
         "another source": {"layers_published": 4},
-        "a recipe that contradicts its pattern": {"nano": Some(model=Some(num_layers=4))},
-        "a Mamba layer after another": {"pattern": "MM*EE"},
+        "a recipe that contradicts its pattern": patterned("MEM*E", layers=4),
+        "a Mamba layer after another": patterned("MM*EE"),
     }  # fmt: skip
     count = {
         "counted": nano(), "routed": 29_374_808_064, "unused": 27_997_863_936, "ranks": 8, "total_published": 31.6,
@@ -149,31 +158,35 @@ def lesson_02():
         "a small input embedding": {"counted": nano(embedding=52_321_536, rest=2_150_810_688)},
         "an estimate for 8 experts": {"unused": 27_538_882_560},
     }  # fmt: skip
-    tables = {
-        "census": Some(count=gives(totals())), "counted": totals(1_241_581_568, 3_221_400_576, 8_053_329_920),
-        "llamas": None, "ranks": 8, "recipes": recipes, "llama_1b": LLAMA_1B, "llama_3b": llama_3b,
-        "llama_8b": other(LLAMA_1B, model={"hidden_size": 4096, "share_embeddings_and_output_weights": False}),
-        "vocab_size": 131_072,
+    found = blueprint.differences()
+    written = [row.installed or "" for row in found if row.lesson]
+    table = pd.DataFrame({"the recipe you get": written, "verdict": [row.verdict for row in found if row.lesson]})
+    yield "check-columns", {"table": table, "blueprint": blueprint, "Counter": Counter}, {
+        "upstream changed": {"table": table.assign(**{"the recipe you get": "another"})},
+        "another verdict": {"table": table.assign(verdict="undecided")},
     }  # fmt: skip
-    yield "vocabulary", tables, {
-        "a built table more": {"census": Some(count=gives(totals(b1=1_498_482_688)))},
-        "a layer less by formula": {"llama_1b": other(LLAMA_1B, model={"num_layers": 15})},
-        "8B grows in one table": {"counted": totals(b8=8_041_795_584)},
-    }  # fmt: skip
-    found = blueprint.contradictions()
-    decided = {row.id: row.evidence for row in found if row.verdict not in ("exercise", "undecided")}
-    yield "check-decide", {"found": found, "decided": decided}, {
-        "few are decided": {"decided": dict(list(decided.items())[:11])},
-        "upstream changed": {"decided": decided | {"depth": "48 layers, width 2688"}},
-    }  # fmt: skip
-    small = copy.deepcopy(LLAMA_1B)
-    changes = recipes.shrink(
-        small, num_layers=4, hidden_size=128, num_attention_heads=8, num_query_groups=4, seq_length=128
-    )
-    yield "check-shrink", {"recipes": recipes, "llama_1b": LLAMA_1B, "small": small, "changes": changes}, {
-        "a change that is not listed": {"changes": changes.iloc[1:]},
-        "data of the recipe's length": {"small": other(small, dataset={"seq_length": 8192})},
-        "heads of the large model": {"small": other(small, model={"kv_channels": 64})},
+
+    def shrinks(then):
+        """`recipes`, whose `shrink` does one thing more and returns the list that follows from it."""
+
+        def shrink(cfg, **sizes):
+            return then(cfg, recipes.shrink(cfg, **sizes))
+
+        return {"recipes": Some(shrink=shrink, diff=recipes.diff)}
+
+    def sets(section, field, value):
+        """Set one more field, and list it."""
+
+        def then(cfg, changes):
+            setattr(getattr(cfg, section), field, value)
+            return recipes.diff(LLAMA_1B, cfg)
+
+        return shrinks(then)
+
+    yield "shrink", shown, {
+        "a change that is not listed": shrinks(lambda cfg, changes: changes.iloc[1:]),
+        "data of the recipe's length": sets("dataset", "seq_length", 8192),
+        "heads of the large model": sets("model", "kv_channels", 64),
     }  # fmt: skip
 
 

@@ -176,14 +176,16 @@ def test_one_change_is_exactly_one_field():
 
 
 def test_the_noise_is_welchs_interval():
-    """The half width equals that of scipy's own test; groups without any spread have none."""
-    from scipy.stats import ttest_ind
+    """The half widths equal those of scipy's own tests, unpaired and paired; groups without any spread have none."""
+    from scipy.stats import ttest_ind, ttest_rel
 
     before, after = [5.0, 5.1, 5.25], [5.6, 5.5, 5.9]
     one = sweep.Comparison.of(sweep.Change("x", 1, 2), before, after)
     interval = ttest_ind(after, before, equal_var=False).confidence_interval(0.95)
     assert (one.difference - one.noise, one.difference + one.noise) == pytest.approx((interval.low, interval.high))
     assert one.verdict == "worse"
+    within = ttest_rel(after, before).confidence_interval(0.95)
+    assert one.paired_noise == pytest.approx((within.high - within.low) / 2)
     assert sweep.Comparison.of(sweep.Change("x", 1, 2), after, before).verdict == "better"
     same = sweep.Comparison.of(sweep.Change("x", 1, 2), [5.0, 5.0], [5.0, 5.0])
     assert (same.noise, same.verdict) == (0, "no difference beyond noise")

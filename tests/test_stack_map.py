@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from course_lib import installation, stack_diagram, stack_map
+from course_lib import blueprint, installation, stack_diagram, stack_map
 
 
 def test_versions_are_those_installed() -> None:
@@ -22,7 +22,7 @@ def test_versions_are_those_installed() -> None:
     assert not stack_map.table()["imported from"].str.contains("not installed").any()
 
 
-@pytest.mark.parametrize("name", ["Megatron-Bridge", "Megatron Core", "Nemotron", "NeMo Run"])
+@pytest.mark.parametrize("name", ["Megatron-Bridge", "Megatron-LM", "Nemotron", "NeMo Run"])
 def test_a_role_is_shown_by_an_object(bridge: Any, name: str) -> None:
     """The object of a box exists; the lesson imports the other two as well."""
     box = next(box for box in stack_map.boxes() if box.name == name)
@@ -52,6 +52,12 @@ def test_flows_and_questions_name_known_systems() -> None:
     asked = stack_map.questions()
     assert len(asked) == 20 and {question.answer for question in asked} == names
     assert all(question.reason.endswith(".") for question in asked)
+
+
+def test_what_stands_beside_the_map_has_a_stage_and_a_source() -> None:
+    """The systems of stages 2 and 3 are stages of the blueprint, and each row says where it was read."""
+    table = stack_map.beside()
+    assert set(table.stage) <= set(blueprint.stages().stage) and table.source.str.contains(" @ ").all()
 
 
 def test_the_diagram_links_every_box_to_its_card() -> None:
