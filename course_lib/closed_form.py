@@ -27,7 +27,15 @@ class NotCounted(ValueError):
     """The closed form does not cover this model."""
 
 
-def expected(cfg: Any, *, ranks: int, rank: int = 0, element_bytes: int = 4, gradient_bytes: int = 4) -> pd.DataFrame:
+def expected(
+    cfg: Any,
+    *,
+    ranks: int,
+    rank: int = 0,
+    element_bytes: int = 4,
+    gradient_bytes: int = 4,
+    loss_fusion: str | None = None,
+) -> pd.DataFrame:
     """What one rank takes part in during one step, the first excepted, by closed form.
 
     Let A = sequence / CP x micro batch x hidden x `element_bytes`, the size of the residual stream.  For every layer and
@@ -45,6 +53,8 @@ def expected(cfg: Any, *, ranks: int, rank: int = 0, element_bytes: int = 4, gra
         rank: Global rank.
         element_bytes: Bytes of an activation or parameter: 4 in fp32, 2 in bf16.
         gradient_bytes: Bytes of a gradient where it is reduced.
+        loss_fusion: What the loss runs as: None for separate operations, which is what a CPU rank does whatever the recipe
+            says, or the recipe's `cross_entropy_fusion_impl` for a GPU, `"te"` or `"native"`.
 
     Returns:
         Rows `phase, operation, group, group_size, bytes, count, why`: `bytes` is the size of one operation.
@@ -61,8 +71,29 @@ def expected(cfg: Any, *, ranks: int, rank: int = 0, element_bytes: int = 4, gra
     layout = Layout.from_config(cfg, ranks=ranks)
     fields = Fields.of(cfg)
     _refuse_what_is_not_counted(fields, layout)
-    rows = [row for row in _rows(fields, layout, rank, element_bytes, gradient_bytes) if row[3] > 1 and row[5]]
+    rows = [
+        row for row in _rows(fields, layout, rank, element_bytes, gradient_bytes, loss_fusion) if row[3] > 1 and row[5]
+    ]
     return pd.DataFrame(rows, columns=[*KEY, "count", "why"])
+
+
+def _loss(tokens_bytes: int, tp: int, fusion: str | None) -> list[tuple[str, int, int, str]]:
+    """Operation, bytes, times and reason of what one loss sends, for an fp32 number a token of `tokens_bytes`.
+
+    Source: megatron-core tensor_parallel/cross_entropy.py and fusions/fused_cross_entropy.py @ 0.19.2;
+    transformer_engine/pytorch/triton/cross_entropy.py (three numbers a token from every rank).
+    """
+    ways = {
+        None: [("all_reduce", tokens_bytes, 3, "maximum, target logit, sum")],
+        "native": [
+            ("all_reduce", tokens_bytes, 1, "maximum"),
+            ("all_reduce", 2 * tokens_bytes, 1, "target logit and sum in one"),
+        ],
+        "te": [("all_gather", 3 * tp * tokens_bytes, 1, "maximum, sum and target logit of every rank")],
+    }
+    if fusion not in ways:
+        raise NotCounted(f"loss_fusion={fusion!r}: the kernels that are counted are None, 'native' and 'te'")
+    return ways[fusion]
 
 
 def _refuse_what_is_not_counted(fields: Fields, layout: Layout) -> None:
@@ -88,7 +119,9 @@ def _refuse_what_is_not_counted(fields: Fields, layout: Layout) -> None:
             raise NotCounted(f"{name}={found!r} sends other things than this closed form counts (it wants {value!r})")
 
 
-def _rows(fields: Fields, layout: Layout, rank: int, element_bytes: int, gradient_bytes: int) -> Iterator[tuple]:
+def _rows(
+    fields: Fields, layout: Layout, rank: int, element_bytes: int, gradient_bytes: int, loss_fusion: str | None
+) -> Iterator[tuple]:
     """Rows (phase, operation, group, group size, bytes, count, why); those without partners are left in."""
     tp, pp, cp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.context_parallel_size
     sequence, micro = fields.model("seq_length") // cp, fields.get("train", "micro_batch_size")
@@ -118,7 +151,8 @@ def _rows(fields: Fields, layout: Layout, rank: int, element_bytes: int, gradien
     else:
         yield "forward", "all_reduce", "tp", tp, stream, m * split_out, "row-parallel outputs and the embedding"
         yield "backward", "all_reduce", "tp", tp, stream, m * split_in, "gradients of column-parallel inputs"
-    yield "forward", "all_reduce", "tp", tp, 4 * sequence * micro, 3 * m * last, "loss: maximum, target logit, sum"
+    for operation, size_bytes, times, why in _loss(4 * sequence * micro, tp, loss_fusion):
+        yield "forward", operation, "tp", tp, size_bytes, times * m * last, f"loss: {why}"
     heads = fields.model("num_attention_heads")
     groups = fields.model("num_query_groups", heads)
     channels = head_channels(fields)

@@ -75,11 +75,14 @@ def round_trip(*, end: int = 0, lost: str = "") -> dict[str, Any]:
     return {"texts": texts, "work": Path("w"), "microscope": microscope, "tokenizers": ends, "encoder": encoder}
 
 
-def cut(*, first_token: int) -> dict[str, Any]:
+def cut(*, first_token: int, masked: bool = False) -> dict[str, Any]:
     """Four samples of one document each, which begin with this token of it."""
     source = SimpleNamespace(datasets=[None], dataset_index=[0] * 4, dataset_sample_index=range(4))
     pieces = pd.DataFrame({"first token": [first_token]})
-    return {"train": source, "labels": [None] * 4, "microscope": SimpleNamespace(pieces=lambda dataset, number: pieces)}
+    fields = dict.fromkeys(("reset_attention_mask", "reset_position_ids", "eod_mask_loss"), masked)
+    cfg = SimpleNamespace(dataset=SimpleNamespace(**fields))
+    cuts = SimpleNamespace(pieces=lambda dataset, number: pieces)
+    return {"train": source, "labels": [None] * 4, "microscope": cuts, "cfg": cfg}
 
 
 def counted(prose: float, *, code_tokens: int = 300) -> dict[str, Any]:
@@ -293,6 +296,7 @@ BROKEN: list[tuple[str, str, str, Callable[[Path], dict[str, Any]], str]] = [
     ("04", "check-labels", "shuffled targets", lambda path: {"train": Sample(SHUFFLE)}, "shuffled targets"),
     ("04", "check-labels", "labels that are the inputs", lambda path: {"train": Sample(lambda y: y - 1)}, "next token"),
     ("04", "check-cuts", "samples that are documents", lambda path: cut(first_token=0), "begin inside a document"),
+    ("04", "check-cuts", "attention inside documents", lambda path: cut(first_token=5, masked=True), "nothing but"),
     ("04", "check-blend", "swapped weights", lambda path: counted(0.3), "Are the weights in the order"),
     ("04", "check-blend", "less code", lambda path: counted(0.7, code_tokens=150), "twice as much code"),
     ("04", "check", "another loss", lambda path: indices(path, loss=8.0), "loss at step 1"),

@@ -41,6 +41,23 @@ def test_recorded_equals_closed_form(name, bridge, runs_directory):
     assert passes.nunique() == 1 and len(passes) == 2 * ranks
 
 
+@pytest.mark.parametrize(
+    ("fusion", "sent"),
+    [
+        (None, [("all_reduce", 256, 24)]),
+        ("native", [("all_reduce", 256, 8), ("all_reduce", 512, 8)]),
+        ("te", [("all_gather", 1536, 8)]),
+    ],
+)
+def test_a_fused_loss_sends_other_messages(bridge, fusion, sent):
+    """64 tokens a micro-batch and 8 of them a step: three numbers a token, however the kernel packs them."""
+    rows = collectives.expected(config(), ranks=2, loss_fusion=fusion)
+    loss = rows[rows.why.str.startswith("loss:")]
+    assert list(loss[["operation", "bytes", "count"]].itertuples(index=False, name=None)) == sent
+    with pytest.raises(collectives.NotCounted, match="loss_fusion='apex'"):
+        collectives.expected(config(), ranks=2, loss_fusion="apex")
+
+
 def test_a_wrong_closed_form_is_noticed(bridge, runs_directory):
     """The comparison fails for a run of another shape, and says which rows."""
     run = launch.run(config(train_iters=2), ranks=2, show=None, record=True)
