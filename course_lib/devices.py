@@ -59,15 +59,6 @@ def _float32(_: object) -> object:
     return torch.float32
 
 
-def _layer_spec(cfg: object) -> object:
-    """The layer spec without Transformer Engine that fits the model."""
-    from megatron.bridge.models import gpt_provider
-
-    spec = cfg.model.transformer_layer_spec
-    te_specs = (gpt_provider.default_layer_spec, gpt_provider.transformer_engine_layer_spec)
-    return gpt_provider.local_layer_spec if spec in te_specs else spec
-
-
 _NO_TE = "Transformer Engine's layers need CUDA"
 _NO_FUSION = "the fused kernel needs CUDA"
 _FP32 = "a CPU emulates bf16, about six times slower than fp32"
@@ -75,8 +66,6 @@ _NO_GRAPH = "a CPU has no CUDA graphs"
 
 FIELDS: tuple[Field, ...] = (
     Field("dist.distributed_backend", "gloo", "NCCL needs GPUs"),
-    Field("model.transformer_impl", "local", _NO_TE),
-    Field("model.transformer_layer_spec", _layer_spec, _NO_TE),
     Field("model.attention_backend", lambda cfg: _local_attention(), "flash and fused attention need CUDA"),
     Field("model.cp_comm_type", lambda cfg: _context(cfg), "the ring is inside Transformer Engine; keys are gathered"),
     Field("model.gradient_accumulation_fusion", False, _NO_FUSION),
@@ -88,6 +77,19 @@ FIELDS: tuple[Field, ...] = (
     Field("model.moe_permute_fusion", False, _NO_FUSION),
     Field("model.moe_router_fusion", False, _NO_FUSION),
     Field("model.moe_grouped_gemm", False, _NO_FUSION),
+    Field(
+        "model.recompute_modules", lambda cfg: _recomputed(cfg), "recomputing moe_act is a part of the grouped kernel"
+    ),
+    Field("model.moe_token_dispatcher_type", lambda cfg: _dispatcher(cfg), "DeepEP's and HybridEP's kernels need CUDA"),
+    Field("model.moe_flex_dispatcher_backend", lambda cfg: _backend(cfg), "as model.moe_token_dispatcher_type"),
+    Field("model.moe_enable_deepep", False, "as model.moe_token_dispatcher_type"),
+    Field("model.use_transformer_engine_op_fuser", False, _NO_TE),
+    Field("model.use_transformer_engine_full_layer_spec", False, _NO_TE),
+    Field("model.dense_grouped_gemm", False, _NO_TE),
+    Field("model.fused_residual_rmsnorm", False, _NO_FUSION),
+    Field("model.use_te_rng_tracker", False, _NO_TE),
+    Field("rng.te_rng_tracker", False, _NO_TE),
+    Field("model.dsa_kernel_backend", "none", _NO_FUSION),
     Field("model.tp_comm_overlap", False, "overlaps inside Transformer Engine"),
     Field("model.cuda_graph_impl", "none", _NO_GRAPH),
     Field("model.fp8", None, "FP8 needs Transformer Engine"),
@@ -101,6 +103,10 @@ FIELDS: tuple[Field, ...] = (
     Field("optimizer.fp16", False, _FP32),
     Field("optimizer.params_dtype", _float32, _FP32),
     Field("optimizer.use_precision_aware_optimizer", False, "needs Transformer Engine's Adam"),
+    *(
+        Field(f"optimizer.{name}_dtype", _float32, "as optimizer.use_precision_aware_optimizer")
+        for name in ("main_grads", "main_params", "exp_avg", "exp_avg_sq")
+    ),
     Field("ddp.overlap_grad_reduce", False, "gloo's threads would fight the ranks for the same cores"),
     Field("ddp.overlap_param_gather", False, "gloo's threads would fight the ranks for the same cores"),
     Field("optimizer.overlap_param_gather", False, "as ddp.overlap_param_gather"),
@@ -130,6 +136,19 @@ def _installed(module: str) -> bool:
     import importlib.util
 
     return importlib.util.find_spec(module) is not None
+
+
+def _recomputed(cfg: object) -> object:
+    modules = cfg.model.recompute_modules
+    return [name for name in modules if name != "moe_act"] if modules else modules
+
+
+def _dispatcher(cfg: object) -> str:
+    return "alltoall" if cfg.model.moe_token_dispatcher_type == "flex" else cfg.model.moe_token_dispatcher_type
+
+
+def _backend(cfg: object) -> str | None:
+    return None if cfg.model.moe_token_dispatcher_type == "flex" else cfg.model.moe_flex_dispatcher_backend
 
 
 def _local_attention() -> object:

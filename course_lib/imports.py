@@ -24,7 +24,7 @@ from types import ModuleType
 
 from course_lib.deferred import DEFERRED, Deferred
 
-__all__ = ["DEFERRED", "Deferred", "defer", "load_bridges", "ready"]
+__all__ = ["DEFERRED", "Deferred", "after", "defer", "load_bridges", "ready"]
 
 
 def _no_dynamo(fn: Callable | None = None, recursive: bool = True, **_: object) -> Callable:
@@ -261,9 +261,19 @@ def _import_transformers_quickly() -> None:
         importlib.metadata.packages_distributions = scan
 
 
+def _finder() -> _Finder | None:
+    return next((finder for finder in sys.meta_path if isinstance(finder, _Finder)), None)
+
+
 def ready() -> bool:
     """True if `defer()` was called in this process."""
-    return any(isinstance(finder, _Finder) for finder in sys.meta_path)
+    return _finder() is not None
+
+
+def after(module: str, hook: Callable[[ModuleType], None]) -> None:
+    """Call `hook(module)` once somebody imports the module of this name; `defer()` must have been called before."""
+    before = _finder().hooks.get(module, lambda _: None)
+    _finder().hooks[module] = lambda loaded: (before(loaded), hook(loaded))
 
 
 def defer(*, compiler: bool = False) -> None:

@@ -138,7 +138,8 @@ def shrink(
 
     ``seq_length`` is set on the model and on the data; ``vocab_size`` on the model and on the tokenizer;
     ``kv_channels``, which a recipe fixes at the head size of the big model, becomes hidden size / heads;
-    ``hybrid_layer_pattern`` brings its number of layers along.
+    ``hybrid_layer_pattern`` brings its number of layers along; with ``num_layers``, lists with an entry a layer keep
+    their beginning, and a plan of pipeline stages, which names every layer, is dropped.
 
     Args:
         cfg: A Bridge ``ConfigContainer``.
@@ -189,6 +190,11 @@ def shrink(
     for name, value in given.items():
         if value is not None:
             setattr(model, name, value)
+    if num_layers is not None:
+        model.pipeline_model_parallel_layout = None
+        for name in ("moe_layer_freq", "window_attn_skip_freq", "linear_attention_freq", "no_rope_freq"):
+            if isinstance(getattr(model, name, None), list):
+                setattr(model, name, getattr(model, name)[:num_layers])
     if seq_length is not None:
         cfg.dataset.seq_length = seq_length
     if vocab_size is not None:

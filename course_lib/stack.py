@@ -20,6 +20,8 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+from course_lib import local_layers
+
 __all__ = [
     "GPU_SET_UP",
     "LESSON_RANKS",
@@ -264,7 +266,10 @@ def _put_stand_ins() -> None:
     # Megatron Core must record that Transformer Engine is absent before something answers to its name.
     importlib.import_module("megatron.core.fp8_utils")
     importlib.import_module("megatron.core.extensions.transformer_engine")
-    for name in missing_modules():
+    missing = missing_modules()
+    if "transformer_engine" in missing and sys.modules.get("transformer_engine") is None:
+        local_layers.stand_in()
+    for name in missing:
         if sys.modules.get(name) is not None:  # called before: a second one would have other classes of the same names
             continue
         module = _empty_module(name)

@@ -198,7 +198,8 @@ def test_activations_follow_what_is_kept(llama):
     assert kept["full"].total_bytes < kept["whole"].total_bytes / 8
     assert kept["full"].recomputed_bytes > 0
     assert kept["attention"].total_bytes < kept["whole"].total_bytes
-    assert kept["norms"].per_microbatch_bytes < kept["whole"].per_microbatch_bytes
+    # Transformer Engine's norms are a part of the layer behind them, so there is nothing to compute again.
+    assert kept["norms"].per_microbatch_bytes == kept["whole"].per_microbatch_bytes
     again = {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]}
     with pytest.raises(ValueError, match="Transformer Engine's grouped experts"):
         memory.activations(memory.with_layout(llama, **again), ranks=8)

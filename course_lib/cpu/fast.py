@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+from course_lib.cpu import context
 from course_lib.cpu.redirection import Redirection
 
 __all__ = ["Done", "redirections"]
@@ -48,7 +49,6 @@ def _flash_attention(original: Callable) -> Callable:
             and attention_mask is None
             and attention_bias is None
             and packed_seq_params is None
-            and softmax.window_size is None
             and softmax.scale is None
             and self.softmax_offset is None
             and not (self.training and self.attention_dropout.p)
@@ -57,14 +57,19 @@ def _flash_attention(original: Callable) -> Callable:
         )
         if not plain:
             return original(self, query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params)
+        mask = None
+        if softmax.window_size is not None:
+            mine = torch.arange(query.shape[0], device=query.device)
+            mask = ~context.hidden(mine, key.shape[0], softmax.window_size, causal=True)
         # Megatron has [sequence, batch, heads, head size], torch wants [batch, heads, sequence, head size].
-        context = torch.nn.functional.scaled_dot_product_attention(
+        out = torch.nn.functional.scaled_dot_product_attention(
             *(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)),
-            is_causal=True,
+            attn_mask=mask,
+            is_causal=mask is None,
             scale=self.softmax_scale,
             enable_gqa=query.shape[2] != key.shape[2],
         )
-        return context.permute(2, 0, 1, 3).reshape(*query.shape[:2], self.hidden_size_per_partition)
+        return out.permute(2, 0, 1, 3).reshape(*query.shape[:2], self.hidden_size_per_partition)
 
     return forward
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from course_lib.cpu import context, gloo, rng
+from course_lib.cpu import context, delta, gloo, rng
 from course_lib.cpu.redirection import Redirection
 
 __all__ = ["redirections"]
@@ -101,6 +101,22 @@ def _share_by_copy(_: object) -> Callable:
     return _get_share_storage
 
 
+def _alone(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def reduce_from_tensor_model_parallel_region(input_: object, group: object = None) -> object:
+        return input_ if group is not None and group.size() == 1 else original(input_, group=group)
+
+    return reduce_from_tensor_model_parallel_region
+
+
+def _te_gathers_no_norm(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def version(distribution_name: str) -> str:
+        return "1.4" if distribution_name == "transformer-engine" else original(distribution_name)
+
+    return version
+
+
 def _norm_with_sequence_parallel(_: object) -> Callable:
     def new_norm(
         cls: type,
@@ -114,7 +130,31 @@ def _norm_with_sequence_parallel(_: object) -> Callable:
     ) -> object:
         import torch
 
-        kind = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
+        class ZeroCentredRMSNorm(torch.nn.RMSNorm):
+            def reset_parameters(self) -> None:
+                torch.nn.init.zeros_(self.weight)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return torch.nn.functional.rms_norm(x, self.normalized_shape, 1 + self.weight, self.eps)
+
+        class ZeroCentredLayerNorm(torch.nn.LayerNorm):
+            def reset_parameters(self) -> None:
+                torch.nn.init.zeros_(self.weight)
+                torch.nn.init.zeros_(self.bias)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                weight = 1 + self.weight
+                return torch.nn.functional.layer_norm(x, self.normalized_shape, weight, self.bias, self.eps)
+
+        kinds = {
+            ("RMSNorm", False): torch.nn.RMSNorm,
+            ("RMSNorm", True): ZeroCentredRMSNorm,
+            ("LayerNorm", False): torch.nn.LayerNorm,
+            ("LayerNorm", True): ZeroCentredLayerNorm,
+        }
+        kind = kinds.get((config.normalization, bool(config.layernorm_zero_centered_gamma)))
+        if kind is None:
+            raise ValueError(f"normalization={config.normalization!r} is unknown: use 'RMSNorm' or 'LayerNorm'")
         norm = kind(hidden_size, eps=eps)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel
@@ -165,6 +205,7 @@ def redirections() -> list[Redirection]:
         ),
         *gloo.redirections(),
         *context.redirections(),
+        *delta.redirections(),
         Redirection(
             "megatron.core.tensor_parallel.random.CheckpointWithoutOutput.__init__",
             _fp8_if_asked,
@@ -182,9 +223,16 @@ def redirections() -> list[Redirection]:
         Redirection(
             "megatron.core.transformer.torch_norm.WrappedTorchNorm.__new__",
             _norm_with_sequence_parallel,
-            "marks its parameters as sequence parallel",
-            "upstream's plain norm refuses sequence parallelism, which MoE with TP>1 demands",
+            "marks its parameters as sequence parallel; a weight may be counted from one",
+            "upstream's plain norm refuses sequence parallelism, which MoE with TP>1 demands, and Gemma's weights",
             ("cls", "config", "hidden_size", "eps"),
+        ),
+        Redirection(
+            "megatron.core.tensor_parallel.layers.reduce_from_tensor_model_parallel_region",
+            _alone,
+            "nothing, in a group of one",
+            "upstream returns its input from a function of autograd, to which an expert's bias cannot be added in place",
+            ("input_", "group"),
         ),
         Redirection(
             "megatron.core.models.hybrid.hybrid_block.TENorm",
@@ -192,13 +240,34 @@ def redirections() -> list[Redirection]:
             "torch's norm",
             "Transformer Engine is absent",
         ),
-        Redirection("megatron.bridge.peft.utils.HAVE_TE", lambda _: False, "False", "LoRA compares with TE's classes"),
+        Redirection(
+            "megatron.bridge.models.gemma.gemma2_provider._HAVE_FLEX_ATTN",
+            lambda _: False,
+            "False: Gemma 2's own plain attention",
+            "torch's flex attention has no gradient on a CPU",
+            late=True,
+        ),
         *(
-            Redirection(f"{module}.HAVE_TE", lambda _: False, "False", "upstream takes the stand-in for the package")
-            for module in (
-                "megatron.bridge.training.comm_overlap",
-                "megatron.core.models.gpt.experimental_attention_variant_module_specs",
+            Redirection(
+                f"megatron.bridge.peft.utils.{name}",
+                lambda kinds: tuple(kind for kind in kinds if kind is not None),
+                "without None",
+                "LoRA asks isinstance for each class; the grouped one is absent without Transformer Engine",
             )
+            for name in ("TECL", "TERL")
+        ),
+        Redirection(
+            "megatron.bridge.peft.utils.version",
+            _te_gathers_no_norm,
+            "1.4 for transformer-engine",
+            "its metadata is absent; from 1.5 on LoRA expects the norm's output gathered, which Core's layers never do",
+            ("distribution_name",),
+        ),
+        Redirection(
+            "megatron.bridge.training.comm_overlap.HAVE_TE",
+            lambda _: False,
+            "False",
+            "upstream takes the stand-in for the package",
         ),
     ]
 

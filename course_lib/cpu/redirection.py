@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from course_lib import imports
 
 __all__ = ["Misfit", "Redirection", "apply", "locate"]
 
@@ -24,6 +28,8 @@ class Redirection:
         reason: Why a CPU rank needs it.
         parameters: Names of the parameters that the original must have, checked before replacing; `None` for objects
             whose signature cannot be read or does not matter.
+        late: The module of the target belongs to one family of models: it is not imported for this, and its name is
+            replaced once somebody else imports it.
     """
 
     target: str
@@ -31,6 +37,7 @@ class Redirection:
     becomes: str
     reason: str
     parameters: tuple[str, ...] | None = None
+    late: bool = False
 
 
 def locate(target: str) -> tuple[object, str]:
@@ -80,6 +87,10 @@ def apply(redirections: Iterable[Redirection]) -> None:
     """
     ready, misfits = [], []
     for redirection in redirections:
+        module = redirection.target.rpartition(".")[0]
+        if redirection.late and module not in sys.modules:
+            imports.after(module, functools.partial(_apply_late, redirection))
+            continue
         try:
             owner, name = locate(redirection.target)
             original = getattr(owner, name)
@@ -97,6 +108,10 @@ def apply(redirections: Iterable[Redirection]) -> None:
         made[id(owner), name] = owner, redirection.replace(now)
     for (_, name), (owner, replacement) in made.items():
         setattr(owner, name, replacement)
+
+
+def _apply_late(redirection: Redirection, _: object) -> None:
+    apply([replace(redirection, late=False)])
 
 
 def _check_parameters(redirection: Redirection, original: object) -> None:

@@ -1,0 +1,184 @@
+"""Megatron Core's own layers under the names of its Transformer Engine wrappers, where that package is not installed.
+
+Layer specs name classes of `megatron.core.extensions.transformer_engine`, directly, through partials, or as the base of
+a model's own class.  Without the package those classes are mocks that cannot be built.  `stand_in()` gives each name a
+class with the same arguments, parameters, names in a checkpoint and results, made of Core's local layers: so every spec
+builds, in a rank and in the planner, whatever form it has.
+
+What has no local form stays `None`, as Core itself leaves it: grouped linear layers (experts are then built one by
+one), fused activations and the operation fuser.
+
+Source: megatron-core extensions/transformer_engine.py @ 0.19.2
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["VERSION", "stand_in"]
+
+VERSION = "2.14"
+"""The Transformer Engine whose layers these follow; Core asks before it takes one, such as a norm of queries."""
+
+
+def stand_in() -> None:
+    """Put the local classes in place; to be called before any other module imports the wrappers by name."""
+    import torch
+    from megatron.core import utils
+    from megatron.core.extensions import transformer_engine
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+    from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+    from packaging.version import Version
+
+    class TENorm:
+        """The norm that the configuration names."""
+
+        def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5, has_residual: bool = False) -> Any:
+            return WrappedTorchNorm(config=config, hidden_size=hidden_size, eps=eps)
+
+    class TELinear(torch.nn.Module):
+        """A linear layer whose weight every tensor-parallel rank holds whole."""
+
+        def __init__(
+            self,
+            input_size: int,
+            output_size: int,
+            *,
+            parallel_mode: str | None,
+            config: Any,
+            init_method: Any,
+            bias: bool,
+            skip_bias_add: bool,
+            skip_weight_param_allocation: bool = False,
+            is_expert: bool = False,
+            **_: Any,
+        ) -> None:
+            super().__init__()
+            if parallel_mode != "duplicated" or skip_weight_param_allocation or is_expert:
+                raise NotImplementedError(
+                    f"TELinear(parallel_mode={parallel_mode!r}, is_expert={is_expert}) has no local form; "
+                    "TEColumnParallelLinear and TERowParallelLinear have"
+                )
+            self.config, self.te_return_bias = config, skip_bias_add and bias
+            self.in_features, self.out_features = input_size, output_size
+            self.weight = torch.nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
+            if bias:
+                self.bias = torch.nn.Parameter(torch.zeros(output_size, dtype=config.params_dtype))
+            else:
+                self.register_parameter("bias", None)
+            if config.perform_initialization:
+                init_method(self.weight)
+            for parameter in self.parameters():
+                parameter.allreduce, parameter.tensor_model_parallel = True, False
+                parameter.sequence_parallel = config.sequence_parallel  # its gradient is one of a part of the sequence
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+            bias = None if self.te_return_bias else self.bias
+            return torch.nn.functional.linear(x, self.weight, bias), self.bias if self.te_return_bias else None
+
+        def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
+            state = self.state_dict(prefix="", keep_vars=True)
+            group = (metadata or {}).get("dp_cp_group")
+            return make_sharded_tensors_for_checkpoint(state, prefix, None, sharded_offsets, dp_cp_group=group)
+
+        def backward_dw(self) -> None:
+            """Nothing: the gradient of the weight is not delayed."""
+
+    class TEColumnParallelLinear(ColumnParallelLinear):
+        """Core's own, whose output stays with its rank."""
+
+        def __init__(self, *args: Any, gather_output: bool = False, **options: Any) -> None:
+            if gather_output:
+                raise ValueError("Transformer Engine linear layers do not support gather_output = True")
+            super().__init__(*args, gather_output=False, **options)
+            self.in_features, self.out_features = self.input_size, self.output_size_per_partition
+
+        def backward_dw(self) -> None:
+            """Nothing: the gradient of the weight is not delayed."""
+
+    class TELayerNormColumnParallelLinear(TEColumnParallelLinear):
+        """A norm and a column-parallel layer; the norm's parameters are called `layer_norm_weight` and `_bias`."""
+
+        def __init__(self, *args: Any, config: Any, **options: Any) -> None:
+            super().__init__(*args, config=config, **options)
+            norm = TENorm(config, self.input_size, config.layernorm_epsilon)
+            self.layer_norm_weight = norm.weight
+            self.register_parameter("layer_norm_bias", getattr(norm, "bias", None))
+            self.return_layernorm_output = False  # LoRA asks for it, because its own layers come after the norm
+            self.__dict__["norm"] = norm  # no child: its parameters stand in a checkpoint under this layer's names
+
+        def forward(self, x: torch.Tensor) -> tuple[Any, torch.Tensor | None]:
+            parameters = self.norm._parameters
+            parameters["weight"] = self.layer_norm_weight
+            if self.layer_norm_bias is not None:
+                parameters["bias"] = self.layer_norm_bias
+            normal = self.norm(x)
+            out, bias = super().forward(normal)
+            return ((out, normal) if self.return_layernorm_output else out), bias
+
+    class TERowParallelLinear(RowParallelLinear):
+        """Core's own, whose input is each rank's part."""
+
+        def __init__(self, *args: Any, input_is_parallel: bool = True, **options: Any) -> None:
+            if not input_is_parallel:
+                raise ValueError("Transformer Engine linear layers do not support input_is_parallel = False")
+            super().__init__(*args, input_is_parallel=True, **options)
+            self.in_features, self.out_features = self.input_size_per_partition, self.output_size
+
+        def backward_dw(self) -> None:
+            """Nothing: the gradient of the weight is not delayed."""
+
+    class TEDotProductAttention(DotProductAttention):
+        """Core's own, for heads whose values are not as wide as their keys, too."""
+
+        def __init__(
+            self,
+            config: Any,
+            layer_number: int,
+            attn_mask_type: Any,
+            attention_type: str,
+            attention_dropout: float | None = None,
+            softmax_scale: float | None = None,
+            k_channels: int | None = None,
+            v_channels: int | None = None,
+            num_splits: int | None = None,
+            cp_comm_type: str | None = None,
+            pg_collection: Any = None,
+        ) -> None:
+            if softmax_scale is None and k_channels is not None:
+                softmax_scale = k_channels**-0.5
+            if getattr(config, "qk_clip", False) or getattr(config, "log_max_attention_logit", False):
+                raise NotImplementedError(
+                    "qk_clip and log_max_attention_logit need the largest score of Transformer Engine's attention, "
+                    "which Core's own does not tell: set both to False"
+                )
+            super().__init__(
+                config,
+                layer_number,
+                attn_mask_type,
+                attention_type,
+                attention_dropout,
+                softmax_scale,
+                cp_comm_type,
+                pg_collection,
+            )
+            if v_channels is not None:
+                self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
+
+        def forward(self, *args: Any, num_splits: int | None = None, **options: Any) -> torch.Tensor:
+            return super().forward(*args, **options)
+
+    for kind in (
+        TENorm,
+        TELinear,
+        TEColumnParallelLinear,
+        TELayerNormColumnParallelLinear,
+        TERowParallelLinear,
+        TEDotProductAttention,
+    ):
+        kind.__module__, kind.__qualname__ = transformer_engine.__name__, kind.__name__
+        setattr(transformer_engine, kind.__name__, kind)
+    transformer_engine.HAVE_TE = True
+    utils._te_version = Version(VERSION)
