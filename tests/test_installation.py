@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from course_lib import installation, stack
+from course_lib import doctor, installation, stack
 
 PRINT = "from course_lib import installation as i; f = i.{check}; print(f.status, f.value); print(f.fix)"
 ONE_INSTALLATION = PRINT.format(check="one_installation(i.places('megatron.core'), i.places('megatron.bridge'))")
@@ -164,3 +164,27 @@ def test_an_import_that_does_not_end_is_stopped(tmp_path: Path, monkeypatch: pyt
     (finding,) = installation.imports({"nemo-run": "nemo_run"}, seconds_limit=1)
     assert (finding.status, finding.value) == ("warn", "not over within 1 s")
     assert "import nemo_run" in finding.fix
+
+
+def test_a_gpu_node_needs_cuda_nccl_and_transformer_engine(tmp_path, monkeypatch) -> None:
+    """A torch of the CPU index, a library that is no NCCL, missing layers: each is a finding where the ranks have GPUs."""
+    assert installation.torch_has_cuda(tmp_path / "libtorch_cuda.so").status == "fail"
+    assert installation.nccl().status == "ok" and installation.nccl().value.startswith("2.")
+    assert installation.nccl("libc.so.6").status == installation.nccl("libno-such.so").status == "fail"
+    assert installation.transformer_engine([]).status == "ok"
+    assert "--extra gpu" in installation.transformer_engine(["transformer_engine"]).fix
+    asked = {"CUDA in torch", "NCCL", "Transformer Engine"}
+    names = {gpus: {found.name for found in installation.findings(has_gpus=gpus)} for gpus in (True, False)}
+    assert names[True] - names[False] == asked
+
+
+def test_one_gpu_does_not_excuse_other_versions(monkeypatch) -> None:
+    """With one GPU the eight ranks run on the CPU, where the redirection refuses another torch: the doctor says so first."""
+    monkeypatch.delenv("COURSE_DEVICE", raising=False)
+    monkeypatch.setattr(doctor.stack, "versions", lambda: doctor.stack.TESTED | {"torch": "2.11.0"})
+    status = {}
+    for count in (1, 8):
+        monkeypatch.setattr(doctor.stack, "gpu_count", lambda count=count: count)
+        found = {finding.name: finding for finding in doctor.report(imports=False).findings}
+        status[count] = found["version of torch"].status
+    assert status == {1: "fail", 8: "warn"}

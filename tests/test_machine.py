@@ -202,3 +202,47 @@ def test_a_silent_name_server_does_not_hang_the_doctor(monkeypatch: pytest.Monke
     found = machine.gloo(environment={}, hostname="slow", seconds=0.05)
     never.set()
     assert "no answer within 0.05 s" in found.value
+
+
+TOPOLOGY = """\
+\t\x1b[4mGPU0\tGPU1\tGPU2\tNIC0\tCPU Affinity\tNUMA Affinity\tGPU NUMA ID\x1b[0m
+GPU0\t X \tNV18\t{far}\tPIX\t0-55\t0\t\tN/A
+GPU1\tNV18\t X \tNV18\tSYS\t0-55\t0\t\tN/A
+GPU2\t{far}\tNV18\t X \tSYS\t56-111\t1\t\tN/A
+NIC0\tPIX\tSYS\tSYS\t X
+
+Legend:
+  SYS  = Connection traversing PCIe as well as the SMP interconnect between NUMA nodes (e.g., QPI/UPI)
+"""
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "value"),
+    [
+        (TOPOLOGY.format(far="NV18"), "ok", "NV18 between all pairs"),
+        (TOPOLOGY.format(far="SYS"), "warn", "1 of 3 pairs without NVLink, GPU0-GPU2 by SYS"),
+        ("\tGPU0\tCPU Affinity\nGPU0\t X \t0-55\n", "ok", "one GPU"),
+        ("no devices were found\n", "warn", "gave no matrix"),
+        (None, "warn", "`nvidia-smi topo -m` fails: CalledProcessError"),
+    ],
+)
+def test_the_wires_between_gpus_are_read(tmp_path, monkeypatch, answer, status, value) -> None:
+    """NVLink between all pairs is well; a pair that goes through the processors is named, and so is a silent tool."""
+    (tmp_path / "matrix").write_text(answer or "")
+    smi = tmp_path / "nvidia-smi"
+    told = f"[ \"$1 $2\" = 'topo -m' ] && /bin/cat {tmp_path / 'matrix'}" if answer else "exit 9"
+    smi.write_text(f"#!/bin/sh\n{told}\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = machine.topology()
+    assert (found.status, value in found.value) == (status, True), found
+
+
+def test_a_gpu_node_is_looked_at_more_closely(tmp_path, monkeypatch) -> None:
+    """Wires and limits are findings where there are GPUs, and nowhere else; memory that may not be locked is told."""
+    extra = {"GPU topology", "locked memory"}
+    assert not extra & {found.name for found in machine.findings()}
+    monkeypatch.setattr(machine.stack, "gpus", lambda: ["H100, 81559 MiB"] * 8)
+    assert extra <= {found.name for found in machine.findings()}
+    assert machine.locked_memory(limit=64 * 1024).fix.startswith("Start the container with `--ulimit memlock=-1`")
+    assert machine.locked_memory(limit=-1).value == "unlimited"
