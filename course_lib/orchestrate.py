@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from course_lib import failures, launch, torchrun
+from course_lib import failures, installation, launch, torchrun
 from course_lib.credentials import secrets
 from course_lib.runs import Run
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "agents",
     "directives",
+    "docker_run",
     "free_port",
     "prepare_nemo_run",
     "quiet",
@@ -200,7 +201,7 @@ def slurm_script(script: object, executor: object, *, name: str = "pretrain") ->
 def sbatch(
     config: str, *, nodes: int = 1, gpus_per_node: int = 8, account: str, partition: str, image: str, minutes: int = 60
 ) -> str:
-    """A plain sbatch script: one torchrun agent a node, in a container; planned, not run.
+    """A plain sbatch script: one torchrun agent a node, in a container that gets the tested versions; planned, not run.
 
     Args:
         config: Path of `config.yaml` as the container sees it.
@@ -230,10 +231,33 @@ set -euo pipefail
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 20000))  # two jobs on one node must not meet
 
-srun --container-image={shlex.quote(image)} --container-mounts="$PWD:/course" --container-workdir=/course \\
-  torchrun --nnodes={nodes} --nproc-per-node={gpus_per_node} \\
-  --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$head_node:$port" \\
-  -m course_lib.train {shlex.quote(config)}
+# on each node: the tested versions over the container's, then one agent
+srun --container-image={shlex.quote(image)} --container-mounts="$PWD:/course" --container-workdir=/course bash -c "
+  {installation.over_container()} &&
+  exec torchrun --nnodes={nodes} --nproc-per-node={gpus_per_node} \\
+    --rdzv-backend=c10d --rdzv-id=$SLURM_JOB_ID --rdzv-endpoint=$head_node:$port \\
+    -m course_lib.train {shlex.quote(config)}"
+"""
+
+
+def docker_run(config: str, *, gpus: int = 8, image: str) -> str:
+    """The command for one rented node that has Docker and no Slurm: the same container, the same run; planned, not run.
+
+    Args:
+        config: Path of `config.yaml` below the current folder.
+        gpus: Ranks of the node.
+        image: Container image.
+
+    Example:
+        >>> print(docker_run("runs/a/config.yaml", image="nemo:26.06").splitlines()[0])
+        docker run --rm --gpus all --ipc=host --ulimit memlock=-1 --ulimit stack=67108864 \\
+    """
+    meet = " ".join(torchrun.ONE_NODE)
+    return f"""docker run --rm --gpus all --ipc=host --ulimit memlock=-1 --ulimit stack=67108864 \\
+  -v "$PWD:/course" -w /course {shlex.quote(image)} bash -c "
+  {installation.over_container()} &&
+  python -m course_lib doctor --quick &&
+  exec torchrun {meet} --nproc-per-node {gpus} -m course_lib.train {shlex.quote(config)}"
 """
 
 

@@ -53,13 +53,14 @@ SCRIPT = """#SBATCH --nodes=1
 #SBATCH --account=my_account
 #SBATCH --time=01:00:00
 export NCCL_DEBUG=WARN
-export PYTHONPATH=/course
+export PYTHONPATH=/course/packages:/course
+srun --nodes=1 pip install --no-deps megatron-core==0.19.2 --target /course/packages
 srun --container-image nvcr.io/nvidia/nemo:26.06 --container-mounts /shared/course:/course \\
   torchrun --nproc-per-node 8 -m course_lib.train /course/runs/smoke/config.yaml
 """
 WORDS = (
     *("nodes=1", "--container-image", "/shared/course:", "--nproc-per-node 8", "NCCL_DEBUG=WARN"),
-    *("export PYTHONPATH=/course", "course_lib.train"),
+    *("export PYTHONPATH=/course/packages:/course", "course_lib.train", "pip install --no-deps megatron-core==0.19.2"),
 )
 
 
@@ -81,7 +82,7 @@ def lesson_07():
     yield "check-first", first, [{"dead": Some(log=gives("SIGKILL"))}, wrong]
     yield (
         "check-slurm",
-        {"script": SCRIPT, "orchestrate": orchestrate},
+        {"script": SCRIPT, "orchestrate": orchestrate, "tested": WORDS[-1]},
         [{"script": SCRIPT.replace(w, "")} for w in WORDS],
     )
     tools = Some(shellcheck=lambda script: [] if script == "plain" else ["x [SC2086]"])

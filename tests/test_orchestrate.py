@@ -5,13 +5,14 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import psutil
 import pytest
 import small
 
-from course_lib import launch, live_tensors, orchestrate, runs
+from course_lib import installation, launch, live_tensors, orchestrate, runs
 
 ADDRESS = {"account": "me", "partition": "batch", "image": "nemo:26.06"}
 
@@ -113,7 +114,14 @@ def test_the_plain_script_is_checked(tmp_path):
     for nodes in (1, 2):
         assert orchestrate.shellcheck(orchestrate.sbatch("runs/a/config.yaml", nodes=nodes, **ADDRESS)) == []
     assert any("SC2068" in line for line in orchestrate.shellcheck("#!/bin/bash\necho $@\n"))
+    line = orchestrate.docker_run("runs/a b/config.yaml", image="nemo:26.06")
+    assert orchestrate.shellcheck("#!/bin/bash\n" + line) == []
     script = orchestrate.sbatch("runs/a b/config.yaml", **ADDRESS)
+    for text in (script, line):  # the doctor's own command, before anything of Megatron is imported
+        assert text.index(installation.over_container()) < text.index("exec torchrun")
+    readme = (Path(orchestrate.__file__).parent.parent / "README.md").read_text()
+    planned = orchestrate.docker_run("runs/NAME/config.yaml", image="nvcr.io/nvidia/nemo:26.06")
+    assert textwrap.indent(planned, "   ") in readme, "the README has the same line"
     assert "'runs/a b/config.yaml'" in script and orchestrate.directives(script)["nodes"] == "1"
 
 
