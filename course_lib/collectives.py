@@ -75,7 +75,10 @@ def recorded(run: Run, *, rank: int = 0, step: int | None = None) -> pd.DataFram
 
 
 def compare(run: Run, *, rank: int = 0, step: int | None = None) -> pd.DataFrame:
-    """The recorded operations of one step beside the closed form.
+    """The recorded operations of one step beside the closed form, of fp32 in CPU ranks and of bf16 on GPUs.
+
+    The closed form is that of CPU ranks.  On GPUs the recipe's loss is one kernel, and gradients and parameters travel
+    while layers work, so there its rows of the loss and of data parallelism differ in operation and phase.
 
     Args:
         run: A run that was launched with `record=True`.
@@ -86,7 +89,8 @@ def compare(run: Run, *, rank: int = 0, step: int | None = None) -> pd.DataFrame
         Rows `phase, operation, group, group_size, bytes, expected, recorded, why`; the two counts are equal if the
         closed form holds.
     """
-    planned = expected(run.config, ranks=run.launch["ranks"], rank=rank)
+    element_bytes = 2 if run.launch.get("device") == "cuda" else 4
+    planned = expected(run.config, ranks=run.launch["ranks"], rank=rank, element_bytes=element_bytes)
     found = recorded(run, rank=rank, step=step)
     planned = planned.groupby(KEY, sort=False).agg(expected=("count", "sum"), why=("why", "first")).reset_index()
     both = planned.merge(found.rename(columns={"count": "recorded"}), on=KEY, how="outer", sort=False)

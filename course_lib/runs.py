@@ -181,6 +181,13 @@ STAGES = (
 """The stages that a rank goes through, in order."""
 
 
+GPU_ROUNDING = 0.05
+"""How far losses and gradient norms of two equal runs on GPUs may be apart, relative: planned, not measured.
+
+bf16 keeps 8 bits of a number, and kernels there add in another order each time, so nothing is equal in every digit.
+"""
+
+
 def difference(run: Run, other: Run) -> float:
     """How far two runs' losses and gradient norms are apart: the largest difference, relative to `other`'s value.
 

@@ -9,12 +9,21 @@ import pandas as pd
 import pytest
 from lesson_cells import falsify, gives, tagged
 
-from course_lib import orchestrate
+from course_lib import orchestrate, runs
 
 
 def metrics(*losses, first=1):
     """Metrics of a run with these losses."""
-    return pd.DataFrame({"step": range(first, first + len(losses)), "loss": losses})
+    return pd.DataFrame({"step": range(first, first + len(losses)), "loss": losses, "grad_norm": 1.0})
+
+
+def trained(*losses, device="cpu", **more):
+    """A run with these losses."""
+    return Some(metrics=metrics(*losses), launch={"device": device}, **more)
+
+
+EXACT = {"on_cpu": True, "bound": 0.0, "equal": "in every digit"}
+"""What lesson 10 claims of CPU ranks."""
 
 
 def raises(error):
@@ -66,9 +75,9 @@ WORDS = (
 
 def lesson_07():
     """Facts of lesson 07, and for each cell what may be wrong with them."""
-    found = {name: Some(metrics=metrics(3.0, 2.0), path=".") for name in ("warm launch", "torchrun")}
-    other = found | {"torchrun": Some(metrics=metrics(3.0, 2.1), path=".")}
-    yield "check-launchers", {"found": found, "steps": 2}, [{"steps": 3}, {"found": other}]
+    found = {name: trained(3.0, 2.0, path=".") for name in ("warm launch", "torchrun")}
+    other = found | {"torchrun": trained(3.0, 2.1, path=".")}
+    yield "check-launchers", {"found": found, "steps": 2, "runs": runs}, [{"steps": 3}, {"found": other}]
     silence = {
         "returned": None, "status": {"status": Some(name="FAILED")}, "success_files": ["SUCCESS"], "cfg": 0, "ranks": 2,
         "launch": Some(prepare=gives(0), RunFailed=Failed), "orchestrate": Some(settled=raises(Failed())),
@@ -113,16 +122,21 @@ def lesson_07():
 def lesson_10():
     """Facts of lesson 10."""
     parts = pd.DataFrame({"part": ["weights", "moments"], "size_bytes": [400, 1200]})
-    size = {"checkpoints": Some(tensors=gives(parts)), "saved": Some(size_bytes=1700), "parameters": 100}
+    size = {
+        "checkpoints": Some(tensors=gives(parts)),
+        "saved": Some(size_bytes=1700),
+        "parameters": 100,
+        "state_bytes": 16,
+    }
     yield "check-size", size, [{"parameters": 50}, {"saved": Some(size_bytes=1600)}]
-    resume = {"resumed": Some(metrics=metrics(1.0, first=7)), "save_interval": 6, "distance": gives(0)}
+    resume = {"resumed": Some(metrics=metrics(1.0, first=7)), "save_interval": 6, "distance": gives(0)} | EXACT
     yield "check-resume", resume, [{"save_interval": 5}, {"distance": gives(1e-6)}]
     cfg = Some(model=Some(), checkpoint=Some(dist_ckpt_optim_fully_reshardable=False, fully_parallel_save=True))
     places = itertools.cycle([7, 13, 19])
     reshard = {
         "saved": Some(path="", step=6), "save_interval": 6, "cfg": cfg, "distance": gives(1e-6),
         "launch": Some(run=lambda *_, **__: Some(metrics=metrics(1.0, first=next(places)))),
-        "checkpoints": Some(at=lambda run, step: Some(path="", step=step)),
+        "checkpoints": Some(at=lambda run, step: Some(path="", step=step)), **EXACT,
     }  # fmt: skip
     again = {"launch": Some(run=gives(Some(metrics=metrics(1.0, first=1))))}
     yield "reshard", reshard, [again, {"distance": gives(1e-2)}]
@@ -132,7 +146,7 @@ def lesson_10():
     yield "recipe-format", {"recipe": Some(checkpoint=cfg.checkpoint), "cfg": cfg, "launch": runs}, [{"launch": unlike}]
     kill = {
         "death": 8, "again": 7, "last_good": Some(step=6), "save_interval": 6, "distance": gives(0), "restarted": 0,
-        "whole": 0, "checkpoints": Some(latest=gives(0), compare=gives(pd.DataFrame({"largest_difference": [0.0]}))),
+        "whole": 0, "checkpoints": Some(latest=gives(0), compare=gives(pd.DataFrame({"largest_difference": [0.0]}))), **EXACT,
     }  # fmt: skip
     apart = Some(latest=gives(0), compare=gives(pd.DataFrame({"largest_difference": [1e-9]})))
     yield "check-kill", kill, [{"again": 1}, {"distance": gives(1e-6)}, {"checkpoints": apart}]
@@ -146,7 +160,7 @@ def lesson_10():
         "full": Some(ranks=gives(of_rank_0("[3]"))), "cfg": 0,
         "why": Some(rank=3, cause=space),
         "checkpoints": Some(latest=gives(Some(step=6)), listing=gives(listing)), "save_interval": 6,
-        "launch": Some(run=gives(0)), "distance": gives(0),
+        "launch": Some(run=gives(0)), "distance": gives(0), **EXACT,
     }  # fmt: skip
     yield (
         "check-full",
@@ -189,14 +203,14 @@ def lesson_11():
     yield "hand-check", {"differences": ways, "tolerance": 1e-5}, [{"differences": ways.assign(**{"by hand": 0.1})}]
     found = pd.DataFrame({"group": ["tp", "dp-cp"], "count": [42, 1], "bytes": [8, 9]})
     yield "check-count", {"found": found, "operations": 42, "expected_layers": 4}, [{"operations": 52}]
-    form = {"run": 0, "collectives": Some(compare=gives(table()))}
+    form = {"run": 0, "collectives": Some(compare=gives(table())), "on_cpu": True}
     yield "check-form", form, [{"collectives": Some(compare=lambda run, rank: table(rank != 7))}]
     both = {
         name: pd.DataFrame({"bytes": [5], "sent": [s]}) for name, s in (("all-reduce", 4), ("sequence parallel", 5))
     }
     by_group = lambda rows: sent(tp=rows.sent.sum())  # noqa: E731
     halves = {
-        "both": both, "stream_bytes": 5, "run": Some(metrics=metrics(1.0)), "run_sp": Some(metrics=metrics(1.0)),
+        "both": both, "stream_bytes": 5, "run": trained(1.0), "run_sp": trained(1.0), "on_cpu": True, "runs": runs,
         "collectives": Some(by_group=by_group, compare=gives(table())),
     }  # fmt: skip
     yield (
@@ -204,7 +218,7 @@ def lesson_11():
         halves,
         [
             {"both": both | {"all-reduce": both["sequence parallel"]}},
-            {"run_sp": Some(metrics=metrics(1.1))},
+            {"run_sp": trained(1.1)},
             {"collectives": Some(by_group=by_group, compare=gives(table(False)))},
         ],
     )
@@ -213,7 +227,8 @@ def lesson_11():
 def lesson_12():
     """Facts of lesson 12."""
     ways = pd.DataFrame({"largest difference": [0.0, 1e-8]})
-    yield "hand-check", {"ways": ways, "tolerance": 1e-6}, [{"tolerance": 1e-9}]
+    here = {"stack": Some(device=gives("cpu"))}
+    yield "hand-check", {"ways": ways, "tolerance": 1e-6} | here, [{"tolerance": 1e-9}]
 
     def held(ranks, whole=12.0, share=1.0):
         return pd.DataFrame({"bytes per parameter": {"optimizer": whole, "distributed optimizer": share * 12 / ranks}})
@@ -226,12 +241,12 @@ def lesson_12():
         "sharded": pd.DataFrame({"bytes": [400], "sent": [8]}),
     }
     data = {
-        "recipes": Some(parameter_count=gives(100)), "cfg": Some(model=0), "run": Some(metrics=metrics(1.0), rows="sharded"),
-        "run_plain": Some(metrics=metrics(1.0), rows="plain"),
+        "recipes": Some(parameter_count=gives(100)), "cfg": Some(model=0), "run": trained(1.0, rows="sharded"), "runs": runs,
+        "run_plain": trained(1.0, rows="plain"),
         "collectives": Some(recorded=lambda run: moved[run.rows], by_group=lambda rows: sent(dp_cp=rows.sent.sum())),
     }  # fmt: skip
     twice = Some(recorded=lambda run: moved[run.rows], by_group=lambda rows: sent(dp_cp=1 + (rows is moved["plain"])))
-    wrong = [{"recipes": Some(parameter_count=gives(99))}, {"run": Some(metrics=metrics(2.0), rows="sharded")}]
+    wrong = [{"recipes": Some(parameter_count=gives(99))}, {"run": trained(2.0, rows="sharded")}]
     yield "check-data", data, [*wrong, {"collectives": twice}]
 
     def stages(order=lambda m: 1 / (m + 1), busy=lambda m: 1 / (m + 1) + 0.05):
@@ -244,13 +259,12 @@ def lesson_12():
         )
 
     piped = {
-        "pipelines": {m: Some(passes=m) for m in (2, 8)}, "microbatches": 8, "pipeline": stages(),
-        "collectives": Some(compare=gives(table())),
+        "pipelines": {m: Some(passes=m) for m in (2, 8)}, "microbatches": 8, "pipeline": stages(), "on_cpu": True,
     }  # fmt: skip
     longer, rising = stages(order=lambda m: 2 / (m + 2)), stages(busy=lambda m: m / 20)
-    yield "check-pipeline", piped, [
-        {"pipeline": longer}, {"pipeline": rising}, {"collectives": Some(compare=gives(table(False)))},
-    ]  # fmt: skip
+    yield "check-pipeline", piped, [{"pipeline": longer}, {"pipeline": rising}]
+    sent_by = {"pipelines": {8: 0}, "microbatches": 8, "on_cpu": True, "collectives": Some(compare=gives(table()))}
+    yield "check-stages", sent_by, [{"collectives": Some(compare=gives(table(False)))}]
 
     def transfers(count, passes):
         return Some(collectives=pd.DataFrame({"operation": ["send"] * count + ["recv"]}), passes=passes)
@@ -265,11 +279,11 @@ def lesson_12():
     gathers = pd.DataFrame({"group": ["cp"], "operation": ["all_gather"], "bytes": [8 * 2 * 4 * 16 * 4]})
     shared = {
         "cfg": Some(model=Some(seq_length=8, num_query_groups=4, kv_channels=16), train=Some(micro_batch_size=2)),
-        "run": Some(metrics=metrics(1.0)), "run_cp": Some(metrics=metrics(1.0)),
+        "run": trained(1.0), "run_cp": trained(1.0), "runs": runs,
         "collectives": Some(recorded=gives(gathers), compare=gives(table())),
     }  # fmt: skip
     unlike = Some(recorded=gives(gathers.assign(bytes=1)), compare=gives(table(False)))
-    yield "check-context", shared, [{"collectives": unlike}, {"run_cp": Some(metrics=metrics(1.1))}]
+    yield "check-context", shared, [{"collectives": unlike}, {"run_cp": trained(1.1)}]
     node = {"planned": sent(tp=100.0, dp_cp=10.0, pp=1.0), "sent": sent(tp=9.0, dp_cp=3.0)}
     even = sent(tp=100.0, dp_cp=50.0, pp=50.0)
     yield "check-node", node, [{"sent": sent(tp=1.0, dp_cp=3.0)}, {"planned": even.assign(operations=1)}]

@@ -40,7 +40,7 @@ def lesson_00():
         "GPUs are there and left alone": {"torch": torch(8)},
     }  # fmt: skip
     warm = pd.DataFrame({"sum": 28, "pid": range(101, 109), "seconds": 1.0, "import_seconds": 10.0, "cuda": True})
-    eight = {"warm": warm, "ranks": 8, "os": Some(getpid=gives(100)), "seconds_limit": 30.0}
+    eight = {"warm": warm, "ranks": 8, "device": "cpu", "os": Some(getpid=gives(100)), "seconds_limit": 30.0}
     yield "check-hello", eight, {
         "a rank that added for itself": {"warm": warm.assign(sum=[28] * 7 + [7])},
         "one process that is two ranks": {"warm": warm.assign(pid=[101, *range(101, 108)])},
