@@ -6,6 +6,7 @@ experts are run with **balanced routing**: each expert gets equally many tokens,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,11 @@ from course_lib.layout import Layout
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Activations", "activations"]
+__all__ = ["Activations", "NotPlanned", "activations", "as_a_gpu_has_it", "quantized", "refuse"]
+
+
+class NotPlanned(ValueError):
+    """The bytes of a configuration are not counted; the message names the field, the reason and what to set instead."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class Activations:
         per_microbatch_bytes: Kept tensors of one micro-batch, all layers of the stage, without the loss.
         loss_bytes: Kept tensors of the output layer's logits and the loss, and the logits' second copy while both live.
         in_flight: Micro-batches whose activations live at once (a fraction with an interleaved pipeline).
-        recomputed_bytes: What full recomputation brings back while one layer goes backward.
+        recomputed_bytes: What recomputation brings back while a layer, or several together, go backward.
         by_part: Kept bytes of one micro-batch by part of the model: ``embedding``, ``attention``, ``mlp`` (experts too),
             ``norm``, ``output``, and ``other`` for the inputs of what is recomputed.
     """
@@ -60,9 +65,9 @@ def activations(cfg: Any, *, ranks: int, stage: int = 0) -> Activations:
 
     Raises:
         LayoutError: If the configuration cannot run on so many ranks.
-        ValueError: For what cannot be counted without its kernel: Mamba layers, and modules recomputed inside one.
+        NotPlanned: For what cannot be counted without its kernel, such as Mamba layers, and fields that are not counted.
     """
-    _refuse_what_cannot_be_counted(cfg)
+    _refuse_what_cannot_be_counted(as_a_gpu_has_it(cfg))
     kept, loss = _kept(cfg, ranks=ranks, stage=stage)
     recomputed = 0
     if cfg.model.recompute_granularity:
@@ -72,12 +77,7 @@ def activations(cfg: Any, *, ranks: int, stage: int = 0) -> Activations:
         plain.model = copy.copy(cfg.model)
         plain.model.recompute_granularity = plain.model.recompute_method = plain.model.recompute_num_layers = None
         layers, _ = _kept(plain, ranks=ranks, stage=stage)
-        together = cfg.model.recompute_num_layers if cfg.model.recompute_method == "uniform" else 1
-        recomputed = together * max(
-            sum(parts.values()) - sum(kept.get(name, {}).values())
-            for name, parts in layers.items()
-            if name.startswith("layer")
-        )
+        recomputed = _brought_back(layers, kept, cfg.model)
     by_part: dict[str, int] = {}
     for parts in kept.values():
         for part, size in parts.items():
@@ -85,13 +85,117 @@ def activations(cfg: Any, *, ranks: int, stage: int = 0) -> Activations:
     return Activations(sum(by_part.values()), loss, _in_flight(cfg, ranks=ranks, stage=stage), recomputed, by_part)
 
 
+def _brought_back(plain: dict[str, dict[str, int]], kept: dict[str, dict[str, int]], model: Any) -> int:
+    """Bytes that recomputation brings back at once, beside what is kept, when that is most.
+
+    ``uniform`` brings back so many layers together, and no more than a chunk has.  By the time that a layer is brought
+    back, the layers behind it have gone backward and keep nothing: ``block``, which recomputes the first layers of a chunk,
+    needs room for one only if it recomputes the last one too.
+
+    Args:
+        plain: Bytes by layer and part without recomputation.
+        kept: The same with it.
+        model: The model's fields.
+    """
+    together = model.recompute_num_layers if model.recompute_method == "uniform" else 1
+    chunks: dict[str, list[tuple[int, int]]] = {}
+    for name, parts in plain.items():
+        if name.startswith("layer"):
+            now = sum(kept.get(name, {}).values())
+            chunks.setdefault(name.split(".")[0], []).append((sum(parts.values()) - now, now))
+    most = 0
+    for layers in chunks.values():
+        for first in range(0, len(layers), together):
+            back = sum(max(0, spared) for spared, _ in layers[first : first + together])
+            most = max(most, back - sum(now for _, now in layers[first + together :]))
+    return most
+
+
+def as_a_gpu_has_it(cfg: Any) -> Any:
+    """A copy of a configuration after Bridge's own start: number formats spread over its sections, one optimizer setting.
+
+    Source: megatron-bridge 0.6.2 ``training/config.py`` ``runtime_config_update``.
+    """
+    import copy
+
+    from megatron.bridge.training.mixed_precision import get_mixed_precision_config
+
+    mine = copy.copy(cfg)
+    for section in ("model", "optimizer", "ddp"):
+        setattr(mine, section, copy.copy(getattr(cfg, section)))
+    if cfg.mixed_precision:
+        mixed = copy.copy(get_mixed_precision_config(cfg.mixed_precision))
+        mixed.finalize()
+        mixed.setup(mine.model, mine.optimizer, mine.ddp)
+    shared = mine.ddp.use_distributed_optimizer or mine.optimizer.use_distributed_optimizer
+    mine.ddp.use_distributed_optimizer = mine.optimizer.use_distributed_optimizer = shared
+    return mine
+
+
+def refuse(cfg: Any, fields: Mapping[str, tuple[tuple[Any, ...], str]]) -> None:
+    """Raise `NotPlanned` for the first field whose value is not among those that can be planned.
+
+    Args:
+        cfg: A Bridge ``ConfigContainer``; fields that it lacks are passed over.
+        fields: Dotted names; for each the values that can be planned, and the reason against others.
+    """
+    for path, (planned, why) in fields.items():
+        section, name = path.split(".")
+        value = getattr(getattr(cfg, section, None), name, planned[0])
+        if value not in planned:
+            raise NotPlanned(
+                f"{path}={value!r} is not planned: {why}. Set {path}={planned[0]!r} to plan without it, and measure the rest"
+            )
+
+
+def quantized(chunk: Any, model: Any) -> set[str]:
+    """Names of the linear layers of a chunk that multiply in 8 bits: all in the layers, but for those kept in 16 bits.
+
+    Source: megatron-core 0.19.2 ``fp8_utils.py`` ``is_first_last_bf16_layer``.
+    """
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+
+    if not model.fp8:
+        return set()
+    kept = set()
+    if model.first_last_layers_bf16:
+        ends = (model.num_layers_at_start_in_bf16, model.num_layers - model.num_layers_at_end_in_bf16)
+        for name, module in chunk.decoder.named_modules(prefix="decoder"):
+            if (number := getattr(module, "layer_number", None)) and not ends[0] < number <= ends[1]:
+                kept.add(f"{name}.")
+    return {
+        name
+        for name, module in chunk.named_modules()
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear)
+        and ".layers." in name
+        and not any(name.startswith(layer) for layer in kept)
+    }
+
+
+_EIGHT_BIT = "only per-tensor scaling in 8 bits is counted; others keep scales and second copies"
+_NOT_COUNTED = {
+    "model.fp8_recipe": (("tensorwise", "delayed"), _EIGHT_BIT),
+    "model.fp4": ((None,), _EIGHT_BIT),
+    "model.fp8_dot_product_attention": ((False,), _EIGHT_BIT),
+    "model.fp8_multi_head_attention": ((False,), _EIGHT_BIT),
+    "model.cpu_offloading": ((False,), "which tensors have left the GPU when memory is fullest depends on time"),
+    "model.fine_grained_activation_offloading": (
+        (False,),
+        "which tensors have left the GPU when memory is fullest depends on time",
+    ),
+    "model.moe_paged_stash": ((False,), "its buffers follow the router's choice"),
+}
+"""Fields that change a rank's activations: the values that can be planned, and why others cannot."""
+
+
 def _refuse_what_cannot_be_counted(cfg: Any) -> None:
     pattern = getattr(cfg.model, "hybrid_layer_pattern", None) or getattr(cfg.model, "hybrid_override_pattern", None)
     if "M" in (pattern or ""):
-        raise ValueError(
+        raise NotPlanned(
             "the activations of Mamba layers are what mamba-ssm's CUDA kernels keep, and those cannot run without a GPU: "
             "plan the states alone (memory.states), and measure the activations there"
         )
+    refuse(cfg, {path: row for path, row in _NOT_COUNTED.items() if path != "model.fp8_recipe" or cfg.model.fp8})
     if cfg.model.recompute_granularity != "selective":
         return
     inside = {
@@ -101,7 +205,7 @@ def _refuse_what_cannot_be_counted(cfg: Any) -> None:
     }
     for module in cfg.model.recompute_modules or []:
         if module in inside:
-            raise ValueError(
+            raise NotPlanned(
                 f"recompute_modules: {module!r} {inside[module]}: leave it out of the plan, and measure it"
             )
 
@@ -112,29 +216,40 @@ def _kept(cfg: Any, *, ranks: int, stage: int) -> tuple[dict[str, dict[str, int]
 
     from course_lib import meta_model
 
-    found: list[tuple[str, str, torch.UntypedStorage]] = []
-    copies = 0
+    settings, copies = as_a_gpu_has_it(cfg).model, 0
+    found: list[tuple[str, str, torch.UntypedStorage, int | None]] = []
     with meta_model.built(cfg, ranks=ranks, stage=stage) as chunks:
-        seen = {parameter.untyped_storage()._cdata for chunk in chunks for parameter in chunk.parameters()}
+        weights = {(one.untyped_storage()._cdata, False) for chunk in chunks for one in chunk.parameters()}
+        seen: set[tuple[int, bool]] = set()
         for number, chunk in enumerate(chunks):
             inside: list[str] = []
             _follow(chunk, inside)
+            eight_bit = quantized(chunk, settings)
 
-            def pack(tensor: torch.Tensor, inside: list[str] = inside, number: int = number) -> torch.Tensor:
-                storage = tensor.untyped_storage()
-                if storage._cdata not in seen:
-                    seen.add(storage._cdata)  # and held in `found`, so that no later storage gets its address
-                    found.append((*_place(inside[-1] if inside else "", number), storage))
+            def keep(
+                tensor: torch.Tensor,
+                inside: list[str] = inside,
+                number: int = number,
+                eight_bit: set[str] = eight_bit,
+            ) -> torch.Tensor:
+                storage, module = tensor.untyped_storage(), inside[-1] if inside else ""
+                cast = (
+                    module in eight_bit and tensor.is_floating_point()
+                )  # the layer keeps a copy of 8 bits of its input
+                key = (storage._cdata, cast)
+                if key not in seen and (storage._cdata, False) not in weights:
+                    seen.add(key)  # and held in `found`, so that no later storage gets its address
+                    found.append((*_place(module, number), storage, tensor.numel() if cast else None))
                 return tensor
 
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 out = meta_model.forward(chunk, cfg, ranks=ranks)
             if chunk.post_process:
                 copies += _second_copy(cfg, tokens=out.numel(), model=chunk)
     kept: dict[str, dict[str, int]] = {}
-    for layer, part, storage in found:  # only now: recomputation gives storages back after they were kept
+    for layer, part, storage, cast_bytes in found:  # only now: recomputation gives storages back after they were kept
         parts = kept.setdefault(layer, {})
-        parts[part] = parts.get(part, 0) + storage.nbytes()
+        parts[part] = parts.get(part, 0) + (storage.nbytes() if cast_bytes is None else cast_bytes)
     return kept, sum(kept.pop("loss", {}).values()) + copies
 
 

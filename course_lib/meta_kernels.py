@@ -66,7 +66,7 @@ def standing_in(*, fused: bool, experts: int, chosen: int, one_for_all: bool = T
         f"{random}._get_all_rng_states": lambda: (),
         # Upstream takes the default for FP8 (`is not None`) and then misses Transformer Engine.
         f"{random}.CheckpointWithoutOutput.__init__": _without_fp8(),
-        f"{_CORE}.transformer.dot_product_attention.DotProductAttention.forward": _attention,
+        f"{_CORE}.transformer.dot_product_attention.DotProductAttention.forward": _attention(fused),
         f"{_CORE}.transformer.attention.Attention._checkpointed_attention_forward": _recomputed_attention,
         f"{_CORE}.transformer.torch_norm.WrappedTorchNorm.__new__": norm,
         f"{_CORE}.models.common.language_module.language_module.te_parallel_cross_entropy": _loss,
@@ -77,6 +77,7 @@ def standing_in(*, fused: bool, experts: int, chosen: int, one_for_all: bool = T
         f"{moe}.token_dispatcher.MoEAllGatherTokenDispatcher.dispatch_postprocess": _balanced_here(experts, chosen),
         f"{moe}.moe_layer.HAVE_TE": True,  # upstream demands its linear layer around experts in a latent space
         f"{moe}.moe_layer.TELinear": _duplicated(),
+        "megatron.bridge.peft.utils.HAVE_TE": False,  # its adapters ask whether a layer is of a class that is not there
         **_mamba(),
         **{f"{module}.torch": _Torch() for module in _ASK_FOR_A_DEVICE},
     }
@@ -108,19 +109,30 @@ def _keeping(keep: Any, shape: Any) -> Any:
     return Kernel.apply
 
 
-def _attention(self: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
-    """Flash attention keeps its inputs, its output and one fp32 number for each row of scores."""
+def _attention(fused: bool) -> Any:
+    """Flash attention keeps its inputs, its output and one fp32 number for each row of scores.
+
+    The values are a view of the product of query, key and value, which then lives as long as they do.  Transformer Engine
+    copies them where they lie in memory in another way than the keys, as after rotary positions, and the product goes.
+
+    Source: Transformer Engine ``pytorch/attention/dot_product_attention/utils.py`` ``get_qkv_layout``.
+    """
     import torch
 
-    rows = query.shape[0] * query.shape[1] * query.shape[2]
-    with torch.no_grad():  # the two products, so that a counter of operations sees them; on meta they cost nothing
-        heads = [tensor.movedim(0, 2) for tensor in (query, key, value)]
-        heads[1:] = [tensor.repeat_interleave(query.shape[2] // key.shape[2], dim=1) for tensor in heads[1:]]
-        torch.matmul(torch.matmul(heads[0], heads[1].transpose(2, 3)), heads[2])
-    return _keeping(
-        lambda out, *inputs: (*inputs, out, query.new_empty(rows, dtype=torch.float32)),
-        lambda *_: query.new_empty(*query.shape[:2], query.shape[2] * value.shape[3]),
-    )(query, key, value)
+    def forward(self: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
+        if fused and key.stride() != value.stride():
+            value = value.contiguous()
+        rows = query.shape[0] * query.shape[1] * query.shape[2]
+        with torch.no_grad():  # the two products, so that a counter of operations sees them; on meta they cost nothing
+            heads = [tensor.movedim(0, 2) for tensor in (query, key, value)]
+            heads[1:] = [tensor.repeat_interleave(query.shape[2] // key.shape[2], dim=1) for tensor in heads[1:]]
+            torch.matmul(torch.matmul(heads[0], heads[1].transpose(2, 3)), heads[2])
+        return _keeping(
+            lambda out, *inputs: (*inputs, out, query.new_empty(rows, dtype=torch.float32)),
+            lambda *_: query.new_empty(*query.shape[:2], query.shape[2] * value.shape[3]),
+        )(query, key, value)
+
+    return forward
 
 
 def _recomputed_attention(self: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:

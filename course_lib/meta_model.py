@@ -9,6 +9,7 @@ same parameters; :mod:`course_lib.meta_kernels` replaces its kernels by function
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 import warnings
@@ -108,6 +109,8 @@ def built(
                 model.finalize()
                 chunks = layout.virtual_pipeline_model_parallel_size
                 made = [model.provide(vp_stage=chunk) for chunk in range(chunks)] if chunks else [model.provide()]
+                if getattr(cfg, "peft", None) is not None:
+                    made = copy.copy(cfg.peft)(made, training=True)
             yield made
     finally:
         parallel_state.destroy_model_parallel()
@@ -162,6 +165,7 @@ def _without_devices(cfg: Any) -> Any:
 def _without_advice() -> Iterator[None]:
     """Upstream repeats a few pieces of advice for each model that is built; a table of layouts builds dozens."""
     names = ("megatron.core.models.gpt.gpt_model", "megatron.core.models.hybrid.hybrid_layer_allocation")
+    names += ("megatron.bridge.peft.lora", "megatron.bridge.peft.canonical_lora", "megatron.bridge.peft.dora")
     loggers = [logging.getLogger(name) for name in names]
     before = [logger.disabled for logger in loggers]
     for logger in loggers:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from course_lib import compute, memory, plots_style
 from course_lib.layout import LayoutError
+from course_lib.layout_sizes import Fields
+from course_lib.layout_vocabulary import rows_follow_the_tokenizer
 from course_lib.units import gib
 
 if TYPE_CHECKING:
@@ -94,6 +96,8 @@ def bridge_code(recipe: str, cfg: Any) -> str:
     fields = {f"model.{name}_parallel_size": getattr(model, f"{name}_parallel_size") for name in names}
     fields |= {"model.sequence_parallel": model.sequence_parallel, "model.seq_length": model.seq_length}
     fields |= {"dataset.seq_length": model.seq_length, "mixed_precision": cfg.mixed_precision}
+    if rows_follow_the_tokenizer(Fields.of(cfg)):  # nothing else says how many ids the embedding has
+        fields["tokenizer.vocab_size"] = cfg.tokenizer.vocab_size
     if cfg.mixed_precision is None:  # nothing else says which numbers the model holds
         fields |= {f"model.{name}": getattr(model, name) for name in ("bf16", "fp16", "params_dtype")}
     fields |= {"train.micro_batch_size": train.micro_batch_size, "train.global_batch_size": train.global_batch_size}

@@ -197,7 +197,7 @@ def test_activations_follow_what_is_kept(llama):
     assert kept["pipeline"].total_bytes == pytest.approx(kept["whole"].total_bytes, rel=0.02)
     assert kept["full"].total_bytes < kept["whole"].total_bytes / 8
     assert kept["full"].recomputed_bytes > 0
-    assert kept["attention"].total_bytes < kept["whole"].total_bytes
+    assert kept["attention"].total_bytes >= kept["whole"].total_bytes  # flash attention keeps no scores to spare
     # Transformer Engine's norms are a part of the layer behind them, so there is nothing to compute again.
     assert kept["norms"].per_microbatch_bytes == kept["whole"].per_microbatch_bytes
     again = {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]}
@@ -321,13 +321,15 @@ def test_a_run_that_measured_nothing_is_refused(tmp_path):
 def test_the_planners_code_gives_the_plan_that_is_shown(llama: Any, precision: str, recompute: str) -> None:
     """Pasted below a recipe that recomputes and trains in bf16, the lines give the same bytes as the picture."""
     base = memory.with_layout(llama, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    recipe = copy.deepcopy(base)
+    recipe.tokenizer.vocab_size = 32_000  # the recipe's own stand-in; the plan is made for Llama's ids
     choice = {"tp": 2, "pp": 1, "cp": 1, "sequence": 2048, "micro": 1, "batch": 16}
     choice |= {"precision": precision, "recompute": next(iter(k for k in planner.RECOMPUTE if recompute in k))}
     shown = planner.chosen(base, choice)
-    names: dict[str, Any] = {"recipe": lambda: copy.deepcopy(base)}
+    names: dict[str, Any] = {"recipe": lambda: recipe}
     exec(planner.bridge_code("recipe", shown), names)  # noqa: S102
     pasted = names["cfg"]
-    assert memory.states(pasted, ranks=8) == memory.states(shown, ranks=8)
+    assert memory.plan(pasted, ranks=8) == memory.plan(shown, ranks=8)
     assert pasted.model.recompute_granularity == shown.model.recompute_granularity
     assert meta_model.precision(pasted).weights == (4 if precision == "fp32" else 2)
 
