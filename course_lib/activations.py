@@ -260,8 +260,11 @@ def _follow(chunk: Any, inside: list[str]) -> None:
         inside.pop()
 
     for name, module in chunk.named_modules():
-        module.register_forward_pre_hook(lambda *_, name=name: inside.append(name))
-        module.register_forward_hook(leave)
+        fused = vars(module).get("norm")  # the norm inside a linear layer of Transformer Engine's is no child of it
+        for inner, one in ((name, module), (f"{name}.norm", fused)):
+            if one is not None:
+                one.register_forward_pre_hook(lambda *_, inner=inner: inside.append(inner))
+                one.register_forward_hook(leave)
 
 
 def _second_copy(cfg: Any, *, tokens: int, model: Any) -> int:
@@ -285,7 +288,7 @@ def _place(name: str, chunk: int) -> tuple[str, str]:
         return words[0], "embedding" if words[0] in ("embedding", "rotary_pos_emb") else "output"
     if len(words) < 3:
         return "final", "norm" if "norm" in name else "other"
-    part = words[3] if len(words) > 3 else ""
+    part = "input_layernorm" if words[-1] == "norm" else words[3] if len(words) > 3 else ""
     names = {"self_attention": "attention", "mlp": "mlp", "input_layernorm": "norm", "pre_mlp_layernorm": "norm"}
     return f"layer {chunk}.{words[2]}", names.get(part, "other")
 

@@ -27,6 +27,7 @@ def stand_in() -> None:
     from megatron.core import utils
     from megatron.core.extensions import transformer_engine
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
     from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
     from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
@@ -107,6 +108,7 @@ def stand_in() -> None:
             self.layer_norm_weight = norm.weight
             self.register_parameter("layer_norm_bias", getattr(norm, "bias", None))
             self.return_layernorm_output = False  # LoRA asks for it, because its own layers come after the norm
+            self.return_layernorm_output_gathered = False
             self.__dict__["norm"] = norm  # no child: its parameters stand in a checkpoint under this layer's names
 
         def forward(self, x: torch.Tensor) -> tuple[Any, torch.Tensor | None]:
@@ -116,6 +118,8 @@ def stand_in() -> None:
                 parameters["bias"] = self.layer_norm_bias
             normal = self.norm(x)
             out, bias = super().forward(normal)
+            if self.return_layernorm_output_gathered:
+                normal = gather_from_sequence_parallel_region(normal, group=self.tp_group)
             return ((out, normal) if self.return_layernorm_output else out), bias
 
     class TERowParallelLinear(RowParallelLinear):

@@ -77,8 +77,8 @@ def standing_in(*, fused: bool, experts: int, chosen: int, one_for_all: bool = T
         f"{moe}.token_dispatcher.MoEAllGatherTokenDispatcher.dispatch_postprocess": _balanced_here(experts, chosen),
         f"{moe}.moe_layer.HAVE_TE": True,  # upstream demands its linear layer around experts in a latent space
         f"{moe}.moe_layer.TELinear": _duplicated(),
-        "megatron.bridge.peft.utils.HAVE_TE": False,  # its adapters ask whether a layer is of a class that is not there
         **_mamba(),
+        **_adapters(),
         **{f"{module}.torch": _Torch() for module in _ASK_FOR_A_DEVICE},
     }
     if one_for_all:
@@ -260,6 +260,17 @@ def _duplicated() -> type:
             self.weight = torch.nn.Parameter(torch.empty(outputs, inputs))
 
     return Duplicated
+
+
+def _adapters() -> dict[str, Any]:
+    """Bridge's adapters ask which of Transformer Engine's classes a layer is; of some there is none without the package."""
+    from megatron.bridge.peft import utils
+
+    from course_lib import local_layers
+
+    present = {name: tuple(kind for kind in getattr(utils, name) if kind is not None) for name in ("TECL", "TERL")}
+    answers = present | {"version": lambda package: local_layers.VERSION}
+    return {f"{utils.__name__}.{name}": answer for name, answer in answers.items()}
 
 
 def _mamba() -> dict[str, Any]:

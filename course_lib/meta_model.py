@@ -189,4 +189,7 @@ def _without_advice() -> Iterator[None]:
 
 
 def _fused(cfg: Any) -> bool:
-    return cfg.model.transformer_impl == "transformer_engine"
+    """Whether layers keep what Transformer Engine's kernels keep; a CPU rank runs Core's own under the same names."""
+    from megatron.core.transformer.enums import AttnBackend
+
+    return cfg.model.transformer_impl == "transformer_engine" and cfg.model.attention_backend != AttnBackend.unfused
