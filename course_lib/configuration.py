@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from course_lib import files
+from course_lib import files, stack
 from course_lib.credentials import secrets
 from course_lib.runs import ConfigError
 
@@ -178,6 +178,7 @@ def refuse_foreign_code(content: dict, source: Path) -> None:
 
     Source: megatron-core 0.19.2 `megatron/training/config/instantiate_utils.py` and `yaml_utils.py`.
     """
+    stack.prepare_imports()  # a script that launches a file need not know Bridge
     from megatron.bridge.training.config import ConfigContainer
 
     for place, found in _foreign(content, "", (ConfigContainer,)):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from course_lib import live_panels, plots
 from course_lib.progress import where as _where
+from course_lib.runs import Agreement
 
 if TYPE_CHECKING:
     from course_lib.runs import Run
@@ -94,6 +95,7 @@ class View:
         self._panels: live_panels.Panels | None = None
         self._image: Any = None
         self._bar: Any = None
+        self._agreement: Agreement | None = None
         self._label: Any = None
 
     @_harmless
@@ -183,7 +185,8 @@ class View:
             return f"{'computing the first step' if stage == 'training' else stage}, {elapsed} so far"
         now = run.metrics.iloc[-1]
         left = remaining(run, total_steps=self.total_steps)
-        return (
+        self._agreement = self._agreement or Agreement(run)
+        return self._warned(self._agreement.look()) + (
             f"step {int(now['step'])} of {self.total_steps}, loss {now['loss']:.3f} nats/token, "
             f"{now['tokens_per_second']:,.0f} tokens/s, {elapsed} so far, "
             + (f"about {duration(left, rough=True)} left" if left is not None else "time left not known yet")
@@ -200,7 +203,10 @@ class View:
             text += f", loss {run.metrics['loss'].iloc[-1]:.3f} nats/token"
         if outcome and status == "failed":
             text += f". {outcome.cause[:1].upper()}{outcome.cause[1:]}"
-        return text
+        return self._warned(run.warnings) + text
+
+    def _warned(self, warnings: tuple[str, ...]) -> str:
+        return "".join(f"WARNING: {text}. " for text in warnings)
 
 
 def duration(seconds: float, *, rough: bool = False) -> str:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
+import statistics
 import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from course_lib import files
 
@@ -38,6 +40,7 @@ __all__ = [
 METRICS = ("step", "time", "loss", "grad_norm", "learning_rate", "elapsed_ms", "tokens", "tokens_per_second", "skipped")
 VALIDATION = ("step", "time", "loss")
 MEMORY = ("rank", "step", "time", "memory_bytes", "peak_memory_bytes")
+STEPS = ("rank", "step", "loss", "grad_norm", "skipped")
 COLLECTIVES = (
     *("rank", "step", "time", "phase", "operation", "group", "group_size", "dtype", "bytes", "peer", "module"),
     "caller",
@@ -75,6 +78,8 @@ class Outcome:
         tail: The last lines that the failing rank wrote.
         hint: How to fix it; empty if nobody knows.
         finished: Unix time, seconds.
+        provisional: A rank wrote it, and whoever started the ranks may still know better.
+        warnings: What the run says of itself although it may have succeeded; as `Run.warnings`.
     """
 
     status: str
@@ -84,6 +89,8 @@ class Outcome:
     tail: str = ""
     hint: str = ""
     finished: float = 0.0
+    provisional: bool = False
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -120,7 +127,12 @@ class Run:
     def outcome(self) -> Outcome | None:
         """How the run ended, or `None` while it goes on."""
         found = _read_json(self.path / "outcome.json")
-        return Outcome(**found) if found else None
+        return Outcome(**found | {"warnings": tuple(found.get("warnings", ()))}) if found else None
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is wrong with the numbers of this run although it may go on or succeed, in plain sentences."""
+        return (self.outcome and self.outcome.warnings) or Agreement(self).look(last=True)
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
@@ -136,6 +148,11 @@ class Run:
     def memory(self) -> pd.DataFrame:
         """One row a rank and sample."""
         return _read_lines(self.path / "memory.jsonl", MEMORY)
+
+    @cached_property
+    def steps(self) -> pd.DataFrame:
+        """One row a rank and step, with its own `loss` (none before the last pipeline stage) and `grad_norm`."""
+        return _read_lines(self.path / "steps.jsonl", STEPS)
 
     @cached_property
     def collectives(self) -> pd.DataFrame:
@@ -167,6 +184,76 @@ class Run:
     def again(self) -> Run:
         """The same run, read anew."""
         return Run(self.path)
+
+
+class Agreement:
+    """Compares what the ranks say after each step; reads what is new since the last look.
+
+    After the data-parallel reduction every rank that has a loss has the same one, and every rank has the same gradient
+    norm: it is a sum over all parts of the model.  Where they differ, weights that must be equal are not.  A step that
+    was skipped changes no weight, so with loss scaling its norm may be infinite.
+    """
+
+    TOLERANCE = 1e-5
+    """Relative; in every layout tried, equal ranks differ by less than fp32's rounding."""
+
+    NAMES: ClassVar = {"loss": "loss", "grad_norm": "gradient norm"}
+
+    def __init__(self, run: Run) -> None:
+        self._file = run.path / "steps.jsonl"
+        self._world = run.launch.get("ranks", 1)
+        self._read_bytes = 0
+        self._steps: dict[int, dict[int, dict]] = {}
+        self._found: dict[tuple[str, str], str] = {}
+
+    def look(self, *, last: bool = False) -> tuple[str, ...]:
+        """The sentences so far, each kind of fault once, with the first step that has it.
+
+        Args:
+            last: Nothing more will be written: judge steps that some ranks did not end, too.
+        """
+        for line in self._new_lines():
+            if (row := _row(line)) is not None:
+                self._steps.setdefault(row["step"], {})[row["rank"]] = row
+        for step in sorted(self._steps):
+            if last or len(self._steps[step]) == self._world:
+                self._judge(step, self._steps.pop(step))
+        return tuple(self._found.values())
+
+    def _new_lines(self) -> list[str]:
+        if not self._file.exists():
+            return []
+        with open(self._file, "rb") as file:
+            file.seek(self._read_bytes)
+            whole, end, _ = file.read().rpartition(b"\n")
+        self._read_bytes += len(whole) + len(end)
+        return whole.decode().splitlines()
+
+    def _judge(self, step: int, rows: dict[int, dict]) -> None:
+        for column, name in self.NAMES.items():
+            values = {rank: row[column] for rank, row in rows.items() if row[column] is not None and not row["skipped"]}
+            if broken := sorted(rank for rank, value in values.items() if not math.isfinite(value)):
+                text = f"the {name} of step {step} is not finite on {_ranks(broken)}, and the step was not skipped: "
+                self._found.setdefault((column, "finite"), text + "no weight is to be trusted from there on")
+            finite = {rank: value for rank, value in values.items() if math.isfinite(value)}
+            if not finite:
+                continue
+            usual = statistics.median_low(finite.values())
+            others = {r: v for r, v in finite.items() if not math.isclose(v, usual, rel_tol=self.TOLERANCE)}
+            if others:
+                alone = 2 * len(others) < len(finite)  # without a majority nobody is the odd one
+                values = [f"{v:.6g} on rank {r}" for r, v in sorted((others if alone else finite).items())]
+                told = (f"{usual:.6g}, but " if alone else "") + ", ".join(values)
+                text = f"ranks that must agree do not: the {name} of step {step} is {told}; "
+                self._found.setdefault((column, "equal"), text + "their weights differ from there on")
+        if len({row["skipped"] for row in rows.values()}) > 1:
+            skipped = sorted(rank for rank, row in rows.items() if row["skipped"])
+            text = f"{_ranks(skipped)} skipped step {step} and the others did not: their weights differ from there on"
+            self._found.setdefault(("skipped", "equal"), text)
+
+
+def _ranks(numbers: list[int]) -> str:
+    return f"rank{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
 
 
 STAGES = (

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from course_lib import failures, runs
@@ -56,6 +53,7 @@ def until_the_end(
         RunInterrupted: If the learner interrupted; no rank is left.
     """
     report, shown = None, None
+    oom_kills = failures.oom_kills()
     try:
         try:
             (run.path / ".reserve").write_bytes(b"\0" * RESERVE_BYTES)
@@ -72,11 +70,19 @@ def until_the_end(
                 if watch is not None:
                     watch(run.again())
                 if patience.ends(run):
-                    report = {"dead": failures.left(run)}
+                    left = failures.left(run)
                     launched.stop()
                     _wait_for_the_end(launched, run)
+                    report = {"dead": left}
                     break
-            outcome = _outcome_of(run, report)
+            if report.get("error"):  # the ranks are ours to end, before one of them has the last word
+                _kill_ranks(run)
+            outcome = failures.settle(
+                run.path,
+                dead=_by_rank(report.get("dead")),
+                launcher=report.get("error", ""),
+                oom_killed=failures.oom_kills() > oom_kills,
+            )
         except BaseException as error:  # the learner's interrupt, or what `watch` raised
             launched.stop()
             try:
@@ -121,14 +127,9 @@ class _Patience:
         return now - self._complete > PATIENCE_SECONDS
 
 
-def _outcome_of(run: runs.Run, report: dict) -> runs.Outcome:
-    if report.get("error"):
-        outcome = runs.Outcome("failed", cause=report["error"][:500], hint=failures.hint_for(report["error"]))
-        with contextlib.suppress(OSError):
-            if run.outcome is None:
-                runs.write_outcome(run.path, outcome)
-        return run.outcome or outcome
-    return failures.settle(run.path, dead={int(rank): code for rank, code in report.get("dead", {}).items()})
+def _by_rank(dead: dict | None) -> dict[int, int | None] | None:
+    """Exit codes as a report has them, whose keys are text if it came through a pipe."""
+    return None if dead is None else {int(rank): code for rank, code in dead.items()}
 
 
 def _wait_for_the_end(launched: object, run: runs.Run, *, limit_seconds: float = 10.0) -> None:
@@ -142,17 +143,10 @@ def _wait_for_the_end(launched: object, run: runs.Run, *, limit_seconds: float =
 
 
 def _kill_ranks(run: runs.Run) -> None:
+    import psutil
+
     for entry in run.ranks().values():
-        with contextlib.suppress(ProcessLookupError):
-            if _is_rank(entry["pid"]):
-                os.kill(entry["pid"], signal.SIGKILL)
-
-
-def _is_rank(pid: int) -> bool:
-    """True if the pid still belongs to a Python process of this user, and not to somebody who got the number later."""
-    try:
-        return (
-            Path(f"/proc/{pid}").stat().st_uid == os.getuid() and b"python" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        )
-    except OSError:
-        return False
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            process = psutil.Process(entry["pid"])
+            if process.create_time() < entry["time"] + 1.0:  # who got the number later began after the rank's last word
+                process.kill()

@@ -11,7 +11,7 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
-from course_lib import machine, runs, stack
+from course_lib import failures, machine, runs, stack, train
 
 __all__ = ["Started", "command", "kill", "settings", "start", "start_process"]
 
@@ -70,6 +70,7 @@ def start_process(run: runs.Run, words: list[str]) -> subprocess.Popen:
     environment = {k: v for k, v in os.environ.items() if k not in unwanted} | settings(run)
     if machine.gloo(environment=environment).status != "ok":
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    environment[train.STARTER] = str(os.getpid())
     with open(run.path / "logs" / "launcher.log", "a") as log:
         return subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
@@ -92,7 +93,10 @@ class Started:
             code = self._process.wait(seconds)
         except subprocess.TimeoutExpired:
             return None
-        return {"dead": {}} if code >= 0 else {"error": f"torchrun itself was killed by signal {-code}"}
+        # How the ranks ended, torchrun writes into its log.
+        return (
+            {} if code >= 0 else {"error": f"the launcher was killed: torchrun ended by {failures.signal_name(code)}"}
+        )
 
     def stop(self) -> None:
         with contextlib.suppress(ProcessLookupError):

@@ -14,11 +14,14 @@ import contextlib
 import importlib
 import json
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +36,9 @@ __all__ = ["TARGET", "main", "meet", "prepare", "rank_main", "read_config", "rec
 
 TARGET = "course_lib.train:rank_main"
 """What a rank executes unless the run says otherwise: Bridge's own loop."""
+
+STARTER = "COURSE_STARTER_PID"
+"""The environment variable that tells a rank whose end is its own too: of the program that started torchrun for it."""
 
 GRACE_SECONDS = 0.4
 """How long a failing rank waits before it exits, so that a rank which died without a word is noticed first."""
@@ -92,11 +98,12 @@ def stage(path: Path, rank: int, name: str) -> None:
 
 
 def recorder(path: Path, rank: int, world: int, meter: memory_meter.Meter) -> Callback:
-    """A Bridge callback that writes `metrics.jsonl`, `validation.jsonl` and `memory.jsonl`.
+    """A Bridge callback that writes `metrics.jsonl`, `validation.jsonl`, `memory.jsonl` and `steps.jsonl`.
 
     Args:
         path: The run directory.
-        rank: Global rank; the last one holds the loss and writes metrics, every one writes its memory.
+        rank: Global rank; the last one holds the loss and writes metrics, every one writes its memory and its
+            own loss and gradient norm, which `runs.Agreement` compares.
         world: Number of ranks.
         meter: Reads this rank's memory.
     """
@@ -125,6 +132,9 @@ def recorder(path: Path, rank: int, world: int, meter: memory_meter.Meter) -> Ca
             step = state.train_state.step + 1  # Bridge counts the step after this event
             self.write_memory(step)
             meter.begin_step()
+            loss, norm = _number((context.loss_dict or {}).get("lm loss")), _number(context.grad_norm)
+            mine = {"rank": rank, "step": step, "loss": loss, "grad_norm": norm, "skipped": bool(context.skipped_iter)}
+            _append_row(path / "steps.jsonl", mine)
             if rank != world - 1:
                 return
             tokens = state.cfg.train.global_batch_size * state.cfg.model.seq_length
@@ -134,8 +144,8 @@ def recorder(path: Path, rank: int, world: int, meter: memory_meter.Meter) -> Ca
                 {
                     "step": step,
                     "time": time.time(),
-                    "loss": _number((context.loss_dict or {}).get("lm loss")),
-                    "grad_norm": _number(context.grad_norm),
+                    "loss": loss,
+                    "grad_norm": norm,
                     "learning_rate": max(rates) if rates else None,
                     "elapsed_ms": elapsed_seconds * 1e3,
                     "tokens": tokens,
@@ -248,13 +258,11 @@ def start(run_directory: str, cfg: ConfigContainer | None = None) -> None:
                 _function(target)(run_directory, cfg)
             stage(path, rank, "done")
         except BaseException as error:
-            failures.record(path, rank, error)
+            lost_a_peer = failures.record(path, rank, error)
             with contextlib.suppress(OSError):
                 traceback.print_exc()
-            time.sleep(GRACE_SECONDS)
-            if failures.lost_a_peer(str(error)):
-                time.sleep(GRACE_SECONDS)  # whoever raised for a reason of its own speaks first
-            failures.settle(path)
+            time.sleep(2 * GRACE_SECONDS if lost_a_peer else GRACE_SECONDS)  # who has a reason of its own speaks first
+            failures.settle(path, provisional=True)
             with contextlib.suppress(OSError):
                 sys.stdout.flush()
                 sys.stderr.flush()
@@ -354,6 +362,7 @@ def main(arguments: list[str] | None = None) -> None:
             f"the run in {path} has ended already ({ended.status}), and two runs in one directory would mix: copy its "
             "config.yaml into a new directory and start that"
         )
+    _end_with_the_launcher(path)
     for part in ("logs", "ranks"):
         (path / part).mkdir(exist_ok=True)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -361,6 +370,22 @@ def main(arguments: list[str] | None = None) -> None:
     if rank == 0:
         _wait_until_done(path, world)
         print(failures.settle(path).status, path, flush=True)
+
+
+def _end_with_the_launcher(path: Path) -> None:
+    """End this rank when torchrun, or the program that started torchrun, is gone: nobody else would."""
+    watched = [os.getppid()] if "TORCHELASTIC_RUN_ID" in os.environ else []
+    if STARTER in os.environ:
+        watched.append(int(os.environ[STARTER]))
+
+    def watch() -> None:
+        with contextlib.suppress(ProcessLookupError):  # gone before this rank began
+            wait([os.pidfd_open(pid) for pid in watched])
+        failures.abandon(path)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if watched:
+        threading.Thread(target=watch, daemon=True, name="end-with-the-launcher").start()
 
 
 def _wait_until_done(path: Path, world: int, *, limit_seconds: float = 30.0) -> None:

@@ -128,7 +128,7 @@ class Launched:
         try:
             return json.loads(self._text)
         except ValueError:
-            return {"error": "the warm launcher went away"}
+            return {"error": "the launcher was killed: its server, which all notebooks share, is gone"}
 
     def wait_for(self, seconds: float) -> dict:
         """Wait for the end, at most so many seconds.

@@ -16,12 +16,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from course_lib import failures
 from course_lib.warm import WarmError
 
 __all__ = ["rank_process", "serve"]
 
 LINGER_SECONDS = 20.0
 """How long the server waits for a new lease after the last one ended: a restarted kernel finds it warm."""
+
+TORCH_PATIENCE_SECONDS = 25.0
+"""A rank that does not end on SIGTERM gets SIGKILL from torch; a bit less than its 30 s."""
 
 
 def serve(path: str) -> None:
@@ -79,11 +83,13 @@ def _supervise(request: dict, lines: object) -> dict:
     agent = context.Process(target=_agent, args=(request, writer), daemon=False)
     agent.start()
     writer.close()
-    ended = threading.Event()
+    ended, abandoned = threading.Event(), threading.Event()
 
     def watch_client() -> None:
-        lines.readline()  # "stop", or the end of the connection
+        word = lines.readline()  # "stop", or the end of the connection
         if not ended.is_set() and agent.is_alive():
+            if not word:
+                abandoned.set()
             with contextlib.suppress(ProcessLookupError):
                 os.kill(agent.pid, signal.SIGTERM)
 
@@ -91,12 +97,17 @@ def _supervise(request: dict, lines: object) -> dict:
     try:
         report = reader.recv()
     except EOFError:
-        report = {"error": "the launch's agent process died"}
+        report = None
     agent.join(timeout=10)
     if agent.is_alive():
         agent.kill()
         agent.join()
     ended.set()
+    if abandoned.is_set():
+        failures.abandon(Path(request["argument"]))
+    if report is None:
+        by = f" by {failures.signal_name(agent.exitcode)}" if agent.exitcode < 0 else ""
+        report = {"error": f"the launcher was killed{by}: its agent, which watches the ranks of this run, is gone"}
     return report
 
 
@@ -130,12 +141,15 @@ def _agent(request: dict, writer: object) -> None:
         monitor_interval=0.02,
     )
     report: dict = {"dead": {}}
+    fork_server, exits = os.getppid(), _Exits()
     try:
         elastic_launch(config, rank_process)(request)
-    except ChildFailedError as failed:
-        report["dead"] = {rank: failure.exitcode for rank, failure in failed.failures.items()}
-    except SignalException:
-        pass  # somebody asked for the end
+    except ChildFailedError:
+        report["dead"] = exits.codes()
+        if os.getppid() != fork_server:  # whose children the ranks are: it alone could have told how they ended
+            report = {"error": "the launcher was killed: the fork server, the parent of all ranks, is gone"}
+    except SignalException as asked:
+        report = {"dead": exits.seen, "error": f"the launcher was ended by {asked.sigval.name}"}
     except BaseException as error:  # whatever it is, the client must hear of it
         import traceback
 
@@ -147,6 +161,53 @@ def _agent(request: dict, writer: object) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # nothing is left to do, and taking the imported stack apart would take longer than a step
+
+
+class _Exits:
+    """How the ranks ended: what this process saw before it ended others, and what it cannot have done to them.
+
+    torch's context looks at its processes in turn and calls the first dead one the cause; when a busy machine let
+    several die between two looks, that is the one with the lowest number.  It also takes exit code 0 for success, and
+    waits forever for a rank that left without an error.
+
+    Source: torch/multiprocessing/spawn.py, torch/distributed/elastic/multiprocessing/api.py @ 2.13.0
+    """
+
+    def __init__(self) -> None:
+        from multiprocessing.connection import wait
+
+        from torch.distributed.elastic.multiprocessing import api
+        from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+        self.seen: dict[int, int] = {}
+        self._processes: list = []
+        self._ending_since = float("inf")
+        poll = api.MultiprocessContext._poll
+
+        def look(context: api.MultiprocessContext) -> api.RunProcsResult | None:
+            self._processes = context._pc.processes
+            if not wait(context._pc.sentinels, 0):
+                return poll(context)
+            self.seen |= {rank: p.exitcode for rank, p in enumerate(self._processes) if p.exitcode is not None}
+            self._ending_since = time.monotonic()
+            returned = context._return_values
+            left = [rank for rank, code in self.seen.items() if code == 0 and rank not in returned]
+            left = [rank for rank in left if context._ret_vals[rank].empty()]
+            if not left or any(self.seen.values()):
+                return poll(context)
+            context.close()
+            failure = ProcessFailure(left[0], self._processes[left[0]].pid, 0, context.error_files[left[0]])
+            return api.RunProcsResult(failures={left[0]: failure}, stdouts=context.stdouts, stderrs=context.stderrs)
+
+        api.MultiprocessContext._poll = look
+
+    def codes(self) -> dict[int, int]:
+        """Exit codes by rank, negative for a signal, without those that this process caused."""
+        mine = {-signal.SIGTERM}
+        if time.monotonic() - self._ending_since > TORCH_PATIENCE_SECONDS:
+            mine.add(-signal.SIGKILL)
+        later = {rank: p.exitcode for rank, p in enumerate(self._processes) if p.exitcode is not None}
+        return {rank: code for rank, code in later.items() if code not in mine} | self.seen
 
 
 def _function(name: str) -> Callable:

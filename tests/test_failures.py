@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
-import shutil
+import runpy
 import signal
 import socket
 import subprocess
@@ -291,23 +292,233 @@ def test_ranks_end_when_the_client_dies(cfg, tmp_path):
     assert no_process_left(run)
 
 
-def test_failures_are_told_apart():
-    """A rank that raised beats ranks that lost it, even if they noticed first."""
-    assert failures.lost_a_peer("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
-    assert failures.lost_a_peer("Connection reset by peer") and not failures.lost_a_peer("loss is NaN")
-    for text, word in (("CUDA out of memory", "Out of memory"), ("Errno 28", "disk"), ("EADDRINUSE", "port")):
-        assert word in failures.hint_for(text)
-    assert failures.hint_for("something nobody has seen") == ""
+@pytest.mark.parametrize(("victim", "end"), [*enumerate(drills.ENDS, start=2)])
+def test_the_rank_that_began_it_is_named_although_nobody_watched(bridge, runs_directory, victim, end):
+    """One of eight ranks ends and seven notice while the agent is stopped; the one is named, with its own cause."""
+    outcome = drills.unseen(small.config(), end, victim, blind=2 - victim % 2)
+    assert (outcome.rank, outcome.exception) == (victim, drills.ENDS[end][1]), outcome
+    assert drills.ENDS[end][2] in outcome.cause and not outcome.provisional
 
 
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_the_earliest_cause_wins_over_a_lost_peer(tmp_path, order):
-    """Whatever the order of arrival, the outcome is the rank with a reason of its own."""
+def test_a_killed_launcher_is_no_rank_s_fault(bridge, runs_directory):
+    """The agent of a run is killed: the outcome says so, names no rank, and says what to do."""
+
+    def kill(run: runs.Run) -> None:
+        if run.stage() == "training":
+            with contextlib.suppress(IndexError):  # it is gone already
+                os.kill(drills.watchers(run)[0], signal.SIGKILL)
+
+    with pytest.raises(launch.RunFailed, match="the launcher was killed by SIGKILL") as caught:
+        launch.run(small.config(), ranks=4, name="agent", show=None, target="drills:exchanges", watch=kill)
+    assert caught.value.outcome.rank is None and "Launch again" in caught.value.outcome.hint
+    assert no_process_left(caught.value.run)
+
+
+@pytest.mark.parametrize("victim", ["client", "torchrun"])
+def test_a_rank_under_torchrun_ends_with_who_started_it(tmp_path, victim):
+    """Whoever is killed, the notebook's kernel or torchrun, no rank trains on, and the run does not look alive."""
+    (tmp_path / "logs").mkdir()
+    runs.write_json(tmp_path / "launch.json", {"ranks": 1, "device": "cpu", "target": "drills:sleeps"})
+    code = "import sys, time; from pathlib import Path; from course_lib import runs, torchrun\n"
+    code += "torchrun.start(runs.Run(Path(sys.argv[1])), 1); time.sleep(600)"
+    client = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).parent)
+    run, end = runs.Run(tmp_path), time.monotonic() + 120
+    while run.stage() != "training":
+        assert time.monotonic() < end and client.poll() is None, (tmp_path / "logs" / "launcher.log").read_text()
+        time.sleep(0.05)
+    torchrun = psutil.Process(run.ranks()[0]["pid"]).parent()
+    os.kill(client.pid if victim == "client" else torchrun.pid, signal.SIGKILL)
+    assert no_process_left(run)
+    assert run.outcome.status == "interrupted" and "the program that started the run is gone" in run.outcome.cause
+    client.kill()
+    client.wait()
+    psutil.wait_procs([torchrun], timeout=30)
+    assert not torchrun.is_running()
+
+
+GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:33333"
+
+
+def ended(path: Path, *, world: int = 4, **errors: BaseException) -> runs.Run:
+    """A run directory whose ranks are gone; those of `errors` (`r0=...`) had raised before."""
+    (path / "ranks").mkdir(parents=True)
+    runs.write_json(path / "launch.json", {"ranks": world})
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    for rank in range(world):
+        entry = {"rank": rank, "pid": gone.pid, "stage": "training", "time": time.time()}
+        runs.write_json(path / "ranks" / f"{rank}.json", entry)
+    for rank, error in errors.items():
+        failures.record(path, int(rank[1:]), error)
+    return runs.Run(path)
+
+
+def test_a_rank_whose_end_nobody_saw_is_not_blamed(tmp_path):
+    """Four ranks are gone and nobody knows how: none is named, and none is said to have exited with code 0."""
+    run = ended(tmp_path)
+    assert failures.left(run) == dict.fromkeys(range(4))
+    outcome = failures.settle(tmp_path, dead=failures.left(run))
+    assert outcome.rank is None and outcome.cause.startswith("ranks 0, 1, 2, 3 are gone without a word")
+
+
+STORE = "Timed out after 601 seconds waiting for clients. 3/4 clients joined."
+LOST = {f"r{rank}": RuntimeError(GLOO) for rank in (0, 1, 3)}
+VERDICTS = [
+    ({f"r{rank}": RuntimeError(STORE) for rank in (0, 1, 3)}, {2: -9}, 2, "was killed by SIGKILL"),
+    ({**LOST, "r2": RuntimeError(GLOO)}, {0: 1, 1: 1, 2: -9, 3: 1}, 0, "raised RuntimeError"),
+    (LOST, {0: 1, 1: 1, 2: 0, 3: 1}, 2, "exited with code 0"),
+    (LOST, {0: 1, 1: 1, 2: None, 3: 1}, 2, "was lost while training, and nobody saw how it ended"),
+    ({**LOST, "r1": ValueError("the reason")}, {0: 1, 1: 1, 2: -15, 3: 1}, 1, "raised ValueError: the reason"),
+    ({**LOST, "r1": ValueError("what a library makes of a lost peer")}, {1: 1, 2: -9}, 2, "was killed by SIGKILL"),
+    ({**LOST, "r1": ValueError("the reason")}, {1: 1, 2: -6}, 1, "raised ValueError"),
+    ({"r0": RuntimeError("connection closed: rank 3 is gone"), "r3": RuntimeError(GLOO)}, {1: None, 2: None}, None, "1, 2"),
+    ({"r0": RuntimeError("connection closed: rank 2 is gone")}, {}, 2, "rank 0 says: connection closed"),
+    ({"r0": RuntimeError("connection timeout: no word from rank 3 for 600 s")}, {}, 3, "no word from rank 3"),
+    ({"r0": KeyboardInterrupt(), "r1": ValueError("the reason")}, {0: 1, 1: 1}, 1, "the reason"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("errors", "dead", "rank", "words"), VERDICTS)
+def test_the_strongest_evidence_names_the_rank(tmp_path, errors, dead, rank, words):
+    """Signals, reasons, exits, and what ranks say of each other; a rank that only lost another one comes last."""
+    ended(tmp_path, **errors)
+    outcome = failures.settle(tmp_path, dead=dead)
+    assert outcome.rank == rank and words in outcome.cause
+
+
+def test_interrupted_ranks_are_not_the_cause_of_a_dead_launcher(tmp_path):
+    """When the fork server dies, torch interrupts its children; a rank with a reason of its own is named all the same."""
+    ended(tmp_path / "one", r0=KeyboardInterrupt(), r1=RuntimeError(GLOO))
+    outcome = failures.settle(tmp_path / "one", dead={}, launcher="the launcher was killed")
+    assert (outcome.rank, outcome.cause) == (None, "the launcher was killed") and "Launch again" in outcome.hint
+    ended(tmp_path / "two", r0=KeyboardInterrupt(), r1=ValueError("the reason"))
+    assert failures.settle(tmp_path / "two", dead={}, launcher="the launcher was killed").rank == 1
+
+
+def test_torchruns_report_gives_the_exit_codes(tmp_path):
+    """Those of ranks that torchrun ended itself do not count."""
+    ended(tmp_path, **LOST)
+    report = "W1126 api.py:1] Sending process 11 closing signal SIGTERM\n" + "".join(
+        f"[{i}]:\n  time      : now\n  rank      : {i} (local_rank: {i})\n  exitcode  : {code} (pid: {pid})\n"
+        for i, (code, pid) in enumerate([(1, 10), (-15, 11), (-9, 12)])
+    )
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "launcher.log").write_text(report)
+    assert failures.settle(tmp_path).cause.startswith("rank 2 was killed by SIGKILL")
+
+
+def test_who_sent_sigkill_is_said_as_far_as_it_is_known(tmp_path, monkeypatch):
+    """The kernel's log names the process, or the control group counts one, or it is only likely."""
+    for name, known, counted, words in (
+        ("a", True, False, ", by the kernel for want of memory"),
+        ("b", False, True, ", most likely by the kernel"),
+        ("c", False, False, ", perhaps by the kernel"),
+    ):
+        run = ended(tmp_path / name, world=1)
+        pids = {run.ranks()[0]["pid"]} if known else set()
+        monkeypatch.setattr(failures, "_killed_for_memory", lambda since, pids=pids: pids)
+        outcome = failures.settle(run.path, dead={0: -9}, oom_killed=counted)
+        assert words in outcome.cause and "fewer ranks" in outcome.hint
+
+
+def test_a_provisional_verdict_gives_way_and_another_stands(tmp_path):
+    """What a rank wrote is replaced by whoever knows more; the launcher's word is the last."""
+    ended(tmp_path, **LOST)
+    assert failures.settle(tmp_path, provisional=True).rank == 2, "the one that is gone without a word"
+    final = failures.settle(tmp_path, dead={3: -9, 2: 0})
+    assert (final.rank, failures.settle(tmp_path), failures.settle(tmp_path, provisional=True)) == (2, final, final)
+    failures.abandon(tmp_path)
+    assert runs.Run(tmp_path).outcome == final
+
+
+def test_a_bare_assert_shows_what_it_asserts(tmp_path):
+    """An exception without words is told by its place and its statement."""
     (tmp_path / "ranks").mkdir()
-    errors = [RuntimeError("Connection reset by peer"), ValueError("the reason")]
-    for rank in order:
-        failures.record(tmp_path, rank, errors[rank])
-    outcome = failures.settle(tmp_path)
-    assert (outcome.rank, outcome.exception, outcome.status) == (1, "ValueError", "failed")
-    shutil.rmtree(tmp_path / "ranks")
-    assert failures.settle(tmp_path) == outcome, "the first verdict stands"
+    (tmp_path / "weights.py").write_text(
+        "def check(w):\n    assert all(\n        x > 0 for x in w\n    )\ncheck([-1, 2])\n"
+    )
+    with pytest.raises(AssertionError) as caught:
+        runpy.run_path(str(tmp_path / "weights.py"))
+    failures.record(tmp_path, 0, caught.value)
+    cause = failures.settle(tmp_path).cause
+    assert cause == f"rank 0 raised AssertionError: {tmp_path}/weights.py:2: assert all( x > 0 for x in w )"
+
+
+def raised(line: str, *files: str) -> str:
+    """A traceback through these files that ends in a line `Type: message`."""
+    frames = "".join(f'  File "/site-packages/{file}", line 1, in f\n    f()\n' for file in files)
+    return f"Traceback (most recent call last):\n{frames}{line}\n"
+
+
+PEERS = [
+    (GLOO, True),
+    ("RuntimeError: Gloo connectFullMesh failed with [/gloo/transport/tcp/pair.cc:1] timed out", True),
+    ("RuntimeError: [enforce fail at gloo/transport/tcp/pair.cc:442] op.preamble.length <= op.nbytes. 8 vs 4", False),
+    ("connection closed: rank 3 is gone", True),
+    ("torch.distributed.DistStoreError: wait timeout after 1000ms, keys: /x", True),
+    ("torch.distributed.DistNetworkError: failed to listen. code: -98, name: EADDRINUSE, message: address already in use", False),
+    (raised("BrokenPipeError: [Errno 32] Broken pipe", "torch/distributed/distributed_c10d.py"), True),
+    (raised("BrokenPipeError: [Errno 32] Broken pipe", "wandb/sdk/interface/sock.py"), False),
+    ("ConnectionRefusedError: [Errno 111] Connection refused", False),
+    ("urllib.error.URLError: <urlopen error [Errno 111] Connection refused>", False),
+    ("OSError: read error", False),
+    ("ValueError: could not restore the shard: I/O operation on closed file", False),
+    ("loss is NaN", False),
+    (raised("RuntimeError: " + GLOO) + "\nDuring handling of the above exception, another exception occurred:\n\n"
+     + raised("KeyError: 'state'"), True),
+    (raised("KeyError: 'state'") + "\nDuring handling of the above exception, another exception occurred:\n\n"
+     + raised("RuntimeError: " + GLOO), False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "lost"), PEERS)
+def test_a_lost_peer_is_told_by_type_and_origin(text, lost):
+    """gloo's, NCCL's, the store's and the mailboxes' own words, and connections of torch; not those of other libraries."""
+    assert failures.lost_a_peer(text) is lost
+
+
+CORE, BRIDGE = "/megatron/core/optimizer/optimizer.py", "/megatron/bridge/training/checkpointing.py"
+HINTS = [
+    ("Shared memory", raised("OSError: [Errno 28] No space left on device", "multiprocessing/synchronize.py"),
+     raised("FileNotFoundError: [Errno 2] No such file or directory", "multiprocessing/synchronize.py")),
+    ("Shared memory", "RuntimeError: unable to write to file </torch_1_2>: No space left on device (28)",
+     "RuntimeError: unable to write to file <notes>: read only"),
+    ("Shared memory", "torch.distributed.DistBackendError: Error while creating shared memory segment /dev/shm/nccl-x (size 9)",
+     "ValueError: put it into /dev/shm/nccl"),
+    ("The disk is full", "OSError: [Errno 28] No space left on device: 'x'", "ValueError: my note says Errno 28"),
+    ("Out of memory", "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", "KeyError: 'out of memory'"),
+    ("Out of memory", "OSError: [Errno 12] Cannot allocate memory", "ValueError: [Errno 12]"),
+    ("Out of memory", "RuntimeError: [enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you",
+     "RuntimeError: not enough memory of the past"),
+    ("Out of memory", "torch.AcceleratorError: CUDA error: out of memory", "ValueError: CUDA error: out of memory"),
+    ("Another program took the port", "torch.distributed.DistNetworkError: listen failed. port: 1, name: EADDRINUSE",
+     raised("OSError: [Errno 98] Address already in use", "http/server.py")),
+    ("The tokenizer was asked", raised("OSError: We couldn't connect to 'https://huggingface.co'", "/core/tokenizers/hf.py"),
+     raised("OSError: 'mine' is not a folder", "/core/tokenizers/hf.py")),
+    ("The Hub was asked", "huggingface_hub.errors.GatedRepoError: 401", "requests.HTTPError: 401 Client Error"),
+    ("The Hub was asked", raised("OSError: We couldn't connect to 'https://huggingface.co'", "/transformers/utils/hub.py"),
+     raised("OSError: tracker is in offline mode", "/wandb/run.py")),
+    ("dist_ckpt_optim_fully_reshardable", raised("RuntimeError: (TP, PP) mismatch after resume ((1, 1) vs (2, 1))", BRIDGE),
+     raised("RuntimeError: (TP, PP) mismatch after resume", "mine.py")),
+    ("parameter groups", raised("KeyError: (None, 0.0005, 0.0001, False, True)", CORE), raised("KeyError: (1, True)", "a.py")),
+    ("parameter groups", "ValueError: Could not find parameter group with key (None, 0.0005)", "ValueError: no parameter group"),
+    ("schedule of cfg", "AssertionError: OptimizerParamScheduler: class input value 24 and checkpointvalue 16 for x do not match",
+     "ValueError: OptimizerParamScheduler: class input value"),
+    ("A field name in config.yaml", "ConfigError: x does not fit Bridge's ConfigContainer: Unexpected config keys",
+     "TypeError: f() got an unexpected keyword argument 'x'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("hint", "text", "near_miss"), HINTS)
+def test_a_hint_is_tied_to_an_error_and_not_to_a_word(hint, text, near_miss):
+    """Each row of the table: an error that it is for, and one that only has its words."""
+    assert hint in failures.hint_for(text), text
+    assert failures.hint_for(near_miss) == "", near_miss
+
+
+def test_every_hint_has_its_examples():
+    """A hint without a positive and a negative example cannot be added."""
+    fitting = [
+        row for row in failures._HINTS if any(row.fits(e) for _, text, _ in HINTS for e in failures._exceptions(text))
+    ]
+    assert len(fitting) == len(failures._HINTS)

@@ -323,7 +323,9 @@ def test_a_second_interrupt_leaves_an_outcome(bridge, runs_directory):
     fake = SimpleNamespace(wait=interrupted, stop=lambda: None, close=lambda: closed.append(True))
     run = launch.prepare(small.config(), ranks=2, name="twice")
     rank = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    runs.write_json(run.path / "ranks" / "0.json", {"rank": 0, "pid": rank.pid, "stage": "training", "time": 0.0})
+    runs.write_json(
+        run.path / "ranks" / "0.json", {"rank": 0, "pid": rank.pid, "stage": "training", "time": time.time()}
+    )
     with pytest.raises(KeyboardInterrupt):
         supervision.until_the_end(run, ranks=2, start=lambda *_: fake, view=lambda: None, watch=None)
     assert run.again().outcome.status == "interrupted" and closed
@@ -335,10 +337,12 @@ def test_a_launcher_that_dies_leaves_no_rank(bridge, runs_directory):
     run = launch.prepare(small.config(), ranks=2, name="orphan")
     sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]
     rank = subprocess.Popen(sleeper, start_new_session=True)
-    runs.write_json(run.path / "ranks" / "0.json", {"rank": 0, "pid": rank.pid, "stage": "training", "time": 0.0})
+    runs.write_json(
+        run.path / "ranks" / "0.json", {"rank": 0, "pid": rank.pid, "stage": "training", "time": time.time()}
+    )
     launcher = subprocess.Popen(sleeper)
     launcher.kill()
-    with pytest.raises(launch.RunFailed, match="torchrun itself was killed by signal 9"):
+    with pytest.raises(launch.RunFailed, match="the launcher was killed: torchrun ended by SIGKILL"):
         supervision.until_the_end(
             run, ranks=2, start=lambda *_: torchrun.Started(launcher), view=lambda: None, watch=None
         )

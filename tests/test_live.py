@@ -31,6 +31,7 @@ def run_of(steps: int, *, ranks: int = 8, status: str | None = None, stage: str 
         path=Path("runs") / "smoke",
         launch={"ranks": ranks, "started": time.time() - 5},
         outcome=ended,
+        warnings=(),
         metrics=pd.DataFrame(metrics, columns=columns),
         validation=pd.DataFrame([], columns=["step", "loss"]),
         memory=pd.DataFrame(memory, columns=["rank", "step", "memory_bytes", "peak_memory_bytes"]),
@@ -243,3 +244,14 @@ def test_a_terminal_gets_one_line_a_second(monkeypatch: pytest.MonkeyPatch, caps
     assert capsys.readouterr().err.count("\r") == 1
     view.close(run_of(10, status="succeeded"))
     assert "done, 10 of 10 steps" in capsys.readouterr().err and not view.problem
+
+
+def test_a_warning_stands_before_everything_else(tmp_path: Path) -> None:
+    """Ranks that disagree are told while the run goes on, and at its end."""
+    rows = [{"rank": rank, "step": 1, "loss": 6.9, "grad_norm": 1.0 + rank, "skipped": False} for rank in range(2)]
+    (tmp_path / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    view, run = live.view(3), run_of(1, ranks=2)
+    run.path, run.warnings = tmp_path, runs.Agreement(runs.Run(tmp_path)).look(last=True)
+    words = "WARNING: ranks that must agree do not: the gradient norm of step 1 is 1 on rank 0, 2 on rank 1"
+    assert view._progress(run).startswith(words) and "step 1 of 3" in view._progress(run)
+    assert view._ending(run).startswith(words)

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from small import config
 
-from course_lib import accounting, health, plots, plots_runs, runs, sweep
+from course_lib import accounting, health, launch, plots, plots_runs, runs, sweep
 
 LINE = (
     " [2026-11-24 16:42:12] iteration        5/       5 | consumed samples:          160 | "
@@ -102,6 +102,66 @@ def test_bridges_mb_is_mib(tmp_path):
         accounting.bridge_state_bytes(run)
     (tmp_path / "logs" / "rank_0.log").write_text("Theoretical memory footprints: weight and optimizer=3.10 MB\n")
     assert accounting.bridge_state_bytes(run) == 3.10 * 2**20
+
+
+def said(path: Path, *rows: tuple[int, int, float | None, float | None, bool], world: int = 2) -> tuple[str, ...]:
+    """The warnings of a run whose ranks wrote these steps: rank, step, loss, gradient norm, skipped."""
+    path.mkdir(exist_ok=True)
+    runs.write_json(path / "launch.json", {"ranks": world})
+    lines = [json.dumps(dict(zip(runs.STEPS, row, strict=True))) for row in rows]
+    (path / "steps.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    return runs.Run(path).warnings
+
+
+def test_ranks_that_agree_are_not_warned_of(tmp_path):
+    """Rounding, a stage without a loss, and steps that loss scaling skips are no fault."""
+    rows = [
+        (0, 1, None, 1.5, False),
+        (1, 1, 6.9, 1.5000001, False),
+        (0, 2, None, math.inf, True),
+        (1, 2, 6.9, None, True),
+    ]
+    assert said(tmp_path, *rows) == () and len(runs.Run(tmp_path).steps) == 4
+
+
+def test_ranks_that_disagree_are_named_once_with_the_first_step(tmp_path):
+    """Three ranks against one; the loss follows a step later."""
+    rows = [(rank, step, 6.9 - (step == 3 and rank == 2), 1.5 + (step >= 2 and rank == 2), False)
+            for step in (1, 2, 3) for rank in range(4)]  # fmt: skip
+    norm, loss = said(tmp_path, *rows, world=4)
+    assert norm.startswith("ranks that must agree do not: the gradient norm of step 2 is 1.5, but 2.5 on rank 2;")
+    assert "the loss of step 3 is 6.9, but 5.9 on rank 2" in loss
+
+
+def test_a_norm_that_is_not_finite_is_told_unless_the_step_was_skipped(tmp_path):
+    """Also where it is the same on all ranks, and where only some skip."""
+    (one,) = said(tmp_path, (0, 1, 6.9, math.nan, False), (1, 1, 6.9, math.nan, False))
+    assert one.startswith("the gradient norm of step 1 is not finite on ranks 0, 1, and the step was not skipped")
+    (one,) = said(tmp_path, (0, 1, 6.9, 1.0, False), (1, 1, 6.9, 1.0, True))
+    assert one.startswith("rank 1 skipped step 1 and the others did not")
+
+
+def test_steps_are_judged_when_all_ranks_have_written_theirs(tmp_path):
+    """While a run goes on, a step that one rank has not ended waits; at its end it is judged as it is."""
+    rows = [(0, 1, 6.9, 1.0, False), (1, 1, 6.9, 2.0, False)]
+    said(tmp_path, *rows, world=3)
+    agreement = runs.Agreement(runs.Run(tmp_path))
+    assert agreement.look() == ()
+    with open(tmp_path / "steps.jsonl", "a") as file:
+        file.write(json.dumps(dict(zip(runs.STEPS, (2, 1, 6.9, 1.0, False), strict=True))))
+        file.flush()
+        assert agreement.look() == (), "half a line"
+        file.write("\n")
+    assert "is 1, but 2 on rank 1" in agreement.look()[0] and agreement.look() == runs.Run(tmp_path).warnings
+
+
+def test_a_rank_that_corrupts_its_gradient_is_told(bridge, runs_directory):
+    """The run succeeds, and its outcome has the gradient norms that differ after the reduction."""
+    run = launch.run(config(tp=1), ranks=2, name="corrupt", show=None, target="drills:corrupts_its_gradient")
+    assert run.outcome.status == "succeeded" and run.warnings == run.outcome.warnings
+    norm = next(text for text in run.warnings if "the gradient norm" in text)
+    assert "of step 2 is" in norm and " on rank 0, " in norm
+    assert norm.endswith(" on rank 1; their weights differ from there on")
 
 
 def test_a_healthy_run_has_no_symptom(tmp_path):
