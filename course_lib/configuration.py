@@ -6,6 +6,8 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import functools
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +28,7 @@ __all__ = [
     "read_file",
     "refuse_foreign_code",
     "refuse_unknown_fields",
+    "refuse_wrong_values",
     "write_config",
     "write_content",
 ]
@@ -65,7 +68,21 @@ _EMPTY = (
 
 
 class FieldError(ValueError):
-    """The configuration carries a name that Bridge does not know."""
+    """The configuration carries a name that Bridge does not know, or a value that its field cannot have."""
+
+
+_ZERO_IS_NONE = re.compile(
+    r"(_seed|local_rank|_priority|_level|_eod_id|profile_step_start|profile_step_end|start_eval_at_iter|ckpt_step|num_workers|"
+    r"eval_iters|warmup_steps|mtp_num_layers|num_layers_at_(start|end)_in_bf16|num_special_tokens)$"
+)
+"""Whole numbers that may be 0 although upstream's default is not: "none", "the first", or a name that is a number."""
+
+_SHARE = re.compile(r"(dropout|fraction|percent|beta[12]?|momentum|_ema)$")
+"""Numbers between 0 and 1."""
+
+_ANY_SIGN = ("glu_linear_offset",)
+_UNSET_AT_0 = ("num_layers", "hidden_size", "num_attention_heads")
+_MUST_BE_SET = {"train": ("global_batch_size", "micro_batch_size")}
 
 
 def refuse_unknown_fields(cfg: object) -> None:
@@ -87,6 +104,142 @@ def refuse_unknown_fields(cfg: object) -> None:
                 raise FieldError(
                     f"cfg.{name}.{extra} is not a field of {type(section).__name__}. Did you mean {' or '.join(meant)}?"
                 )
+
+
+def refuse_wrong_values(cfg: ConfigContainer | dict) -> None:
+    """Refuse values that their fields cannot have, before Megatron meets them late, unclearly or not at all.
+
+    What a field can have is read from Bridge's own declarations.  A value must be of the declared type; upstream's default
+    passes always.  A whole number must be at least 1, or at least 0 where the default is 0 or 0 means none; where the
+    default is negative, negative numbers mean something.  Other numbers are finite and not negative, and shares at most 1.
+
+    Args:
+        cfg: Bridge's configuration, or a `config.yaml` as nested dicts that `refuse_foreign_code` let pass.
+
+    Raises:
+        FieldError: Names every such field, what it was given, and what it can have.
+    """
+    wrong = []
+    for name, kind, values in _sections(cfg):
+        fields = _declarations(kind)
+        for field in _MUST_BE_SET.get(name, ()):
+            if field in fields and values.get(field) is None:
+                wrong.append(f"cfg.{name}.{field} is not set: give a whole number of at least 1")
+        for field, (hint, default) in fields.items():
+            if field in values and (reason := _wrong(field, values[field], hint, default)):
+                wrong.append(f"cfg.{name}.{field}={values[field]!r}: {reason}")
+        if name == "train" and values.get("train_iters") is None and values.get("train_samples") is None:
+            wrong.append("cfg.train.train_iters is not set: give the number of steps")
+        if name == "dataset":
+            wrong += [f"cfg.dataset.{place}: {reason}" for place, reason in _wrong_blends(values)]
+    if wrong:
+        raise FieldError("\n".join(["this configuration cannot run:", *(f"  - {reason}" for reason in wrong)]))
+
+
+def _sections(cfg: ConfigContainer | dict) -> Iterator[tuple[str, type, dict]]:
+    """Name, class and values of each part of a configuration."""
+    if isinstance(cfg, dict):
+        for name, part in cfg.items():
+            kind = _resolve(str(part["_target_"])) if isinstance(part, dict) and "_target_" in part else None
+            if dataclasses.is_dataclass(kind):
+                yield name, kind, part
+        return
+    for field in dataclasses.fields(cfg):
+        if dataclasses.is_dataclass(part := getattr(cfg, field.name)):
+            yield field.name, type(part), vars(part)
+
+
+@functools.cache
+def _declarations(kind: type) -> dict[str, tuple[object, object]]:
+    """Declared type and default of each field; a type that cannot be evaluated allows anything."""
+    import typing
+
+    try:
+        hints = typing.get_type_hints(kind)
+    except NameError:
+        hints = {}
+    return {field.name: (hints.get(field.name, object), field.default) for field in dataclasses.fields(kind)}
+
+
+def _wrong(name: str, value: object, hint: object, default: object) -> str:
+    """Why a field cannot have a value, and what it can have; empty if it can."""
+    if value is default or (type(value) is type(default) and value == default):
+        return ""
+    kinds = [*_kinds(hint), *([float] if isinstance(default, float) else [])]
+    lowest = _lowest(name, default, is_count=float not in kinds)
+    if float in kinds or int in kinds:
+        words = (
+            f"a {'number' if float in kinds else 'whole number'}{'' if lowest is None else f' of at least {lowest}'}"
+        )
+    else:
+        words = " or ".join(_words(kind) for kind in kinds)
+    if not any(_fits(value, kind) for kind in kinds):
+        return f"give {words}"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return ""
+    if not math.isfinite(value):
+        return "give a finite number"
+    if lowest is not None and value < lowest:
+        return f"give {words}"
+    return "give a number between 0 and 1" if value > 1 and _SHARE.search(name) else ""
+
+
+def _lowest(name: str, default: object, *, is_count: bool) -> int | None:
+    """The smallest number that a field can have; `None` if negative ones mean something."""
+    known = default if isinstance(default, int | float) and not isinstance(default, bool) else None
+    if name in _ANY_SIGN or (known is not None and known < 0):
+        return None
+    optional_interval = known is None and name.endswith("_interval")
+    zero = known == 0 and name not in _UNSET_AT_0
+    return 0 if not is_count or zero or optional_interval or _ZERO_IS_NONE.search(name) else 1
+
+
+def _kinds(hint: object) -> list[object]:
+    """The alternatives of a declared type."""
+    import types
+    import typing
+
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return [kind for inner in typing.get_args(hint) for kind in _kinds(inner)] if is_union else [hint]
+
+
+def _fits(value: object, kind: object) -> bool:
+    """Whether a value is of a declared type that is no union; anything fits where the type is no plain one."""
+    import typing
+
+    if typing.get_origin(kind) is typing.Literal:
+        return value is None or value in typing.get_args(kind)  # upstream declares a choice and means "or none"
+    if typing.get_origin(kind) in (list, tuple):
+        return isinstance(value, list | tuple)
+    if kind is bool:
+        return isinstance(value, int)  # a recipe of Bridge's sets one to 100
+    if kind in (int, float):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and (kind is float or isinstance(value, int) or value >= 1e4)  # recipes write a base as 500000.0
+    return isinstance(value, kind) if kind in (str, type(None)) else True
+
+
+def _words(kind: object) -> str:
+    """A declared type for people."""
+    import typing
+
+    if typing.get_origin(kind) is typing.Literal:
+        return f"one of {', '.join(map(repr, typing.get_args(kind)))}"
+    return {bool: "True or False", str: "text", type(None): "None"}.get(kind) or str(kind).removeprefix("typing.")
+
+
+def _wrong_blends(dataset: dict) -> Iterator[tuple[str, str]]:
+    """Each blend of data that cannot be drawn from, and why."""
+    for place in ("blend", "blend_per_split"):
+        given = dataset.get(place)
+        for blend in [given] if place == "blend" else given or []:
+            prefixes, weights = (*(blend or ()), None, None)[:2]
+            if not prefixes or weights is None:
+                continue
+            if len(weights) != len(prefixes):
+                yield place, f"{len(weights)} weights for {len(prefixes)} prefixes: give one for each"
+            elif not all(_fits(weight, float) and 0 <= weight < math.inf for weight in weights) or not sum(weights):
+                yield place, f"the weights {list(weights)} share nothing out: give positive numbers"
 
 
 def as_the_ranks_see_it(cfg: ConfigContainer, device: str) -> ConfigContainer:

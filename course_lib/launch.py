@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from course_lib import checkpoints, configuration, runs, stack, supervision, torchrun, train, warm
+from course_lib import checkpoints, configuration, runs, stack, supervision, tokenizers, torchrun, train, warm
 from course_lib.configuration import FieldError
 from course_lib.runs import ConfigError
 from course_lib.supervision import RunFailed, RunInterrupted
@@ -109,7 +109,9 @@ def run(
 
     Raises:
         LayoutError: If the model, batch and ranks do not fit together; nothing was started.
-        FieldError: If `cfg` carries an attribute that is no field of Bridge's, such as `cfg.train.save_interval`.
+        FieldError: If `cfg` carries an attribute that is no field of Bridge's, such as `cfg.train.save_interval`, or a
+            value that a field cannot have, such as 0 steps.
+        NoTokenizer: If the tokenizer is not on this machine; ranks do not ask the Hub.
         ConfigError: If a file is no YAML or holds an access token, or a rank finds that it does not fit Bridge.
         NoCheckpoint: If there is nothing to load where `load` points; Bridge would start from random weights.
         RunFailed: If a rank failed; names the first one and its cause.
@@ -151,14 +153,12 @@ def call(
         One answer a rank, in their order, of JSON's kinds.
 
     Raises:
-        ValueError: If `job` is no name of a function, or there is no rank.
+        ValueError: If `job` is no name of a function, or `ranks` no number of at least 1.
         RunFailed: If a rank failed; names the first one and its cause, and the directory of its log is kept.
         RunInterrupted: If the learner interrupted; no rank is left.
         TimeoutError: If the ranks still worked at the limit; they are stopped.
     """
     _refuse_no_function(job)
-    if ranks < 1:
-        raise ValueError(f"ranks={ranks}: there must be at least one rank")
     device = device or stack.device(ranks)
     run_ = runs.Run(Path(tempfile.mkdtemp(prefix=f"course-{job.rpartition(':')[2]}-")))
     for part in ("logs", "ranks"):
@@ -237,7 +237,7 @@ def prepare(
 
     Raises:
         ConfigError: If `config.yaml` would hold an access token; nothing is left on disk then.
-        LayoutError: As `run()`, like `FieldError` and `NoCheckpoint`.
+        LayoutError: As `run()`, like `FieldError`, `NoTokenizer` and `NoCheckpoint`.
     """
     from course_lib import layout
 
@@ -250,12 +250,15 @@ def prepare(
         )
     source = checkpoints.require(load) if load else None
     if isinstance(cfg, (str, Path)):
-        content = configuration.read_file(Path(cfg))
+        content = given = configuration.read_file(Path(cfg))
         configuration.refuse_foreign_code(content, Path(cfg))
-        plan = layout.require(content, ranks)
     else:
         configuration.refuse_unknown_fields(cfg)
-        plan = layout.require(configuration.as_the_ranks_see_it(cfg, device), ranks)
+        given = configuration.as_the_ranks_see_it(cfg, device)
+    configuration.refuse_wrong_values(given)
+    plan = layout.require(given, ranks)
+    if launcher in (None, "warm", "torchrun"):  # another one may start it on a machine with other files
+        tokenizers.require(given)
     path = runs.create(name)
     places = {
         "save": str(path / "checkpoints") if save else None,

@@ -77,7 +77,8 @@ def _positive(layout: Layout, fields: Fields) -> Iterator[Refusal]:
         (sizes, "size"),
     ):
         for field, value in numbers.items():
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            missing = value is None and field != "ranks"
+            if not missing and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 yield Refusal(field, f"{value!r} is not a {what}", "give a whole number of at least 1")
 
 

@@ -153,8 +153,10 @@ def device(ranks: int) -> str:
         `"cuda"` if every rank can have a GPU of its own, else `"cpu"`.  `COURSE_DEVICE` overrides it.
 
     Raises:
-        ValueError: If `COURSE_DEVICE` is neither `cpu` nor `cuda`.
+        ValueError: If `COURSE_DEVICE` is neither `cpu` nor `cuda`, or `ranks` no whole number of at least 1.
     """
+    if not isinstance(ranks, int) or isinstance(ranks, bool) or ranks < 1:
+        raise ValueError(f"ranks={ranks!r} is not a number of ranks: give a whole number of at least 1")
     asked = os.environ.get("COURSE_DEVICE")
     if asked is not None:
         if asked not in ("cpu", "cuda"):

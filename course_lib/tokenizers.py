@@ -10,20 +10,24 @@ import base64
 import functools
 import importlib.resources
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from course_lib import files
+from course_lib.layout_sizes import Fields
 
 __all__ = [
     "END_OF_DOCUMENT",
     "Nemotron",
+    "NoTokenizer",
     "compare_with_hub",
     "end_of_document",
     "load",
     "nemotron",
+    "require",
     "tekken_ranks",
     "train_bpe",
 ]
@@ -32,6 +36,9 @@ END_OF_DOCUMENT = "<|endoftext|>"
 ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>")
 """Names of the token that closes a document in pretraining: of GPT-2, Qwen and OLMo; Llama 3; Llama 2, Mistral and
 Nemotron; Gemma; DeepSeek.  Source: the `tokenizer_config.json` of each."""
+# What Megatron builds from vocabulary and merge files, or from a prompt format.
+_BY_FILES = ("GPT2BPETokenizer", "BertWordPieceLowerCase", "BertWordPieceCase", "MultimodalTokenizer")
+_BY_HUGGING_FACE = ("HuggingFaceTokenizer", "SFTTokenizer")
 HUB_MODEL = "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16"
 
 
@@ -78,6 +85,54 @@ def load(directory: Path) -> object:
     from tokenizers import Tokenizer
 
     return Tokenizer.from_file(str(directory / "tokenizer.json"))
+
+
+class NoTokenizer(FileNotFoundError):
+    """The configuration names a tokenizer that is not on this machine."""
+
+
+def require(cfg: Any) -> None:
+    """Refuse a configuration whose tokenizer is not on this machine: a rank does not ask the Hub.
+
+    Args:
+        cfg: A Bridge ``ConfigContainer``, or the same as nested mappings.
+
+    Raises:
+        NoTokenizer: Names the field, what it says, and how to get the files.
+
+    Source: megatron-core 0.19.2 `tokenizers/utils/build_tokenizer.py`.
+    """
+    fields = Fields.of(cfg)
+    kind, name = (fields.get("tokenizer", f"tokenizer_{part}", "") for part in ("type", "model"))
+    files_of = {f"tokenizer.{part}": fields.get("tokenizer", part) for part in ("vocab_file", "merge_file")}
+    for field, path in files_of.items():
+        if path and not Path(path).exists():
+            raise NoTokenizer(f"cfg.{field}={path!r} does not exist: give the path of a file on this machine")
+    if not kind.endswith("Tokenizer") or kind.startswith("Null") or (kind in _BY_FILES and not name):
+        return
+    made = "tokenizers.train_bpe and tokenizers.nemotron write tokenizers without a network"
+    if not name:
+        raise NoTokenizer(f"cfg.tokenizer.tokenizer_model is not set, and {kind} needs it; {made}")
+    if (path := Path(name)).exists():
+        if kind in _BY_HUGGING_FACE and path.is_dir() and not any(path.glob("*token*")):
+            raise NoTokenizer(f"cfg.tokenizer.tokenizer_model={name!r} is a folder without a tokenizer in it; {made}")
+        return
+    revision = (fields.get("tokenizer", "hf_tokenizer_kwargs") or {}).get("revision")
+    if kind not in _BY_HUGGING_FACE or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+        raise NoTokenizer(f"cfg.tokenizer.tokenizer_model={name!r} does not exist: give a path on this machine; {made}")
+    if not _is_cached(name, revision):
+        raise NoTokenizer(
+            f"cfg.tokenizer.tokenizer_model={name!r} is neither a folder here nor in this machine's cache of the Hugging "
+            f"Face Hub, and no rank asks the Hub: run `hf download {name} --include '*token*' config.json` first, set it to "
+            f"a folder, or take cfg.tokenizer.tokenizer_type='NullTokenizer' for mock data; {made}"
+        )
+
+
+def _is_cached(repository: str, revision: str | None) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    kept = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    return any(isinstance(try_to_load_from_cache(repository, name, revision=revision), str) for name in kept)
 
 
 def end_of_document(tokenizer: object) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import small
@@ -31,7 +33,7 @@ def written(bridge, encoder_directory, tmp_path):
 def test_what_goes_in_comes_out(written, encoder_directory, monkeypatch):
     """Every text decodes to itself, whatever the size of a batch; the sizes are as predicted; progress is told."""
     encoder = tokenizers.load(encoder_directory)
-    told: list[int] = []
+    told: list[tuple[int, float]] = []
     for name, done in written.items():
         index = microscope.read(done.prefix)
         ids = [microscope.document(index, number).tolist() for number in range(len(index.lengths))]
@@ -44,8 +46,16 @@ def test_what_goes_in_comes_out(written, encoder_directory, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(indexed, "BATCH_BYTES", 100)
             other = done.prefix.with_name(f"{name}-in-small-batches")
-            indexed.write_texts(TEXTS[name], other, tokenizer=encoder, progress=lambda size, rate: told.append(size))
-        assert len(told) > 10 and told[-1] == done.text_bytes
+            patch.setattr(indexed.time, "perf_counter", itertools.count(step=0.25).__next__)
+            again = indexed.write_texts(
+                TEXTS[name], other, tokenizer=encoder, progress=lambda size, rate: told.append((size, rate))
+            )
+        assert len(told) > 10 and told[-1][0] == done.text_bytes
+        assert [rate for _, rate in told] == pytest.approx(
+            [size / 1e6 / (0.25 * number) for number, (size, _) in enumerate(told, start=1)], rel=1e-12
+        )
+        assert again.seconds == 0.25 * (len(told) + 1)
+        assert again.megabytes_per_second == pytest.approx(done.text_bytes / 1e6 / again.seconds, rel=1e-12)
         for suffix in (".bin", ".idx"):
             assert (
                 other.with_name(other.name + suffix).read_bytes() == done.prefix.with_name(name + suffix).read_bytes()

@@ -91,6 +91,8 @@ def comes_back(tmp_path_factory: pytest.TempPathFactory) -> Any:
         text = file.read_text(encoding="utf-8")
         content = yaml.load(text, Loader=yaml.CSafeLoader)
         configuration.refuse_foreign_code(content, file)
+        for given in (cfg, content):
+            configuration.refuse_wrong_values(given)
         if (kind := frozenset(names(content))) not in kinds:
             kinds.add(kind)
             train.read_config(file).to_yaml(str(file))

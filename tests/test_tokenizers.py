@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -129,6 +130,8 @@ def test_bits_per_byte_do_not_depend_on_the_cut():
     assert vocabulary.bits_per_byte(2.0, tokens=500, text_bytes=1000) == pytest.approx(
         vocabulary.bits_per_byte(4.0, tokens=250, text_bytes=1000)
     )
+    assert vocabulary.bits_per_byte(math.log(2), tokens=3, text_bytes=4) == pytest.approx(0.75, rel=1e-12)
+    assert vocabulary.bits_per_byte(1.0, tokens=1, text_bytes=1) == pytest.approx(1 / math.log(2), rel=1e-12)
     with pytest.raises(ValueError, match="text_bytes=0"):
         vocabulary.bits_per_byte(1.0, tokens=1, text_bytes=0)
 
@@ -138,6 +141,9 @@ def test_the_comparison_counts_every_token(tmp_path):
     encoder = tokenizers.load(tokenizers.train_bpe(["x"], tmp_path, vocab_size=257))
     row = vocabulary.compare({"bytes": encoder}, ["naïve", "text"]).iloc[0]
     assert (row["ids"], row["tokens"]) == (257, 6 + 1 + 4 + 1)
+    assert row["bytes per token"] == pytest.approx(10 / 12, rel=1e-12)
+    assert row["even guess, nats/token"] == pytest.approx(math.log(257), rel=1e-12)
+    assert row["even guess, bits/byte"] == pytest.approx(math.log2(257) * 12 / 10, rel=1e-12)
 
 
 def test_padding_is_megatrons(bridge):
@@ -146,7 +152,9 @@ def test_padding_is_megatrons(bridge):
 
     for ids in (1024, 32000, 128256, 131072):
         expected = [calculate_padded_vocab_size(ids, 128, tp, logging_enabled=False) for tp in (1, 2, 4, 8)]
-        assert vocabulary.padding({"x": ids}).iloc[0, 2:].tolist() == expected
+        table = vocabulary.padding({"x": ids})
+        assert table.iloc[0].tolist() == ["x", ids, *expected]
+        assert table.columns.tolist() == ["vocabulary", "ids", *(f"rows at TP={tp}" for tp in (1, 2, 4, 8))]
 
 
 def test_the_cost_of_a_swap_is_rows_times_width():
@@ -157,4 +165,13 @@ def test_the_cost_of_a_swap_is_rows_times_width():
     rows = 131072 - layout.padded_vocab_size(128256)
     added = sorted(rows * s["hidden_size"] * (1 if s["tie_word_embeddings"] else 2) for s in shapes)
     assert table.added.tolist() == added
-    assert table["added per rank, GiB (planned)"][0] == pytest.approx(7.5 * added[0] / 2**30)
+    assert table["added, %"].tolist() == pytest.approx(
+        [100 * added / (after - added) for after, added in zip(table.after, table.added, strict=True)], rel=1e-12
+    )
+    assert table["added per rank, GiB (planned)"].tolist() == pytest.approx(
+        [7.5 * number / 2**30 for number in added], rel=1e-12
+    )
+    two = vocabulary.swap_cost(128256, 131072)  # by default TP=2, so half of the rows, and DP=4: 6 + 12/4 bytes each
+    assert two["added per rank, GiB (planned)"].tolist() == pytest.approx(
+        [9 / 2 * number / 2**30 for number in two.added], rel=1e-12
+    )
