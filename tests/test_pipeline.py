@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from small import config
 
-from course_lib import launch, pipeline
+from course_lib import launch, pipeline, runs
 
 
 def one_forward_one_backward(stages: int, microbatches: int, seconds: float = 1.0) -> object:
@@ -51,6 +54,37 @@ def test_another_order_waits_longer():
     rows = one_forward_one_backward(2, 4).sort_values(["stage", "microbatch", "kind"], ascending=[True, True, False])
     rows = rows.reset_index(drop=True)
     assert pipeline.idle_share(pipeline.replay(rows, equal_stages=True)) == pytest.approx(0.5)
+
+
+def recorded(path: Path, spans: dict[int, float]) -> runs.Run:
+    """A run of two stages whose steps take so many seconds: a forward pass on each stage, and a backward pass."""
+    rows = []
+    for step, seconds in spans.items():
+        times = [
+            (1, "forward", 0.25, 0.5),
+            (0, "backward", 0.75, 1.0),
+            (0, "forward", 0.0, 0.25),
+            (3, "forward", 9.0, 9.5),
+        ]
+        for rank, kind, begin, end in times:
+            row = {"rank": rank, "step": step, "kind": kind, "microbatch": 0, "chunk": 0, "busy_seconds": 0.1}
+            rows.append(row | {"begin": 1000 * step + begin * seconds, "end": 1000 * step + end * seconds})
+    path.mkdir()
+    (path / "timeline.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = {"pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 1}
+    (path / "config.yaml").write_text(json.dumps({"model": model}))
+    (path / "launch.json").write_text(json.dumps({"ranks": 2}))
+    return runs.Run(path)
+
+
+def test_a_typical_step_is_shown_from_its_first_pass_on(tmp_path):
+    """The middle one of the steps from the third on; begin and end are seconds since its first pass began."""
+    run = recorded(tmp_path / "many", {1: 90.0, 2: 3.0, 3: 5.0, 4: 1.0, 5: 3.0, 6: 2.0, 7: 4.0})
+    rows = pipeline.passes(run)
+    assert rows[["stage", "kind"]].values.tolist() == [[0, "forward"], [1, "forward"], [0, "backward"]]
+    assert rows.begin.tolist() == pytest.approx([0, 0.75, 2.25]) and rows.end.tolist() == pytest.approx([0.75, 1.5, 3])
+    assert pipeline.passes(run, step=6).end.max() == pytest.approx(2.0)
+    assert pipeline.passes(recorded(tmp_path / "two", {1: 90.0, 2: 3.0})).end.max() == pytest.approx(3.0)
 
 
 def test_passes_that_cannot_follow_each_other_are_refused():
