@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from course_lib.accounting import flops_per_token
 from course_lib.layout import Layout
 from course_lib.layout_sizes import Fields
-from course_lib.parameters import head_channels
+from course_lib.parameters import head_channels, mixers
 from course_lib.units import GB, MiB
 
 if TYPE_CHECKING:
@@ -188,16 +188,24 @@ def ceiling(cfg: Any, *, ranks: int, gpu: Gpu, vocab_size: int) -> Ceiling:
 
 def _repeated_flops_per_token(cfg: Any) -> float:
     """What recomputation adds: a third of what the repeated layers or parts cost, for the forward pass is a third."""
-    model, parts = cfg.model, set(cfg.model.recompute_modules or ["core_attn"])
+    model = cfg.model
     if not model.recompute_granularity:
         return 0.0
-    layers = flops_per_token(cfg, vocab_size=0)
     if model.recompute_granularity == "full":
         stage = model.num_layers / model.pipeline_model_parallel_size
-        return layers / 3 * (1 if model.recompute_method == "uniform" else min(1, model.recompute_num_layers / stage))
-    matrices, heads = 3 if model.gated_linear_unit else 2, model.num_attention_heads
-    repeated = {
-        "mlp": 2 * model.num_layers * matrices * model.hidden_size * model.ffn_hidden_size,
-        "core_attn": 2 * model.num_layers * model.seq_length * heads * head_channels(Fields.of(cfg)),
-    }
-    return float(sum(repeated.get(part, 0) for part in parts))  # norms multiply no matrices
+        share = 1 if model.recompute_method == "uniform" else min(1, model.recompute_num_layers / stage)
+        return flops_per_token(cfg, vocab_size=0) / 3 * share
+    met = mixers(Fields.of(cfg))
+    everything = flops_per_token(cfg, vocab_size=0)
+    repeated = {name: 2 * met.parts[name] for name in ("mlp", "moe", "shared_experts")}
+    repeated["moe"] += repeated["shared_experts"]  # the whole sparse layer
+    repeated["core_attn"] = (everything - 6 * met.weights - 3 * met.scan) / 3
+    repeated |= dict.fromkeys(("layernorm", "moe_act", "gdn_norm_out"), 0)  # they multiply no matrices
+    parts = {"core_attn"} if model.recompute_modules is None else set(model.recompute_modules)
+    if other := parts - set(repeated):
+        raise ValueError(
+            f"recompute_modules: the operations of {', '.join(sorted(other))} are not counted: leave them out"
+        )
+    if "moe" in parts:
+        parts.discard("shared_experts")
+    return float(sum(repeated[part] for part in parts))

@@ -1,12 +1,14 @@
-"""Closed forms about a dense model: how many parameters it has, and how many of them stand in matrices."""
+"""Closed forms about a model: how many parameters it has, and how many weights a token is multiplied with."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from course_lib.layout_sizes import Fields
 
-__all__ = ["head_channels", "layer_weights", "parameter_count"]
+__all__ = ["Mixers", "head_channels", "layer_weights", "mixers", "parameter_count"]
 
 
 def parameter_count(model: Any, *, vocab_size: int | None = None) -> int:
@@ -86,3 +88,143 @@ def layer_weights(fields: Fields) -> int:
     channels, groups = head_channels(fields), get("num_query_groups", heads)
     matrices = 3 if get("gated_linear_unit", False) else 2
     return hidden * channels * (2 * heads + 2 * groups) + matrices * hidden * get("ffn_hidden_size", 4 * hidden)
+
+
+@dataclass(frozen=True)
+class Mixers:
+    """What one token passes on its way through a model, its output layer left out.
+
+    Attributes:
+        parts: Weights that it is multiplied with by kind: ``attention``, ``mlp``, ``moe`` (the chosen experts and the router),
+            ``shared_experts``, ``mamba``, and ``ahead``, which joins a predicted token's layers to the model's.
+        score_channels: Channels of each attention layer's scores and of its weighted values, summed over heads.
+        windows: Tokens back that each attention layer looks at, None for all; as many as `score_channels`.
+        scan: Multiplications and additions of state-space layers beside their matrices, forward.
+        heads: How often the token meets the output layer: once, and once for each token predicted ahead.
+    """
+
+    parts: dict[str, int]
+    score_channels: tuple[int, ...]
+    windows: tuple[int | None, ...]
+    scan: int
+    heads: int
+
+    @property
+    def weights(self) -> int:
+        """All of them."""
+        return sum(self.parts.values())
+
+
+def mixers(fields: Fields) -> Mixers:
+    """Read from a model's fields what a token is multiplied with, layer by layer.
+
+    Args:
+        fields: The model's fields; those with a default of Megatron's may be missing.
+
+    Raises:
+        ValueError: If a layer is of a kind that is not counted; the message names the field.
+
+    Source: megatron-core 0.19.2 ``transformer/multi_latent_attention.py``, ``transformer/moe``, ``ssm/mamba_mixer.py``,
+    ``transformer/multi_token_prediction.py``, ``models/hybrid/hybrid_layer_allocation.py``.
+    """
+    get = fields.model
+    for name, why in {
+        "experimental_attention_variant": "has layers of its own",
+        "heterogeneous_block_specs": "gives every layer its own shape",
+        "vision_config": "has an encoder for pictures",
+    }.items():
+        if (value := get(name)) is not None and value is not False:
+            raise ValueError(
+                f"{name}={str(value)[:40]} {why}, whose operations are not counted: count a model without it"
+            )
+    hidden, ahead = get("hidden_size"), get("mtp_num_layers") or get("hybrid_layer_pattern", "").count("/")
+    layers = _layers(fields)
+    attention, channels = _attention(fields)
+    kinds = "".join(layers)
+    routed, shared = _experts(fields) if "E" in kinds else (0, 0)
+    state_space, scan = _state_space(fields) if "M" in kinds else (0, 0)
+    parts = {
+        "attention": kinds.count("*") * attention,
+        "mlp": kinds.count("-") * _feed_forward(fields, get("ffn_hidden_size", 4 * hidden)),
+        "moe": kinds.count("E") * routed,
+        "shared_experts": kinds.count("E") * shared,
+        "mamba": kinds.count("M") * state_space,
+        "ahead": ahead * 2 * hidden * hidden,
+    }
+    attending = [number for number, layer in enumerate(layers, start=1) if "*" in layer]
+    windows = tuple(_window(fields, number) for number in attending)
+    return Mixers(parts, (channels,) * len(attending), windows, kinds.count("M") * scan, 1 + ahead)
+
+
+def _layers(fields: Fields) -> list[str]:
+    """Each layer's parts: `*` attention, `-` feed-forward, `E` experts, `M` state space; those of tokens ahead come last."""
+    get = fields.model
+    ahead = get("mtp_num_layers", 0)
+    if pattern := get("hybrid_layer_pattern") or get("hybrid_override_pattern"):
+        layers = list(pattern.replace("|", "").replace("/", ""))
+        if "/" not in pattern:
+            layers += list(get("mtp_hybrid_override_pattern", "")) * ahead
+        if other := sorted(set(layers) - set("*-EM")):
+            raise ValueError(
+                f"hybrid_layer_pattern: layers of kind {', '.join(other)} are not counted: only *, -, E and M are"
+            )
+        return layers
+    count, frequency = get("num_layers"), get("moe_layer_freq", 1)
+    if not get("num_moe_experts"):
+        sparse: Sequence[object] = [False] * count
+    else:
+        sparse = frequency if isinstance(frequency, Sequence) else [not number % frequency for number in range(count)]
+    kinds = ["*E" if one else "*-" for one in sparse]
+    return kinds + kinds[-1:] * ahead
+
+
+def _attention(fields: Fields) -> tuple[int, int]:
+    """Weights of one attention layer, and the channels of its scores and values over all heads."""
+    get = fields.model
+    hidden, heads = get("hidden_size"), get("num_attention_heads")
+    if not get("multi_latent_attention", False):
+        each, groups = head_channels(fields), get("num_query_groups", heads)
+        gate = heads if get("attention_output_gate", False) else 0
+        return hidden * each * (2 * heads + 2 * groups + gate), 2 * heads * each
+    keys, turned, values = get("qk_head_dim", 128), get("qk_pos_emb_head_dim", 64), get("v_head_dim", 128)
+    latent, queries = get("kv_lora_rank", 512), heads * (keys + turned)
+    rank = get("q_lora_rank")
+    weights = rank * (hidden + queries) if rank else hidden * queries
+    weights += hidden * (latent + turned) + latent * heads * (keys + values) + heads * values * hidden
+    return weights, heads * (keys + turned + values)
+
+
+def _feed_forward(fields: Fields, width: int, inputs: int | None = None) -> int:
+    matrices = 3 if fields.model("gated_linear_unit", False) else 2
+    return matrices * (inputs or fields.model("hidden_size")) * width
+
+
+def _experts(fields: Fields) -> tuple[int, int]:
+    """Weights of one sparse layer that a token meets: its chosen experts with the router, and the shared expert."""
+    get = fields.model
+    hidden, latent = get("hidden_size"), get("moe_latent_size")
+    width = get("moe_ffn_hidden_size") or get("ffn_hidden_size", 4 * hidden)
+    routed = get("moe_router_topk", 2) * _feed_forward(fields, width, latent)
+    shared = _feed_forward(fields, get("moe_shared_expert_intermediate_size", 0))
+    return routed + hidden * get("num_moe_experts") + (2 * hidden * latent if latent else 0), shared
+
+
+def _state_space(fields: Fields) -> tuple[int, int]:
+    """Weights of one Mamba 2 layer, and the operations of its scan: seven for each channel and state, as Bridge takes it."""
+    get = fields.model
+    hidden, each = get("hidden_size"), get("mamba_head_dim", 64)
+    heads = get("mamba_num_heads") or 2 * hidden // each
+    inner, state = heads * each, get("mamba_state_dim", 128)
+    projected = 2 * inner + 2 * get("mamba_num_groups", 8) * state + heads
+    return hidden * projected + inner * hidden, 7 * inner * state
+
+
+def _window(fields: Fields, number: int) -> int | None:
+    """Tokens that a layer looks back at, itself included, by its number from 1; None for all."""
+    window, skip = fields.model("window_size"), fields.model("window_attn_skip_freq")
+    if window is None:
+        return None
+    listed = skip is None or (not isinstance(skip, int) and number <= len(skip) and bool(skip[number - 1]))
+    slides = number % skip != 0 if isinstance(skip, int) else listed
+    tokens = sum(window) + 1 if isinstance(window, Sequence) else window
+    return tokens if slides else None

@@ -21,6 +21,8 @@ from course_lib import (
     planner,
     recipes,
 )
+from course_lib.layout_sizes import Fields
+from course_lib.parameters import mixers
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +233,35 @@ def test_operations_counted_and_by_formula(llama):
     counted = compute.counted_flops_per_token(llama)
     assert counted == pytest.approx(compute.flops_per_token(llama, vocab_size=128_256, causal=False), rel=0.01)
     assert compute.flops_per_token(llama, vocab_size=128_256) / 1e9 == pytest.approx(51.5, abs=0.1)
+
+
+def test_operations_of_a_hybrid_follow_its_weights(bridge):
+    """Nemotron 3 Nano 4B: six operations for each weight but the input embedding's, and attention and scans besides."""
+    from megatron.bridge.recipes.nemotronh.h100.nemotron_3_nano_4b import (
+        nemotron_3_nano_4b_pretrain_8gpu_h100_bf16_config,
+    )
+
+    model = nemotron_3_nano_4b_pretrain_8gpu_h100_bf16_config().model
+    weights = 3_973_556_832 - 131_072 * model.hidden_size  # as built and counted, test_offline_recipes.py
+    met = mixers(Fields.of(model))
+    assert met.weights + 131_072 * model.hidden_size == pytest.approx(weights, rel=1e-3)
+    assert compute.flops_per_token(model, vocab_size=131_072) == pytest.approx(6 * weights, rel=0.05)
+    assert compute.flops_per_token(model, vocab_size=131_072) > 6 * weights
+
+
+@pytest.mark.parametrize(
+    ("modules", "part"),
+    [([], 0), (None, 2 * 32 * 8192 * 4096), (["mlp"], 2 * 32 * 3 * 4096 * 14_336), (["layernorm"], 0)],
+)
+def test_what_is_recomputed_costs_its_forward_pass_again(llama, modules, part):
+    """No module named means attention, an empty list means nothing."""
+    cfg = memory.with_layout(llama, recompute_granularity="selective", recompute_modules=modules)
+    assert compute._repeated_flops_per_token(cfg) == pytest.approx(part)
+    sparse = {"num_moe_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 4096}
+    sparse = memory.with_layout(cfg, **sparse, recompute_modules=["moe"])
+    assert compute._repeated_flops_per_token(sparse) == 2 * 32 * 4096 * (2 * 3 * 4096 + 8)
+    with pytest.raises(ValueError, match="operations of mla_up_proj are not counted"):
+        compute._repeated_flops_per_token(memory.with_layout(cfg, recompute_modules=["mla_up_proj"]))
 
 
 def test_a_ceiling_is_above_every_published_run(llama):
