@@ -9,6 +9,7 @@ import pytest
 import small
 
 from course_lib import (
+    activations,
     collectives,
     compute,
     devices,
@@ -36,6 +37,8 @@ def llama(bridge: Any) -> Any:
     return cfg
 
 
+AGAIN = {"recompute_granularity": "full", "recompute_num_layers": 2}
+PARTS = {"recompute_granularity": "selective"}
 FULL = {"model__recompute_granularity": "full", "model__recompute_num_layers": 2}
 SELECTED = {"model__recompute_granularity": "selective"}
 EXPERTS = {"model__num_moe_experts": 4, "model__moe_router_topk": 2, "model__moe_ffn_hidden_size": 128}
@@ -207,6 +210,50 @@ def test_activations_follow_what_is_kept(llama):
         memory.activations(memory.with_layout(llama, **again), ranks=8)
 
 
+def test_kept_bytes_are_those_of_the_shapes(llama):
+    """8B in bf16 by hand: what Transformer Engine's layers keep of 8,192 tokens, byte for byte."""
+    tokens, hidden, wide, layers = 8192, 4096, 14336, 32
+    keys, heads, channels = 1024, 32, 128
+    stream = 2 * hidden  # bytes of a token's hidden vector
+    norm = stream + 4  # the input and its scale in fp32
+    rotary = 2 * 2 * 2 * channels  # cosine and sine, for queries and for keys
+    attention = (
+        stream + 2 * (hidden + 2 * keys) + rotary + stream + 4 * heads
+    )  # input, q k v, output, softmax statistics
+    mlp = stream + 2 * 3 * wide  # input, both halves of the gate, their product
+    kept = memory.activations(llama, ranks=8)
+    assert kept.by_part == {
+        "embedding": 8 * tokens,
+        "norm": (2 * layers + 1) * norm * tokens,
+        "attention": layers * attention * tokens,
+        "mlp": layers * mlp * tokens,
+        "output": stream * tokens,
+    }
+    assert kept.per_microbatch_bytes == kept.total_bytes == sum(kept.by_part.values())
+    assert kept.loss_bytes == 2 * 128_256 * tokens
+
+
+@pytest.mark.parametrize(
+    ("pp", "vpp", "batch", "stage", "in_flight"),
+    [
+        (1, None, 16, 0, 1),
+        (2, None, 16, 0, 2),
+        (2, None, 16, 1, 1),
+        (4, None, 4, 0, 2),  # no more than a step has
+        (2, 2, 16, 0, 5 / 2),  # 2 warm-up passes for the next stage, 2 for the next chunk, and one
+        (4, 2, 16, 0, 11 / 2),
+        (4, 2, 16, 3, 5 / 2),
+    ],
+)
+def test_micro_batches_in_flight(llama, pp, vpp, batch, stage, in_flight):
+    """1F1B keeps one a stage that follows; interleaving keeps chunks, counted as parts of a micro-batch."""
+    cfg = memory.with_layout(llama, pp=pp, virtual_pipeline_model_parallel_size=vpp)
+    cfg.train = copy.copy(cfg.train)
+    cfg.train.global_batch_size = batch
+    ranks = 2 * pp
+    assert activations._in_flight(cfg, ranks=ranks, stage=stage) == pytest.approx(in_flight, rel=1e-12)
+
+
 def test_planning_leaves_nothing_behind(llama):
     """No process group, and the configuration is as it was; torch.cuda stays untouched even while a model runs."""
     import torch
@@ -276,6 +323,33 @@ def test_a_ceiling_is_above_every_published_run(llama):
     runs = published[published.precision == "bf16"]
     assert len(runs) >= 3 and (runs.tokens_per_second_per_gpu < rates[0]).all()
     assert all(published.source) and all(gpu.source for gpu in compute.gpus().values())
+
+
+@pytest.mark.parametrize(
+    ("fields", "bubble", "repeated"),
+    [
+        ({}, 0, lambda layers: 0),
+        ({"pp": 4}, 3 / 64, lambda layers: 0),
+        ({"pp": 4, "virtual_pipeline_model_parallel_size": 2}, 3 / 128, lambda layers: 0),
+        ({**AGAIN, "recompute_method": "uniform"}, 0, lambda layers: layers / 3),
+        ({"pp": 4, **AGAIN, "recompute_method": "block"}, 3 / 64, lambda layers: layers / 3 * 2 / 8),
+        ({**PARTS, "recompute_modules": ["mlp"]}, 0, lambda layers: 2 * 32 * 3 * 4096 * 14336),
+        ({**PARTS, "recompute_modules": ["core_attn"]}, 0, lambda layers: 2 * 32 * 8192 * 32 * 128),
+    ],
+)
+def test_a_ceiling_is_operations_bubble_and_messages(llama, fields, bubble, repeated):
+    """Each second of a ceiling by hand: the pipeline's bubble, what recomputation repeats, and messages over the link."""
+    gpu = compute.Gpu("round numbers", 0, 1e15, 1e11, "none")
+    cfg = memory.with_layout(llama, **fields)
+    found = compute.ceiling(cfg, ranks=8, gpu=gpu, vocab_size=128_256)
+    layers, tokens = compute.flops_per_token(cfg, vocab_size=0), 128 * 8192
+    operations = layers + 6 * 4096 * 128_256 + repeated(layers)
+    assert found.compute_seconds == pytest.approx(operations * tokens / 8e15 * (1 + bubble), rel=1e-9)
+    sent = compute.sent_bytes(cfg, ranks=8)
+    assert found.tensor_seconds == pytest.approx((sent["tensor"] + sent["pipeline"]) / 1e11, rel=1e-9)
+    assert found.data_seconds == pytest.approx((sent["data"] + sent["context"]) / 1e11, rel=1e-9)
+    step_seconds = max(found.compute_seconds, found.data_seconds) + found.tensor_seconds
+    assert found.tokens_per_second_per_gpu == pytest.approx(tokens / step_seconds / 8, rel=1e-9)
 
 
 def test_messages_are_those_of_the_closed_form(llama):
