@@ -72,12 +72,19 @@ def test_steady_steps_leave_out_the_first_and_the_skipped(tmp_path):
     """The slow start and a step that changed no weight say nothing about speed; leaving nothing is refused."""
     run = run_in(tmp_path, skipped=[False] * 19 + [True])
     kept = accounting.steady(run, skip=5)
-    assert kept.step.tolist() == list(range(6, 20))
+    assert kept.step.tolist() == list(range(6, 20)) == accounting.steady(run).step.tolist()
     assert accounting.throughput(kept).tokens_per_second == pytest.approx(1000)
     whole = accounting.throughput(run.metrics)
     assert whole.tokens_per_second < whole.mean_of_rates < 1000
     with pytest.raises(ValueError, match="leaves none of 20 steps"):
         accounting.steady(run, skip=20)
+
+
+def test_a_matrix_product_counts_two_operations_a_number(monkeypatch):
+    """The fastest of several multiplications of n x n matrices is 2 n^3 operations in its seconds."""
+    ticks = iter([0.0, 3.0, 10.0, 10.5, 20.0, 22.0])
+    monkeypatch.setattr(accounting.time, "perf_counter", lambda: next(ticks))
+    assert accounting.machine_flops_per_second(size=8, repeats=3) == 2 * 8**3 / 0.5
 
 
 def test_bridges_line_is_read(tmp_path):
