@@ -242,8 +242,13 @@ def _wrong_blends(dataset: dict) -> Iterator[tuple[str, str]]:
                 yield place, f"the weights {list(weights)} share nothing out: give positive numbers"
 
 
-def as_the_ranks_see_it(cfg: ConfigContainer, device: str) -> ConfigContainer:
-    """The configuration with the fields that ranks on this device set; `cfg` itself stays as it is."""
+def as_the_ranks_see_it(cfg: ConfigContainer | dict, device: str) -> ConfigContainer | dict:
+    """The configuration with the fields that ranks on this device set; `cfg` itself stays as it is.
+
+    Of a file's content, only the backend is set.
+    """
+    if isinstance(cfg, dict):
+        return cfg | ({"dist": (cfg.get("dist") or {}) | {"distributed_backend": "gloo"}} if device == "cpu" else {})
     from course_lib import devices
 
     return devices.applied(cfg, device)

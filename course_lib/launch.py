@@ -250,8 +250,9 @@ def prepare(
         )
     source = checkpoints.require(load) if load else None
     if isinstance(cfg, (str, Path)):
-        content = given = configuration.read_file(Path(cfg))
+        content = configuration.read_file(Path(cfg))
         configuration.refuse_foreign_code(content, Path(cfg))
+        given = configuration.as_the_ranks_see_it(content, device)
     else:
         configuration.refuse_unknown_fields(cfg)
         given = configuration.as_the_ranks_see_it(cfg, device)

@@ -23,6 +23,7 @@ TP = "model.tensor_model_parallel_size"
 EP = "model.expert_model_parallel_size"
 PP = "model.pipeline_model_parallel_size"
 VPP = "model.virtual_pipeline_model_parallel_size"
+BATCHED = "model.batch_p2p_comm"
 BATCH = "train.global_batch_size"
 MODEL_SIZES = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
@@ -48,6 +49,7 @@ def refusals(layout: Layout, fields: Fields) -> list[Refusal]:
     rules = (
         _world,
         _pipeline,
+        _two_stages,
         _divided_by_size,
         _multiples_of_size,
         _attention,
@@ -92,6 +94,22 @@ def _world(layout: Layout, _: Fields) -> Iterator[Refusal]:
             getattr(layout, copies)
         except LayoutError as error:
             yield from error.refusals
+
+
+def _two_stages(layout: Layout, fields: Fields) -> Iterator[Refusal]:
+    """``validate_args`` of Megatron-LM, which Bridge does not call; CPU ranks tell the messages apart by their tags."""
+    stages, chunks = layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size or 1
+    if fields.get("comm_overlap", "tp_comm_overlap") is None:
+        batched = fields.model("batch_p2p_comm", True)
+    else:  # Bridge then overlaps the transfers of interleaved stages, unless told otherwise
+        batched = fields.get("comm_overlap", "batch_p2p_comm", False)
+    if stages == 2 and chunks > 1 and fields.get("dist", "distributed_backend") == "nccl" and batched:
+        yield Refusal(
+            BATCHED,
+            f"VPP={chunks} over PP=2 takes gradients for activations: the next stage is the previous one, and NCCL matches "
+            "the messages of a batch by their order",
+            changes=({BATCHED: False, "model.overlap_p2p_comm": True},),
+        )
 
 
 def _divided_by_size(layout: Layout, fields: Fields) -> Iterator[Refusal]:

@@ -68,6 +68,28 @@ def test_a_refusal_names_field_collision_and_fix(changed: dict[str, Any], ranks:
     assert any(expected in reason for reason in reasons(LLAMA | changed, ranks)), reasons(LLAMA | changed, ranks)
 
 
+def test_two_interleaved_stages_do_not_batch_over_nccl(bridge, runs_directory) -> None:
+    """What Megatron-LM's own arguments refuse, Bridge trains wrong on GPUs; ranks on a CPU have tags, from a file as well."""
+    from megatron.bridge.training.comm_overlap import CommOverlapConfig
+    from small import config
+
+    from course_lib import launch
+
+    cfg = config(tp=1, pp=2, model__virtual_pipeline_model_parallel_size=2)
+    (reason,) = reasons(cfg, 2)
+    assert reason.startswith("model.batch_p2p_comm: VPP=2 over PP=2 takes gradients for activations")
+    assert reason.endswith("set model.batch_p2p_comm to False and model.overlap_p2p_comm to True")
+    assert launch.prepare(launch.prepare(cfg, ranks=2).path / "config.yaml", ranks=2).config["model"]["batch_p2p_comm"]
+    cfg.model.batch_p2p_comm, cfg.model.overlap_p2p_comm = False, True
+    assert not reasons(cfg, 2)
+    cfg.model.batch_p2p_comm, cfg.comm_overlap = True, CommOverlapConfig(tp_comm_overlap=False)
+    assert not reasons(cfg, 2), "Bridge overlaps them"
+    cfg.comm_overlap.batch_p2p_comm = True
+    assert reasons(cfg, 2)
+    cfg = config(tp=1, pp=4, model__virtual_pipeline_model_parallel_size=2, model__num_layers=8)
+    assert not reasons(cfg, 4)
+
+
 def test_every_reason_is_given_at_once() -> None:
     """``require`` lists all reasons, so that a learner does not fix them one launch at a time."""
     cfg = {
@@ -192,4 +214,4 @@ def test_what_a_refusal_proposes_is_accepted() -> None:
             cfg, ranks = changed_by(cfg, ranks, found[0].changes[0])
             found, steps = layout.check(cfg, ranks), steps + 1
             assert steps < 20, f"{number}: no end: {found}"
-    assert len(seen) > 14 and min(seen.values()) > 3, seen
+    assert len(seen) > 14 and min(seen.values()) > 2, seen
