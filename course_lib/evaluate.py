@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import types
@@ -15,7 +16,9 @@ from course_lib import checkpoints, launch, runs, stack
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["bigram_loss", "first_loss", "generate", "pairs", "unigram_loss"]
+__all__ = ["bigram_loss", "first_loss", "generate", "known_first_losses", "pairs", "unigram_loss"]
+
+_DATA = Path(__file__).resolve().parent.parent / "data"
 
 
 def first_loss(vocab_size: int, hidden_size: int, init_std: float) -> float:
@@ -37,6 +40,12 @@ def first_loss(vocab_size: int, hidden_size: int, init_std: float) -> float:
         12.411
     """
     return math.log(vocab_size) + hidden_size * init_std**2 / 2
+
+
+def known_first_losses() -> dict[str, list[dict[str, Any]]]:
+    """The rows of `data/first_loss.json`: first losses that NVIDIA `published`, and those that the tests `measured`."""
+    data = json.loads((_DATA / "first_loss.json").read_text(encoding="utf-8"))
+    return {"measured": data["measured"], "published": data["published"]}
 
 
 def unigram_loss(train: Sequence[int], validation: Sequence[int], *, vocab_size: int) -> float:

@@ -19,7 +19,7 @@ __all__ = ["RULES", "TAGS", "Problem", "advice", "problems"]
 
 TAGS = frozenset(
     "objectives prerequisites imports parameters predict run check exercise attempt solution takeaways next "
-    "hide-input hide-cell".split()
+    "hide-input hide-output hide-cell".split()
 )
 CODE_LINES, CODE_CELLS, WORDS = (80, 200), (12, 20), (1000, 1800)
 READABLE_ID = re.compile(r"^[a-z0-9]+(-[a-z0-9]+)*$")

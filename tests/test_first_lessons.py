@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -206,10 +205,15 @@ def lesson_03():
         "half a batch": trained(6.97, 6.2, tokens=1024),
         "a learning rate of zero": trained(6.97, 6.97),
     }  # fmt: skip
-    facts = json.loads((Path(__file__).parent.parent / "data" / "first_loss.json").read_text())
-    yield "check-first-loss", {"others": facts, "evaluate": evaluate}, {
+    yield "check-first-loss", {"others": evaluate.known_first_losses(), "evaluate": evaluate}, {
         "ln V alone": {"evaluate": Some(first_loss=lambda ids, *_: math.log(ids))},
         "a narrow model of another vocabulary": {"evaluate": Some(first_loss=lambda ids, width, s: math.log(2 * ids))},
+    }  # fmt: skip
+    losses = pd.DataFrame({"loss": [6.96875, 6.5]})
+    two = Some(run=gives(Some(metrics=losses)))
+    yield "check-by-hand", {"launch": two, "cfg_two": 0, "printed": [6.96875, 6.5], "by_hand": Some(stderr="")}, {
+        "a script that failed": {"printed": []},
+        "another loss": {"printed": [6.96875, 6.51]},
     }  # fmt: skip
     yield "check-mock", {"counting": [True, True]}, {"other mock data": {"counting": [True, False]}}
     yield "check-real-text", {"run_text": Some(validation=pd.DataFrame({"loss": [6.0, 4.2]})), "unigram": 5.2}, {

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -113,7 +111,7 @@ def test_generating_without_a_checkpoint_is_refused(tmp_path):
         evaluate.generate(runs.Run(tmp_path), ["x"])
 
 
-FIRST_LOSSES = json.loads((Path(__file__).parent.parent / "data" / "first_loss.json").read_text())
+FIRST_LOSSES = evaluate.known_first_losses()
 
 
 @pytest.mark.parametrize("row", FIRST_LOSSES["published"] + FIRST_LOSSES["measured"], ids=lambda row: row["name"])
