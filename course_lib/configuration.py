@@ -128,8 +128,13 @@ def refuse_wrong_values(cfg: ConfigContainer | dict) -> None:
         for field, (hint, default) in fields.items():
             if field in values and (reason := _wrong(field, values[field], hint, default)):
                 wrong.append(f"cfg.{name}.{field}={values[field]!r}: {reason}")
-        if name == "train" and values.get("train_iters") is None and values.get("train_samples") is None:
-            wrong.append("cfg.train.train_iters is not set: give the number of steps")
+        if name == "train":
+            others = [field for field in ("train_samples", "num_epochs") if values.get(field) is not None]
+            if values.get("train_iters") is None:
+                instead = f" instead of {others[0]}: a run of this course is counted in steps" if others else ""
+                wrong.append(f"cfg.train.train_iters is not set: give the number of steps{instead}")
+            elif others:
+                wrong.append(f"cfg.train.{others[0]} is set beside cfg.train.train_iters: set it to None")
         if name == "dataset":
             wrong += [f"cfg.dataset.{place}: {reason}" for place, reason in _wrong_blends(values)]
     if wrong:

@@ -115,6 +115,7 @@ def legal_layouts(ranks: int, cfg: Any) -> list[Layout]:
     >>> [str(layout) for layout in legal_layouts(4, model)]
     ['TP=1 PP=1 DP=4', 'TP=1 PP=2 DP=2', 'TP=1 PP=4 DP=1', 'TP=2 PP=1 DP=2', 'TP=2 PP=2 DP=1', 'TP=4 PP=1 DP=1']
     """
+    require({}, ranks)
     has_experts = bool(Fields.of(cfg).model("num_moe_experts"))
     choices = divisors(ranks)
     found = []

@@ -42,6 +42,10 @@ _BY_HUGGING_FACE = ("HuggingFaceTokenizer", "SFTTokenizer")
 HUB_MODEL = "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16"
 
 
+class NoTokenizer(FileNotFoundError):
+    """The configuration names a tokenizer that is not on this machine."""
+
+
 def train_bpe(texts: Iterable[str], directory: Path, *, vocab_size: int) -> Path:
     """Train a byte-level BPE tokenizer and save it as a Hugging Face tokenizer.
 
@@ -81,14 +85,19 @@ def train_bpe(texts: Iterable[str], directory: Path, *, vocab_size: int) -> Path
 
 
 def load(directory: Path) -> object:
-    """The tokenizer of a directory that `train_bpe` or `nemotron` wrote: `.encode(text).ids`, `.decode(ids)`."""
+    """The tokenizer of a directory that `train_bpe` or `nemotron` wrote: `.encode(text).ids`, `.decode(ids)`.
+
+    Raises:
+        NoTokenizer: If there is no `tokenizer.json` in it.
+    """
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_file(str(directory / "tokenizer.json"))
-
-
-class NoTokenizer(FileNotFoundError):
-    """The configuration names a tokenizer that is not on this machine."""
+    file = Path(directory) / "tokenizer.json"
+    if not file.is_file():
+        raise NoTokenizer(
+            f"{file} does not exist: give a directory that tokenizers.train_bpe or tokenizers.nemotron wrote"
+        )
+    return Tokenizer.from_file(str(file))
 
 
 def require(cfg: Any) -> None:

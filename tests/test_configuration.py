@@ -23,6 +23,7 @@ INFINITE, NAN = math.inf, math.nan
         ("train.train_iters", "two", "'two': give a whole number of at least 1"),
         ("train.train_iters", 2.0, "give a whole number"),
         ("train.train_iters", None, "cfg.train.train_iters is not set: give the number of steps"),
+        ("train.train_samples", 64, "cfg.train.train_samples is set beside cfg.train.train_iters: set it to None"),
         ("train.global_batch_size", 0, "at least 1"),
         ("train.global_batch_size", None, "cfg.train.global_batch_size is not set"),
         ("train.micro_batch_size", -2, "cfg.train.micro_batch_size=-2"),
@@ -107,6 +108,15 @@ def test_a_file_is_held_to_the_same(bridge: Any, runs_directory: Path, tmp_path:
     assert [found.name for found in runs_directory.iterdir()] == ["run"]
 
 
+def test_a_run_is_counted_in_steps(bridge: Any, runs_directory: Path) -> None:
+    """Bridge can count samples or epochs instead; the view and the run's record could not say how far it is."""
+    with pytest.raises(
+        launch.FieldError, match="train_iters is not set: give the number of steps instead of train_samples"
+    ):
+        launch.prepare(config(train__train_iters=None, train__train_samples=64), ranks=8)
+    assert not runs_directory.exists()
+
+
 @pytest.mark.parametrize("ranks", ["8", 0, -1, 2.0, True, None])
 def test_a_number_of_ranks_that_is_none_is_refused(bridge: Any, runs_directory: Path, ranks: object) -> None:
     """The one function that decides the device refuses it, so every entry does."""
@@ -173,3 +183,9 @@ def test_a_tokenizer_that_is_here_passes(bridge: Any, tmp_path: Path, monkeypatc
         tokenizers.require({"tokenizer": {"tokenizer_type": kind, "tokenizer_model": name}})
     with pytest.raises(tokenizers.NoTokenizer, match="cfg.tokenizer.vocab_file='/nowhere' does not exist"):
         tokenizers.require({"tokenizer": {"tokenizer_type": "GPT2BPETokenizer", "vocab_file": "/nowhere"}})
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
+    """`load` says which file it looked for."""
+    with pytest.raises(tokenizers.NoTokenizer, match="nowhere/tokenizer.json does not exist: give a directory that"):
+        tokenizers.load(tmp_path / "nowhere")

@@ -116,6 +116,8 @@ def test_the_lesson_layouts_are_legal_and_read_back() -> None:
     assert layout.require(json.loads(json.dumps(cfg)), 8) == layout.require(cfg, 8)
     assert str(layout.require({"model": LLAMA | sizes(2, 2)}, 8)) == "TP=2 PP=2 DP=2"
     assert "TP=8 PP=1 DP=1" in map(str, layout.legal_layouts(8, LLAMA))
+    with pytest.raises(LayoutError, match="'8' is not a number of ranks"):
+        layout.legal_layouts("8", LLAMA)
     with pytest.raises(LayoutError, match="8 ranks cannot"):
         _ = Layout(world_size=8, tensor_model_parallel_size=3).data_parallel_size
 
