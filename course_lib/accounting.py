@@ -140,14 +140,20 @@ def throughput(steps: pd.DataFrame) -> Throughput:
     Args:
         steps: Rows of `run.metrics`, such as those of :func:`steady`.
 
+    Raises:
+        ValueError: If there is no step, or none that took time.
+
     >>> import pandas as pd
     >>> two = pd.DataFrame({"tokens": [100, 100], "elapsed_ms": [1000.0, 3000.0], "tokens_per_second": [100, 100 / 3]})
     >>> throughput(two).tokens_per_second, round(throughput(two).mean_of_rates, 1)
     (50.0, 66.7)
     """
+    seconds = steps["elapsed_ms"].sum() / 1e3
+    if not seconds > 0:
+        raise ValueError(f"{len(steps)} steps in {seconds:g} s have no throughput: give steps of a run that trained")
     return Throughput(
         steps=len(steps),
-        tokens_per_second=float(steps["tokens"].sum() / (steps["elapsed_ms"].sum() / 1e3)),
+        tokens_per_second=float(steps["tokens"].sum() / seconds),
         mean_of_rates=float(steps["tokens_per_second"].mean()),
         median_step_ms=float(steps["elapsed_ms"].median()),
     )

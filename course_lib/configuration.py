@@ -83,6 +83,16 @@ _SHARE = re.compile(r"(dropout|fraction|percent|beta[12]?|momentum|_ema)$")
 _ANY_SIGN = ("glu_linear_offset",)
 _UNSET_AT_0 = ("num_layers", "hidden_size", "num_attention_heads")
 _MUST_BE_SET = {"train": ("global_batch_size", "micro_batch_size")}
+_UNREAD = {
+    ("train", "rampup_batch_size"): "the batch would stay as large as cfg.train.global_batch_size",
+    ("train", "step_batch_size_schedule"): "the batch would stay as large as cfg.train.global_batch_size",
+    ("validation", "multiple_validation_sets"): "there would be one validation loss for all sets together",
+    ("dataset", "multiple_validation_sets"): "its loader takes the list of data sets for one",
+}
+"""Fields that Megatron's dataclasses have and Bridge's loop does not read, and what would come of it.
+
+Source: megatron-bridge training/initialize.py, data/loaders.py @ 0.6.2; megatron-core num_microbatches_calculator.py @ 0.19.2
+"""
 
 
 def refuse_unknown_fields(cfg: object) -> None:
@@ -135,6 +145,11 @@ def refuse_wrong_values(cfg: ConfigContainer | dict) -> None:
                 wrong.append(f"cfg.train.train_iters is not set: give the number of steps{instead}")
             elif others:
                 wrong.append(f"cfg.train.{others[0]} is set beside cfg.train.train_iters: set it to None")
+        for (section, field), otherwise in _UNREAD.items():
+            if section == name and values.get(field):
+                wrong.append(
+                    f"cfg.{name}.{field}={values[field]!r}: Bridge does not read it ({otherwise}): leave it out"
+                )
         if name == "dataset":
             wrong += [f"cfg.dataset.{place}: {reason}" for place, reason in _wrong_blends(values)]
     if wrong:

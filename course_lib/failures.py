@@ -192,6 +192,19 @@ _HINTS = (
         "AssertionError",
     ),
     _Hint(
+        "A loss or a gradient is not a number: lower cfg.optimizer.lr or lengthen the warm-up, look at the last batches, "
+        "and in half precision at cfg.mixed_precision; lesson 08 shows the signs before it.",
+        r"found (NaN|Inf) in local (grad norm|forward loss)|Unexpected result (nan|-?inf)",
+        "RuntimeError",
+        r"/megatron/core/rerun_state_machine\.py$",
+    ),
+    _Hint(
+        "The checkpoint has no run_config.yaml, so Bridge takes it for one of Megatron-LM's: copy that file beside the "
+        "weights from where the checkpoint was made, or save it again.",
+        r"^Legacy checkpoint missing 'args' field",
+        "RuntimeError",
+    ),
+    _Hint(
         "A field name in config.yaml is wrong, or from another version: write the file with cfg.to_yaml of the "
         "installed Bridge.",
         r"does not fit Bridge's ConfigContainer: Unexpected config keys",

@@ -87,20 +87,27 @@ def symptoms(run: Run, *, vocab_size: int) -> pd.DataFrame:
 
     Returns:
         One row a sign, indexed by its name: `measured`, `limit`, `unit`, `where`, `verdict`.
+
+    Raises:
+        ValueError: If the run has no step, or too few to see memory grow.
     """
     import pandas as pd
 
     metrics = run.metrics
+    if metrics.empty:
+        raise ValueError(f"run {run.name!r} has no step to look at; outcome.json says how it ended, if it did")
     losses = metrics["loss"].astype(float)
     model = run.config["model"]
     expected = evaluate.first_loss(vocab_size, model["hidden_size"], model["init_method_std"])
     start = abs(losses.iloc[0] - expected)
     calm = smoothed(losses)
     above = calm - calm.cummin()
-    norms = smoothed(metrics["grad_norm"].astype(float)) / float(metrics["grad_norm"].iloc[0])
+    raw_norms = metrics["grad_norm"].astype(float)  # without clipping Megatron computes none
+    norms = smoothed(raw_norms) / raw_norms.iloc[0]
     growth = memory_growth(run)
     worst = growth["at_least"].idxmax()
-    unusable = int(metrics["skipped"].astype(bool).sum() + (~losses.map(math.isfinite)).sum())
+    broken = ~losses.map(math.isfinite) | (~raw_norms.map(math.isfinite) & raw_norms.notna().any())
+    unusable = int((metrics["skipped"].astype(bool) | broken).sum())
     rows = [
         (f"first loss away from {expected:.2f}", start, START_NATS, "nats/token", "step 1"),
         ("loss, average of 10, above its lowest", above.max(), SPIKE_NATS, "nats/token", _step(metrics, above)),

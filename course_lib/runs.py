@@ -187,7 +187,7 @@ class Run:
 
 
 class Agreement:
-    """Compares what the ranks say after each step; reads what is new since the last look.
+    """Whether a run does what was asked for: compares what the ranks say after each step, and reads what is new.
 
     After the data-parallel reduction every rank that has a loss has the same one, and every rank has the same gradient
     norm: it is a sum over all parts of the model.  Where they differ, weights that must be equal are not.  A step that
@@ -204,7 +204,7 @@ class Agreement:
         self._world = run.launch.get("ranks", 1)
         self._read_bytes = 0
         self._steps: dict[int, dict[int, dict]] = {}
-        self._found: dict[tuple[str, str], str] = {}
+        self._found = {("configuration", text): text for text in _changed_in_silence(run)}
 
     def look(self, *, last: bool = False) -> tuple[str, ...]:
         """The sentences so far, each kind of fault once, with the first step that has it.
@@ -250,6 +250,42 @@ class Agreement:
             skipped = sorted(rank for rank, row in rows.items() if row["skipped"])
             text = f"{_ranks(skipped)} skipped step {step} and the others did not: their weights differ from there on"
             self._found.setdefault(("skipped", "equal"), text)
+
+
+def _changed_in_silence(run: Run) -> list[str]:
+    """What Bridge makes of a configuration, with a word in a rank's log or none, that its writer hardly meant."""
+    if not (run.path / "config.yaml").exists():
+        return []
+    found, train, scheduler = [], run.config.get("train") or {}, run.config.get("scheduler") or {}
+    steps, warmup = scheduler.get("lr_decay_iters") or train.get("train_iters"), scheduler.get("lr_warmup_iters")
+    if steps and warmup and warmup >= steps:
+        found.append(
+            f"the warm-up of {warmup} steps is cut to fit a schedule of {steps}: the learning rate rises faster than asked "
+            "for and then falls at once; lower cfg.scheduler.lr_warmup_iters"
+        )
+    before, now = _global_batch_size_of_the_checkpoint(run), train.get("global_batch_size")
+    if before and now and before != now:
+        found.append(
+            f"the checkpoint was trained with a global batch of {before} and this run goes on with {now}: the schedule "
+            "counts samples, so the learning rate is not the one that either run would have at this step"
+        )
+    return found
+
+
+def _global_batch_size_of_the_checkpoint(run: Run) -> int | None:
+    """That of the run which this one resumes; none if it starts anew, or leaves the optimizer and its schedule out."""
+    import yaml
+
+    checkpoint = run.config.get("checkpoint") or {}
+    if not checkpoint.get("load") or checkpoint.get("load_optim") is False or checkpoint.get("finetune"):
+        return None
+    folder = Path(checkpoint["load"])
+    with contextlib.suppress(OSError, ValueError):
+        if not folder.name.startswith("iter_"):
+            folder /= f"iter_{int((folder / 'latest_checkpointed_iteration.txt').read_text()):07d}"
+        text = (folder / "run_config.yaml").read_text()
+        return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))["train"]["global_batch_size"]
+    return None
 
 
 def _ranks(numbers: list[int]) -> str:

@@ -504,6 +504,10 @@ HINTS = [
     ("parameter groups", "ValueError: Could not find parameter group with key (None, 0.0005)", "ValueError: no parameter group"),
     ("schedule of cfg", "AssertionError: OptimizerParamScheduler: class input value 24 and checkpointvalue 16 for x do not match",
      "ValueError: OptimizerParamScheduler: class input value"),
+    ("is not a number", raised("RuntimeError: Unexpected result nan (message='found NaN in local grad norm for bucket #0')",
+                               "/megatron/core/rerun_state_machine.py"),
+     raised("RuntimeError: found NaN in local grad norm", "mine.py")),
+    ("run_config.yaml", "RuntimeError: Legacy checkpoint missing 'args' field in state_dict", "KeyError: 'args'"),
     ("A field name in config.yaml", "ConfigError: x does not fit Bridge's ConfigContainer: Unexpected config keys",
      "TypeError: f() got an unexpected keyword argument 'x'"),
 ]  # fmt: skip

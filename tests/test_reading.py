@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 from small import config
 
 from course_lib import accounting, health, launch, plots, plots_runs, runs, sweep
@@ -78,6 +79,8 @@ def test_steady_steps_leave_out_the_first_and_the_skipped(tmp_path):
     assert whole.tokens_per_second < whole.mean_of_rates < 1000
     with pytest.raises(ValueError, match="leaves none of 20 steps"):
         accounting.steady(run, skip=20)
+    with pytest.raises(ValueError, match="0 steps in 0 s have no throughput"):
+        accounting.throughput(run.metrics.iloc[:0])
 
 
 def test_a_matrix_product_counts_two_operations_a_number(monkeypatch):
@@ -162,6 +165,30 @@ def test_steps_are_judged_when_all_ranks_have_written_theirs(tmp_path):
     assert "is 1, but 2 on rank 1" in agreement.look()[0] and agreement.look() == runs.Run(tmp_path).warnings
 
 
+def test_what_a_schedule_becomes_in_silence_is_told(tmp_path):
+    """A warm-up that is cut to fit, and a resumed run with another global batch; not where nothing is changed."""
+
+    def warned(name: str, **sections: dict) -> tuple[str, ...]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(sections))
+        return runs.Run(tmp_path / name).warnings
+
+    saved = tmp_path / "saved" / "iter_0000002"
+    saved.mkdir(parents=True)
+    (saved / "run_config.yaml").write_text(yaml.safe_dump({"train": {"global_batch_size": 8}}))
+    (saved.parent / "latest_checkpointed_iteration.txt").write_text("2")
+    train, load = {"train_iters": 3, "global_batch_size": 16}, {"load": str(saved.parent)}
+    assert warned("plain", train=train, scheduler={"lr_warmup_iters": 2}, checkpoint={"load": None}) == ()
+    (one,) = warned("cut", train=train, scheduler={"lr_warmup_iters": 50})
+    assert one.startswith("the warm-up of 50 steps is cut to fit a schedule of 3")
+    assert warned("long", train=train, scheduler={"lr_warmup_iters": 50, "lr_decay_iters": 100}) == ()
+    (one,) = warned("batch", train=train, checkpoint=load)
+    assert one.startswith("the checkpoint was trained with a global batch of 8 and this run goes on with 16")
+    assert warned("step", train=train, checkpoint={"load": str(saved)}) == (one,)
+    assert warned("same", train=train | {"global_batch_size": 8}, checkpoint=load) == ()
+    assert warned("weights", train=train, checkpoint=load | {"load_optim": False}) == ()
+
+
 def test_a_rank_that_corrupts_its_gradient_is_told(bridge, runs_directory):
     """The run succeeds, and its outcome has the gradient norms that differ after the reduction."""
     run = launch.run(config(tp=1), ranks=2, name="corrupt", show=None, target="drills:corrupts_its_gradient")
@@ -189,6 +216,7 @@ SICK = [
     ("gradient norm, average of 10, against step 1", {"grad_norm": [1.0] * 10 + [9.0] * 10}),
     ("steps skipped or not a number", {"loss": [*FALLING[:19], math.nan]}),
     ("steps skipped or not a number", {"skipped": [False] * 19 + [True]}),
+    ("steps skipped or not a number", {"grad_norm": [1.0] * 19 + [math.inf]}),
     ("loss, average of the last 10, above step 1", {"loss": [6.94, 6.96] * 10}),
     ("memory growth of one rank, at least", {"leak_rank": 2}),
     ("memory growth of one rank, at least", {"leak_rank": 2, "held": 60 * 2**30}),
@@ -210,6 +238,12 @@ def test_a_jump_of_memory_is_no_leak(tmp_path):
     rows = [{"rank": 0, "step": step, "memory_bytes": 2**25 + (step > 14) * 2**25} for step in range(1, 21)]
     (tmp_path / "memory.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert (health.symptoms(run, vocab_size=1024).verdict == "ok").all()
+
+
+def test_a_run_without_a_step_has_no_symptoms(tmp_path):
+    """There is nothing to look at, which is no verdict."""
+    with pytest.raises(ValueError, match="has no step to look at"):
+        health.symptoms(run_in(tmp_path, steps=0), vocab_size=1024)
 
 
 def test_a_short_run_cannot_show_growth(tmp_path):
