@@ -117,10 +117,22 @@ def plan(root: Path) -> str:
     return eight_gpu_plan.markdown(eight_gpu_plan.read(root / "data" / eight_gpu_plan.FILE.name))
 
 
+def recipe_families(root: Path) -> str:
+    """Which family of recipes trains on CPU ranks, by the rows that a test runs."""
+    rows = json.loads((root / "data" / "recipe_families.json").read_text(encoding="utf-8"))["rows"]
+    lines = ["| family | recipe | on CPU ranks |", "|---|---|---|"]
+    for row in rows:
+        because = row["because"].rpartition("cannot train here: ")[2]
+        verdict = "trains" if row["runs"] else "refused: " + re.sub("'([^']+)'", r"`\1`", because)
+        lines.append(f"| {row['family']} | `{row['recipe'].partition(':')[2]}` | {verdict} |")
+    return "\n".join(lines)
+
+
 FACTS: dict[str, Callable[[Path], str]] = {
     "versions": versions,
     "count": count,
     "provenance": provenance,
     "eight_gpu_plan": plan,
+    "recipe_families": recipe_families,
     "sessions": sessions,
 }

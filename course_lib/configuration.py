@@ -39,7 +39,13 @@ _CODE_BY_NAME = ("custom_manager_class", "fp4_quantizer_factory", "fp8_quantizer
 Source: megatron-bridge `training/checkpointing.py` and `training/tensor_inspect.py` @ 0.6.2, megatron-core `fp8_utils.py`
 and `fp4_utils.py` @ 0.19.2."""
 
-_ARITHMETIC = ("torch.nn.functional", "torch.nn.init", "torch._C._nn", "megatron.core.activations")
+_ARITHMETIC = (
+    "torch.nn.functional",
+    "torch.nn.init",
+    "torch._C._nn",
+    "megatron.core.activations",
+    "megatron.core.fusions.fused_bias_geglu",
+)
 """Modules whose functions take tensors: activations and ways to initialise."""
 
 _MODELS = (
@@ -73,9 +79,13 @@ class FieldError(ValueError):
 
 _ZERO_IS_NONE = re.compile(
     r"(_seed|local_rank|_priority|_level|_eod_id|profile_step_start|profile_step_end|start_eval_at_iter|ckpt_step|num_workers|"
-    r"eval_iters|warmup_steps|mtp_num_layers|num_layers_at_(start|end)_in_bf16|num_special_tokens)$"
+    r"eval_iters|warmup_steps|mtp_num_layers|num_kv_shared_layers|num_layers_at_(start|end)_in_bf16|"
+    r"num_special_tokens)$"
 )
 """Whole numbers that may be 0 although upstream's default is not: "none", "the first", or a name that is a number."""
+
+_MAY_BE_ABSENT = ("q_lora_rank", "num_global_query_groups")
+"""Sizes that a family of models has, and one of its models lacks: Bridge sets them to None beside a declared number."""
 
 _SHARE = re.compile(r"(dropout|fraction|percent|beta[12]?|momentum|_ema)$")
 """Numbers between 0 and 1."""
@@ -136,7 +146,8 @@ def refuse_wrong_values(cfg: ConfigContainer | dict) -> None:
             if field in fields and values.get(field) is None:
                 wrong.append(f"cfg.{name}.{field} is not set: give a whole number of at least 1")
         for field, (hint, default) in fields.items():
-            if field in values and (reason := _wrong(field, values[field], hint, default)):
+            absent = field in _MAY_BE_ABSENT and values.get(field) is None
+            if field in values and not absent and (reason := _wrong(field, values[field], hint, default)):
                 wrong.append(f"cfg.{name}.{field}={values[field]!r}: {reason}")
         if name == "train":
             others = [field for field in ("train_samples", "num_epochs") if values.get(field) is not None]
@@ -176,14 +187,14 @@ def _declarations(kind: type) -> dict[str, tuple[object, object]]:
 
     try:
         hints = typing.get_type_hints(kind)
-    except NameError:
+    except (NameError, TypeError):
         hints = {}
     return {field.name: (hints.get(field.name, object), field.default) for field in dataclasses.fields(kind)}
 
 
 def _wrong(name: str, value: object, hint: object, default: object) -> str:
     """Why a field cannot have a value, and what it can have; empty if it can."""
-    if value is default or (type(value) is type(default) and value == default):
+    if hint is object or value is default or (type(value) is type(default) and value == default):
         return ""
     kinds = [*_kinds(hint), *([float] if isinstance(default, float) else [])]
     lowest = _lowest(name, default, is_count=float not in kinds)
@@ -501,7 +512,7 @@ def _declared(owner: object, field: str) -> tuple[type, ...]:
     for base in owner.__mro__ if isinstance(owner, type) else ():
         if field in vars(base).get("__annotations__", {}):
             one = type("One", (), {"__annotations__": {field: vars(base)["__annotations__"][field]}})
-            with contextlib.suppress(NameError):  # a name that only a type checker knows
+            with contextlib.suppress(NameError, TypeError):  # what only a type checker understands
                 found = tuple(classes(typing.get_type_hints(one, vars(sys.modules[base.__module__]))[field]))
                 return (*found, ModelProviderMixin) if field == "model" else found
     return ()

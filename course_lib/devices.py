@@ -23,6 +23,7 @@ __all__ = [
     "applied",
     "apply",
     "differences",
+    "refuse_what_cannot_train",
     "refuse_what_is_missing",
     "table",
 ]
@@ -211,6 +212,58 @@ def refuse_what_is_missing(transformer_impl: str | None, device: str) -> None:
                 "cfg.model.transformer_impl is 'transformer_engine', and Transformer Engine is not installed here, where "
                 f"the ranks have GPUs. {stack.GPU_SET_UP}"
             )
+
+
+def refuse_what_cannot_train(cfg: object, device: str) -> None:
+    """Stop a run of a model that the ranks cannot train, and name one that they can.
+
+    Args:
+        cfg: Bridge's `ConfigContainer`, or its `config.yaml` as nested dicts.
+        device: Where the ranks are.
+
+    Raises:
+        ConfigError: Names the family, the reason and what would run instead.
+    """
+    from course_lib.layout_sizes import Fields
+    from course_lib.runs import ConfigError
+
+    fields = Fields.of(cfg)
+    kinds = {part: fields.get(part, "_target_") or _name(getattr(cfg, part, None)) for part in ("model", "dataset")}
+    family = kinds["model"].rpartition(".")[2]
+    pattern, optimizer = fields.model("hybrid_layer_pattern", ""), fields.get("optimizer", "optimizer", "adam")
+    reason = None
+    if ".diffusion." in kinds["model"]:
+        reason = (
+            "it is a diffusion model, and a run hands its model text: take one of the recipe families llama to qwen"
+        )
+    elif "vlm" in kinds["dataset"] or fields.model("vision_config") is not None:
+        reason = "it reads images, and a run hands its model text: take the family's text model, as qwen for qwen_vl"
+    elif device == "cpu":
+        if "M" in pattern:
+            reason = (
+                f"hybrid_layer_pattern={pattern!r} has Mamba layers (M), whose kernels mamba-ssm and causal-conv1d need CUDA: "
+                "take a pattern of attention (*), dense (-) and expert (E) layers, such as '*-*-'"
+            )
+        elif "FalconH1" in family:
+            reason = "each of its layers has a Mamba half, whose kernels need CUDA: take a dense family such as llama"
+        elif fields.model("experimental_attention_variant", "gated_delta_net") not in ("gated_delta_net", "dsa"):
+            reason = (
+                f"experimental_attention_variant={fields.model('experimental_attention_variant')!r} has settings that no "
+                "config.yaml keeps, and kernels that need CUDA: take DeepSeek V3, whose attention is latent, too"
+            )
+        elif fields.model("qk_clip"):
+            reason = "qk_clip needs the largest score, which only Transformer Engine's attention tells: set it to False"
+        elif optimizer not in ("adam", "sgd") and not _installed("emerging_optimizers"):
+            reason = (
+                f"optimizer.optimizer={optimizer!r} needs the package emerging-optimizers, which is not installed: set it to "
+                "'adam'"
+            )
+    if reason:
+        raise ConfigError(f"{fields.model('hf_model_id') or family or 'this model'} cannot train here: {reason}")
+
+
+def _name(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def apply(cfg: object, device: str = "cpu") -> list[Difference]:

@@ -239,7 +239,7 @@ def prepare(
         ConfigError: If `config.yaml` would hold an access token; nothing is left on disk then.
         LayoutError: As `run()`, like `FieldError`, `NoTokenizer` and `NoCheckpoint`.
     """
-    from course_lib import layout
+    from course_lib import devices, layout
 
     _refuse_no_function(target)
     device = stack.device(ranks)
@@ -252,8 +252,10 @@ def prepare(
     if isinstance(cfg, (str, Path)):
         content = configuration.read_file(Path(cfg))
         configuration.refuse_foreign_code(content, Path(cfg))
+        devices.refuse_what_cannot_train(content, device)
         given = configuration.as_the_ranks_see_it(content, device)
     else:
+        devices.refuse_what_cannot_train(cfg, device)
         configuration.refuse_unknown_fields(cfg)
         given = configuration.as_the_ranks_see_it(cfg, device)
     configuration.refuse_wrong_values(given)

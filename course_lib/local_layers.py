@@ -3,7 +3,8 @@
 Layer specs name classes of `megatron.core.extensions.transformer_engine`, directly, through partials, or as the base of
 a model's own class.  Without the package those classes are mocks that cannot be built.  `stand_in()` gives each name a
 class with the same arguments, parameters, names in a checkpoint and results, made of Core's local layers: so every spec
-builds, in a rank and in the planner, whatever form it has.
+builds, in a rank and in the planner, whatever form it has.  Where the package is installed, the planner puts the same
+classes in place for a while, because the package's own have no meta device.
 
 What has no local form stays `None`, as Core itself leaves it: grouped linear layers (experts are then built one by
 one), fused activations and the operation fuser.
@@ -13,9 +14,13 @@ Source: megatron-core extensions/transformer_engine.py @ 0.19.2
 
 from __future__ import annotations
 
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["VERSION", "stand_in"]
+__all__ = ["VERSION", "stand_in", "standing_in", "unless_alone"]
 
 VERSION = "2.14"
 """The Transformer Engine whose layers these follow; Core asks before it takes one, such as a norm of queries."""
@@ -23,15 +28,56 @@ VERSION = "2.14"
 
 def stand_in() -> None:
     """Put the local classes in place; to be called before any other module imports the wrappers by name."""
-    import torch
     from megatron.core import utils
     from megatron.core.extensions import transformer_engine
-    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+    from packaging.version import Version
+
+    for name, kind in _classes().items():
+        setattr(transformer_engine, name, kind)
+    transformer_engine.HAVE_TE = True
+    utils._te_version = Version(VERSION)
+
+
+@contextmanager
+def standing_in() -> Iterator[None]:
+    """Put the local classes in place of Transformer Engine's inside this block, in every module that names one.
+
+    A model's own class that is derived from one of Transformer Engine's stays what it is.
+    """
+    from megatron.core.extensions import transformer_engine
+
+    mine = _classes()
+    theirs = {id(vars(transformer_engine)[name]): name for name in mine}
+    places = [
+        (module, attribute, value)
+        for name, module in list(sys.modules.items())
+        if name.startswith("megatron.") and transformer_engine.TELinear is not mine["TELinear"]
+        for attribute, value in list(vars(module).items())
+        if id(value) in theirs
+    ]
+    for module, attribute, value in places:
+        setattr(module, attribute, mine[theirs[id(value)]])
+    try:
+        yield
+    finally:
+        for module, attribute, value in places:
+            setattr(module, attribute, value)
+
+
+@functools.cache
+def _classes() -> dict[str, type]:
+    import torch
+    from megatron.core.extensions import transformer_engine
+    from megatron.core.tensor_parallel.layers import (
+        ColumnParallelLinear,
+        RowParallelLinear,
+        set_tensor_model_parallel_attributes,
+    )
     from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
     from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
-    from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
-    from packaging.version import Version
+    from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
+    from megatron.core.utils import get_tensor_model_parallel_group_if_none
 
     class TENorm:
         """The norm that the configuration names."""
@@ -80,9 +126,14 @@ def stand_in() -> None:
             return torch.nn.functional.linear(x, self.weight, bias), self.bias if self.te_return_bias else None
 
         def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
-            state = self.state_dict(prefix="", keep_vars=True)
-            group = (metadata or {}).get("dp_cp_group")
-            return make_sharded_tensors_for_checkpoint(state, prefix, None, sharded_offsets, dp_cp_group=group)
+            return make_sharded_tensors_for_checkpoint(
+                self.state_dict(prefix="", keep_vars=True),
+                prefix,
+                None,
+                sharded_offsets,
+                tp_group=get_tensor_model_parallel_group_if_none(None),
+                dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
+            )
 
         def backward_dw(self) -> None:
             """Nothing: the gradient of the weight is not delayed."""
@@ -168,21 +219,35 @@ def stand_in() -> None:
                 cp_comm_type,
                 pg_collection,
             )
+            if isinstance(self.softmax_offset, torch.nn.Parameter):  # each rank has those of its heads
+                set_tensor_model_parallel_attributes(self.softmax_offset, True, 0, 1)
             if v_channels is not None:
                 self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
 
         def forward(self, *args: Any, num_splits: int | None = None, **options: Any) -> torch.Tensor:
             return super().forward(*args, **options)
 
-    for kind in (
+    kinds = (
         TENorm,
         TELinear,
         TEColumnParallelLinear,
         TELayerNormColumnParallelLinear,
         TERowParallelLinear,
         TEDotProductAttention,
-    ):
+    )
+    for kind in kinds:
         kind.__module__, kind.__qualname__ = transformer_engine.__name__, kind.__name__
-        setattr(transformer_engine, kind.__name__, kind)
-    transformer_engine.HAVE_TE = True
-    utils._te_version = Version(VERSION)
+    return {kind.__name__: kind for kind in kinds}
+
+
+def unless_alone(original: Callable) -> Callable:
+    """Wrap one of Megatron's reductions over a group: a group of one rank gives its input back as it is.
+
+    Upstream returns it from a function of autograd, and then refuses the bias that an expert adds to it in place.
+    """
+
+    @functools.wraps(original)
+    def reduction(input_: Any, *args: Any, group: Any = None, **options: Any) -> Any:
+        return input_ if group is not None and group.size() == 1 else original(input_, *args, group=group, **options)
+
+    return reduction

@@ -1,17 +1,20 @@
 """What stands in for a GPU while a model without memory is built and run: a device, kernels, and a router's choice.
 
 Every stand-in takes the place of a name inside Megatron Core, for the duration of one block.  torch itself, and with it
-`torch.cuda`, stays as it is: the modules that ask which device to use look at torch through `_Torch`.
+`torch.cuda`, stays as it is: Megatron's modules look at torch through `_Torch`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from unittest import mock
+
+from course_lib import local_layers
 
 if TYPE_CHECKING:
     import torch
@@ -19,14 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["standing_in"]
 
 _CORE = "megatron.core"
-_ASK_FOR_A_DEVICE = (
-    f"{_CORE}.models.common.embeddings.rotary_pos_embedding",
-    f"{_CORE}.tensor_parallel.mappings",
-    f"{_CORE}.utils",
-    f"{_CORE}.transformer.moe.router",
-    f"{_CORE}.ssm.mamba_mixer",
-)
-"""Modules that allocate on `torch.cuda.current_device()` whatever the model's own device is."""
 
 
 class _Torch:
@@ -53,6 +48,7 @@ def standing_in(*, fused: bool, experts: int, chosen: int, one_for_all: bool = T
         one_for_all: Build one of a rank's experts, marked with how many it stands for; they are alike.
     """
     import torch
+    from megatron.core.tensor_parallel import layers
 
     def no_fork(self: object, name: str = "") -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -77,17 +73,48 @@ def standing_in(*, fused: bool, experts: int, chosen: int, one_for_all: bool = T
         f"{moe}.token_dispatcher.MoEAllGatherTokenDispatcher.dispatch_postprocess": _balanced_here(experts, chosen),
         f"{moe}.moe_layer.HAVE_TE": True,  # upstream demands its linear layer around experts in a latent space
         f"{moe}.moe_layer.TELinear": _duplicated(),
+        **{
+            f"{_CORE}.tensor_parallel.layers.{name}": local_layers.unless_alone(getattr(layers, name))
+            for name in ("reduce_from_tensor_model_parallel_region", "reduce_scatter_to_sequence_parallel_region")
+        },
+        f"{_CORE}.ssm.gated_delta_net.common.HAVE_FLA": True,  # it can be built, and not run
+        f"{_CORE}.ssm.gated_delta_net.gdn.chunk_gated_delta_rule": object(),
         **_mamba(),
         **_adapters(),
-        **{f"{module}.torch": _Torch() for module in _ASK_FOR_A_DEVICE},
     }
+    if "megatron.bridge.models.gemma.gemma2_provider" in sys.modules:  # flex attention keeps what flash attention keeps
+        answers["megatron.bridge.models.gemma.gemma2_provider.Gemma2FlexDotProductAttention.forward"] = _attention(
+            fused
+        )
     if one_for_all:
         answers[f"{moe}.experts.SequentialMLP.__init__"] = _one_expert_for_all()
     with contextlib.ExitStack() as patches:
         for name, answer in answers.items():
             patches.enter_context(mock.patch(name, answer))
         patches.enter_context(torch.device("meta"))
+        patches.enter_context(_without_a_gpu())
+        patches.enter_context(local_layers.standing_in())
         yield
+
+
+@contextmanager
+def _without_a_gpu() -> Iterator[None]:
+    """Any module of Megatron that asks torch for the current GPU, whatever the model's own device, gets the meta device."""
+    import torch
+
+    mine = _Torch()
+    asking = [
+        module
+        for name, module in list(sys.modules.items())
+        if name.startswith("megatron.") and vars(module).get("torch") is torch
+    ]
+    for module in asking:
+        module.torch = mine
+    try:
+        yield
+    finally:
+        for module in asking:
+            module.torch = torch
 
 
 def _keeping(keep: Any, shape: Any) -> Any:

@@ -4,7 +4,8 @@ A layout of 8B parameters is built this way in a few hundredths of a second.  No
 Megatron Core's, cut for that rank, and every tensor has its true shape and dtype.  Only the numbers in it are missing.
 
 Transformer Engine has no meta device, so a model that asks for it is built from Megatron's local layers, which hold the
-same parameters; :mod:`course_lib.meta_kernels` replaces its kernels by functions that keep what the fused kernel keeps.
+same parameters under the same names (:mod:`course_lib.local_layers`); :mod:`course_lib.meta_kernels` replaces its kernels
+by functions that keep what the fused kernel keeps.
 """
 
 from __future__ import annotations
@@ -128,9 +129,18 @@ def forward(chunk: torch.nn.Module, cfg: Any, *, ranks: int) -> torch.Tensor:
 
     Returns:
         Losses of shape [batch, sequence] from the last stage, else hidden states [sequence, batch, hidden].
+
+    Raises:
+        ValueError: For attention whose kernels keep what only a GPU can tell.
     """
     import torch
 
+    variant = getattr(cfg.model, "experimental_attention_variant", None)
+    if variant is not None:
+        raise ValueError(
+            f"experimental_attention_variant={variant!r}: its activations are what its CUDA kernels keep, and those cannot run "
+            "without a GPU: plan the states alone (memory.states), and measure the activations there"
+        )
     layout, batch = Layout.from_config(cfg, ranks=ranks), cfg.train.micro_batch_size
     tokens = cfg.model.seq_length // layout.context_parallel_size
     ids = torch.zeros(batch, tokens, dtype=torch.long, device="meta")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+from course_lib import local_layers
 from course_lib.cpu import context, delta, gloo, rng
 from course_lib.cpu.redirection import Redirection
 
@@ -101,12 +102,14 @@ def _share_by_copy(_: object) -> Callable:
     return _get_share_storage
 
 
-def _alone(original: Callable) -> Callable:
+def _an_experts_bias_is_no_part(original: Callable) -> Callable:
     @functools.wraps(original)
-    def reduce_from_tensor_model_parallel_region(input_: object, group: object = None) -> object:
-        return input_ if group is not None and group.size() == 1 else original(input_, group=group)
+    def init(self: object, *args: object, **options: object) -> None:
+        original(self, *args, **options)
+        if self.bias is not None and (self.is_expert or self.tp_group.size() == 1):
+            self.bias.sequence_parallel = False
 
-    return reduce_from_tensor_model_parallel_region
+    return init
 
 
 def _te_gathers_no_norm(original: Callable) -> Callable:
@@ -228,11 +231,21 @@ def redirections() -> list[Redirection]:
             ("cls", "config", "hidden_size", "eps"),
         ),
         Redirection(
-            "megatron.core.tensor_parallel.layers.reduce_from_tensor_model_parallel_region",
-            _alone,
-            "nothing, in a group of one",
-            "upstream returns its input from a function of autograd, to which an expert's bias cannot be added in place",
-            ("input_", "group"),
+            "megatron.core.tensor_parallel.layers.RowParallelLinear.__init__",
+            _an_experts_bias_is_no_part,
+            "an expert's bias is not marked as sequence parallel",
+            "its gradient is added up by the expert's own groups; upstream adds it up once more for each TP rank",
+            ("input_size", "output_size", "is_expert"),
+        ),
+        *(
+            Redirection(
+                f"megatron.core.tensor_parallel.layers.{name}",
+                local_layers.unless_alone,
+                "nothing, in a group of one",
+                "upstream returns its input from a function of autograd, to which an expert's bias cannot be added in place",
+                ("input_", "group"),
+            )
+            for name in ("reduce_from_tensor_model_parallel_region", "reduce_scatter_to_sequence_parallel_region")
         ),
         Redirection(
             "megatron.core.models.hybrid.hybrid_block.TENorm",
