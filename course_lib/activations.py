@@ -196,6 +196,11 @@ def _refuse_what_cannot_be_counted(cfg: Any) -> None:
             "plan the states alone (memory.states), and measure the activations there"
         )
     refuse(cfg, {path: row for path, row in _NOT_COUNTED.items() if path != "model.fp8_recipe" or cfg.model.fp8})
+    if cfg.model.transformer_impl == "local" and cfg.dist.distributed_backend != "gloo":
+        raise NotPlanned(
+            "transformer_impl='local' on GPUs: Megatron Core's own attention keeps every score there, which CPU ranks do "
+            "not and this plan does not count: plan with 'transformer_engine', or what CPU ranks do (devices.applied(cfg))"
+        )
     if cfg.model.recompute_granularity != "selective":
         return
     inside = {

@@ -8,6 +8,7 @@ complete: what a rank really used differs from `config.yaml` in exactly these fi
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -193,25 +194,33 @@ def differences(cfg: object, device: str = "cpu") -> list[Difference]:
     return found
 
 
-def refuse_what_is_missing(transformer_impl: str | None, device: str) -> None:
-    """Stop a run whose layers are not installed where its ranks are.
+def refuse_what_is_missing(device: str) -> None:
+    """Stop a run that would need Transformer Engine where GPU ranks do not have it.
+
+    The recipes' layers and their fused loss are its.  A configuration of Megatron Core's own layers would start: but its
+    attention keeps every score, which no plan of this course counts, and with torch's AdamW the distributed optimizer
+    saves what it cannot resume.  COURSE_ALLOW_UNTESTED=1 goes on all the same.
 
     Args:
-        transformer_impl: The model's field.
         device: Where the ranks are.
 
     Raises:
-        ConfigError: If GPU ranks would need Transformer Engine and do not have it.
-    """
-    if device == "cuda" and transformer_impl == "transformer_engine":
-        from course_lib import stack
-        from course_lib.runs import ConfigError
+        ConfigError: If it is not installed in this environment.
 
-        if "transformer_engine" in stack.missing_modules():
-            raise ConfigError(
-                "cfg.model.transformer_impl is 'transformer_engine', and Transformer Engine is not installed here, where "
-                f"the ranks have GPUs. {stack.GPU_SET_UP}"
-            )
+    Source: megatron-core optimizer/distrib_optimizer.py, transformer/dot_product_attention.py @ 0.19.2
+    """
+    from course_lib import stack
+    from course_lib.runs import ConfigError
+
+    if (
+        device == "cuda"
+        and "transformer_engine" in stack.missing_modules()
+        and not os.environ.get("COURSE_ALLOW_UNTESTED")
+    ):
+        raise ConfigError(
+            "the ranks have GPUs, and Transformer Engine is not installed here: the recipe's layers and loss are its, and "
+            f"without its Adam the distributed optimizer does not resume. {stack.GPU_SET_UP}"
+        )
 
 
 def refuse_what_cannot_train(cfg: object, device: str) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from course_lib import checkpoints, configuration, runs, stack, supervision, tokenizers, torchrun, train, warm
+from course_lib import checkpoints, configuration, devices, runs, stack, supervision, tokenizers, torchrun, train, warm
 from course_lib.configuration import FieldError
 from course_lib.runs import ConfigError
 from course_lib.supervision import RunFailed, RunInterrupted
@@ -66,8 +66,6 @@ def differences(cfg: ConfigContainer, *, ranks: int = stack.LESSON_RANKS) -> pd.
         cfg: Bridge's configuration; it is not changed.
         ranks: Number of ranks, which decides the device.
     """
-    from course_lib import devices
-
     return devices.table(cfg, stack.device(ranks))
 
 
@@ -124,7 +122,7 @@ def run(
         raise ValueError(f"launcher={launcher!r}: use 'warm' or 'torchrun', or prepare() the run and start it yourself")
     if show not in (None, "live"):
         raise ValueError(f"show={show!r}: use 'live' or None")
-    _refuse_what_is_missing(cfg, stack.device(ranks))
+    devices.refuse_what_is_missing(stack.device(ranks))  # before there are ranks: they start in this environment
     run_ = prepare(cfg, ranks=ranks, name=name, save=save, load=load, launcher=launcher, target=target, record=record)
     view = functools.partial(_view, show, run_.launch["train_iters"], run_.path)
     return supervision.until_the_end(run_, ranks=ranks, start=_starter(run_), view=view, watch=watch)
@@ -197,16 +195,6 @@ def _launcher_for(device: str) -> str:
 
 def _starter(run: runs.Run) -> Callable[[runs.Run, int], warm.Launched | torchrun.Started]:
     return _start_warm if run.launch["launcher"] == "warm" else torchrun.start
-
-
-def _refuse_what_is_missing(cfg: ConfigContainer | Path | str, device: str) -> None:
-    """Ask before there are ranks what each of them would ask: are its layers installed?  The ranks start on this machine."""
-    if device == "cuda":
-        from course_lib import devices
-
-        is_file = isinstance(cfg, (str, Path))
-        model = configuration.read_file(Path(cfg))["model"] if is_file else vars(cfg.model)
-        devices.refuse_what_is_missing(model.get("transformer_impl"), device)
 
 
 def prepare(

@@ -329,7 +329,7 @@ def rank_main(run_directory: str, cfg: ConfigContainer | None = None, *, callbac
 
     meter = memory_meter.meter(device)
     cfg = cfg or read_config(path / "config.yaml")
-    devices.refuse_what_is_missing(cfg.model.transformer_impl, device)
+    devices.refuse_what_is_missing(device)
     devices.apply(cfg, device)
     if device == "cuda":
         stack.keep_built_helpers()

@@ -141,7 +141,9 @@ def test_a_gpu_run_without_transformer_engine_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("COURSE_DEVICE", "cuda")
     small.config().to_yaml(str(tmp_path / "config.yaml"))
     for cfg in (small.config(), tmp_path / "config.yaml"):
-        with pytest.raises(launch.ConfigError, match="Transformer Engine is not installed here.*--extra gpu"):
+        with pytest.raises(
+            launch.ConfigError, match="Transformer Engine is not installed here.*does not resume.*--extra gpu"
+        ):
             launch.run(cfg, ranks=8, show=None)
     assert not runs.directory().exists()
 
