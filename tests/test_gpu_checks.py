@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import small
 from lesson_cells import cells, gives, verdicts
 
 from course_lib import checks, collectives, memory, runs, stack, units
@@ -65,9 +66,9 @@ def test_lesson_06_holds_a_gpus_bytes_against_a_gpus_plan():
     made = made_by(
         "06", ("imports", "parameters", "recipes", "run"), launch=Some(run=gives(run)), lessons=Some(publish=gives(0))
     )
-    small = made["small"]
-    count = memory.states(small, ranks=8)[0].parameters
-    kept = memory.activations(small, ranks=8)
+    planned = made["small"]
+    count = memory.states(planned, ranks=8)[0].parameters
+    kept = memory.activations(planned, ranks=8)
     rank_0 = {"weights_bytes": 2 * count, "gradients_bytes": 4 * count, "optimizer_bytes": 12 * count // 4}
     rank_0["activations_bytes"] = kept.per_microbatch_bytes + kept.loss_bytes
     tensors = Some(read=gives(pd.DataFrame([rank_0])))
@@ -149,6 +150,16 @@ def test_lesson_12_expects_parameters_back_in_bf16():
     holds("12", "check-data", facts, {"run": run_of("cpu", 5.1, rows="sharded")})
     both = {"cfg": made["cfg"], "runs": runs, "run": run_of("cuda", 5.0), "run_cp": run_of("cuda", 5.1)}
     holds("12", "check-context", both | {"collectives": None}, {"run_cp": run_of("cuda", 5.9)})
+
+
+def test_cores_own_attention_on_a_gpu_is_not_planned(bridge):
+    """It keeps every score there; what a CPU rank keeps, whose attention does not, is another plan."""
+    from course_lib import devices
+
+    cfg = small.config(tp=1, model__transformer_impl="local")
+    with pytest.raises(ValueError, match="keeps every score there"):
+        memory.activations(cfg, ranks=1)
+    assert memory.activations(devices.applied(cfg), ranks=1).total_bytes > 0
 
 
 def test_the_kernel_asks_the_same_question_as_the_launcher():
