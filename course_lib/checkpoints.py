@@ -20,7 +20,19 @@ if TYPE_CHECKING:
     import pandas as pd
     import torch
 
-__all__ = ["Checkpoint", "NoCheckpoint", "at", "compare", "files", "latest", "listing", "read", "require", "tensors"]
+__all__ = [
+    "Checkpoint",
+    "NoCheckpoint",
+    "at",
+    "compare",
+    "files",
+    "hugging_face_rank",
+    "latest",
+    "listing",
+    "read",
+    "require",
+    "tensors",
+]
 
 TRACKER = "latest_checkpointed_iteration.txt"
 """Megatron's tracker; Bridge writes the same step into `latest_train_state.pt`."""
@@ -219,6 +231,34 @@ def compare(one: Checkpoint, other: Checkpoint) -> pd.DataFrame:
         part = next(frame.part[name] for frame in both if name in frame.index)
         rows.append((name, part, difference))
     return pd.DataFrame(rows, columns=["name", "part", "largest_difference"]).set_index("name")
+
+
+def hugging_face_rank(request: dict) -> None:
+    """What the one rank of a conversion does: a checkpoint to Hugging Face's format, and from there back to Megatron's.
+
+    Args:
+        request: `checkpoint` to read, `shape` of the model in Hugging Face's names, and the places to write: `hugging-face`
+            and `back`.
+    """
+    from types import SimpleNamespace
+
+    from megatron.bridge import AutoBridge
+    from megatron.bridge.training.model_load_save import temporary_distributed_context
+    from transformers import LlamaConfig
+
+    from course_lib import devices, stack
+
+    bridge = AutoBridge.from_hf_config(LlamaConfig(architectures=["LlamaForCausalLM"], **request["shape"]))
+    bridge.export_ckpt(request["checkpoint"], request["hugging-face"], show_progress=False)
+
+    bridge = AutoBridge.from_hf_pretrained(request["hugging-face"])
+    provider = bridge.to_megatron_provider()
+    for row in devices.differences(SimpleNamespace(model=provider), stack.device(1)):  # none on a GPU
+        setattr(provider, row.field.removeprefix("model."), row.in_ranks)
+    provider.finalize()
+    with temporary_distributed_context(backend="gloo"):
+        model = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
+        bridge.save_megatron_model(model, request["back"])
 
 
 def _load(path: Path, names: list[str]) -> dict[str, torch.Tensor]:

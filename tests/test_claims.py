@@ -185,6 +185,13 @@ def lesson_10():
             {"launch": Some(run=gives(0))},
         ],
     )
+    weight = Some(numel=gives(100))
+    table = pd.DataFrame({"part": ["weights", "weights"], "largest_difference": [0.0, 0.0]})
+    kept = Some(compare=gives(table), at=gives(0))
+    changed = Some(compare=gives(table.assign(largest_difference=[0.0, 1e-3])), at=gives(0))
+    hub = {"loaded": Some(parameters=gives([weight])), "parameters": 100, "checkpoints": kept, "last": 0}
+    hub |= {"Path": str, "places": {"back": "back"}}
+    yield "check-hub", hub, [{"parameters": 101}, {"checkpoints": changed}]
     rise = pd.Series([0.28, 0.27])
     loaded = {"padded": Some(outcome=Some(status="succeeded")), "rise": rise}
     yield "check-rows", loaded, [
