@@ -38,7 +38,7 @@ class Forked:
             self.returncode = 0  # what a rank has to say stands in the run directory
         return self.returncode
 
-    def wait(self, seconds: float = 60.0) -> int:
+    def wait(self, seconds: float = 300.0) -> int:
         end = time.monotonic() + seconds
         while self.poll() is None:
             if time.monotonic() > end:

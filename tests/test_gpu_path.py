@@ -26,7 +26,7 @@ def python(code: list[str], **environment: str) -> str:
     places = os.pathsep.join(map(str, (TESTS, PACKAGE.parent)))
     environment = {**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, "-W", "ignore", *code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout.splitlines()[-1]
 
