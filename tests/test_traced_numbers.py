@@ -99,6 +99,8 @@ def test_a_rounded_number_is_traced(sentence: str, shown: str) -> None:
         "Layout TP=2 PP=1 on H100 in bf16, for 8B and Nemotron-3.",
         "See lesson 07, lessons 00 to 12, and `f(17)` or $x^{17}$.",
         "```\n17 lines\n```",
+        "1. Step\n   ```\n   17 lines\n   ```",
+        "Read in pull request 17.",
         "[seventeen](page.md#17) (2019), arXiv 2512.20848",
         "| 17 | a row's number |",
         "megatron-core 0.19.2 and commit 1234567",

@@ -22,7 +22,7 @@ SCALES = (1.0, 1e2, 1e3, 1e6, 1e9, 1e12, 2.0**10, 2.0**20, 2.0**30)
 NO_PROSE = tuple(
     re.compile(pattern, re.MULTILINE | re.DOTALL)
     for pattern in (
-        r"^(`{3,}|~{3,}|:::+)[^\n]*\n.*?^\1[ \t]*$",  # fenced blocks
+        r"^[ \t]*(`{3,}|~{3,}|:::+)[^\n]*\n.*?^[ \t]*\1[ \t]*$",  # fenced blocks, in a list too
         r"`[^`\n]+`",
         r"\$\$.*?\$\$|\$[^$\n]+\$",
         r"\]\([^)\n]*\)",  # the target of a link
@@ -33,7 +33,7 @@ NO_PROSE = tuple(
         r"^\|[^|\n]*\|[ \t]*\d\d(?=,| [A-Z])(?:, \d\d)*",  # lessons in the second column of a table
         r"\b[A-Z]+[ ]?=[ ]?\d+(?:\.\d+)?",  # TP=2
         r"\b20[12]\d\b(?![.,]\d)",  # a year
-        r"\barXiv \d{4}\.\d{5}|\bissue \d+|\bcommit [0-9a-f]{7,}",  # where something was read
+        r"\barXiv \d{4}\.\d{5}|\b(?:issue|pull request) \d+|\bcommit [0-9a-f]{7,}",  # where something was read
     )
 )
 # 1,235,814,400 or 3.14 or 1e-4, but no part of a name such as fp32, H100, 8B, 0.6.2 or e27b371.
