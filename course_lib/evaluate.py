@@ -163,12 +163,13 @@ def generate(
         Prompt and continuation, one text for each prompt.
 
     Raises:
-        NoCheckpoint: If the run has no whole checkpoint.
+        NoCheckpoint: If the run has no checkpoint.
+        WrongCheckpoint: If it is torn, or reading it could run code.
         RunFailed: If the rank fails; names the cause.
     """
     request = {
         "run": str(run.path),
-        "checkpoint": str(checkpoints.latest(run).path),
+        "checkpoint": str(checkpoints.require(run).path),
         "prompts": list(prompts),
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,

@@ -186,6 +186,16 @@ _HINTS = (
     _Hint(_PARAMETER_GROUPS, r"^\((None|[\d.e-]+),.*(True|False)\)$", "KeyError", r"/megatron/"),
     _Hint(_PARAMETER_GROUPS, r"^Could not find parameter group with key", "ValueError"),
     _Hint(
+        "The checkpoint is of another model: layers, widths and vocabulary of cfg must be those of its run_config.yaml.",
+        r"^Global shape mismatch for loaded|^Error\(s\) in loading state_dict for \w+:\s+(Missing|Unexpected) key",
+    ),
+    _Hint(
+        "A token id lies beyond the model's embedding: the data was written with another tokenizer than cfg.tokenizer.",
+        r"^index out of range in self$",
+        "IndexError",
+        r"/tensor_parallel/layers\.py$",
+    ),
+    _Hint(
         "The schedule of cfg is not that of the checkpoint: cfg.scheduler.override_opt_param_scheduler = True takes the "
         "new one, use_checkpoint_opt_param_scheduler = True keeps the old one.",
         r"^OptimizerParamScheduler: class input value",
@@ -264,7 +274,7 @@ def record(path: Path, rank: int, error: BaseException) -> bool:
         True if it only lost a peer.
     """
     text = "".join(traceback.format_exception(error))
-    message = " ".join(str(error).split()) or _place(error)
+    message = " ".join(_words(error).split()) or _place(error)
     named = _NAMED.search(message)
     entry = {
         "rank": rank,
@@ -274,12 +284,28 @@ def record(path: Path, rank: int, error: BaseException) -> bool:
         "exception": type(error).__name__,
         "message": message[:2000],
         "tail": text[-3000:],
-        "hint": hint_for(text),
+        "hint": hint_for(text) or next(filter(None, map(hint_for, _wrapped(error))), ""),
         "lost_a_peer": lost_a_peer(text),
         "lost_rank": int(next(filter(None, named.groups()))) if named else None,
     }
     _write_on_a_full_disk(path, lambda: runs.write_json(path / "ranks" / f"{rank}.json", entry))
     return entry["lost_a_peer"]
+
+
+def _words(error: BaseException) -> str:
+    """What an exception says; of torch's CheckpointException the causes, which stand behind a page of frames otherwise."""
+    wrapped = _wrapped(error)
+    return "\n".join([str(error).partition("\n")[0], *wrapped]) if wrapped else str(error)
+
+
+def _wrapped(error: BaseException) -> list[str]:
+    """The exceptions of the ranks that a CheckpointException collects, each as `Type: message`.
+
+    Source: torch/distributed/checkpoint/api.py @ 2.13.0
+    """
+    collected = getattr(error, "failures", None)
+    pairs = collected.values() if type(error).__name__ == "CheckpointException" and isinstance(collected, dict) else ()
+    return [f"{type(cause).__name__}: {cause}" for cause, _ in pairs]
 
 
 def _place(error: BaseException) -> str:

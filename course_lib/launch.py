@@ -18,7 +18,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from course_lib import checkpoints, configuration, devices, runs, stack, supervision, tokenizers, torchrun, train, warm
+from course_lib import (
+    checkpoints,
+    configuration,
+    devices,
+    microscope,
+    runs,
+    stack,
+    supervision,
+    tokenizers,
+    torchrun,
+    train,
+    warm,
+)
 from course_lib.configuration import FieldError
 from course_lib.runs import ConfigError
 from course_lib.supervision import RunFailed, RunInterrupted
@@ -112,6 +124,8 @@ def run(
         NoTokenizer: If the tokenizer is not on this machine; ranks do not ask the Hub.
         ConfigError: If a file is no YAML or holds an access token, or a rank finds that it does not fit Bridge.
         NoCheckpoint: If there is nothing to load where `load` points; Bridge would start from random weights.
+        WrongCheckpoint: If it is torn, of another model, or would run code on being read; nothing was started.
+        ForeignFile: If data is cut, of another tokenizer, or newer than the index that Megatron keeps for it.
         RunFailed: If a rank failed; names the first one and its cause.
         RunInterrupted: If the learner interrupted; no rank is left.
 
@@ -236,7 +250,9 @@ def prepare(
             "launcher='warm' forks ranks that work on the CPU, and these ranks have GPUs: leave launcher out, or set "
             "COURSE_DEVICE=cpu"
         )
-    source = checkpoints.require(load) if load else None
+    source = checkpoints.root(load).absolute() if load else None  # whoever starts it may stand elsewhere
+    if source:
+        checkpoints.require(source)
     if isinstance(cfg, (str, Path)):
         content = configuration.read_file(Path(cfg))
         configuration.refuse_foreign_code(content, Path(cfg))
@@ -248,12 +264,14 @@ def prepare(
         given = configuration.as_the_ranks_see_it(cfg, device)
     configuration.refuse_wrong_values(given)
     plan = layout.require(given, ranks)
+    checkpoints.refuse(given, load=source, ranks=ranks)
     if launcher in (None, "warm", "torchrun"):  # another one may start it on a machine with other files
         tokenizers.require(given)
+        microscope.require(given)
     path = runs.create(name)
     places = {
         "save": str(path / "checkpoints") if save else None,
-        "load": str(Path(source).absolute()) if source else None,  # whoever starts it may stand elsewhere
+        "load": str(source) if source else None,
     } | _random_states(source, device)
     try:
         if isinstance(cfg, (str, Path)):

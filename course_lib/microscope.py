@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import json
+import mmap
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from course_lib import files
+from course_lib.layout_sizes import Fields
+from course_lib.layout_vocabulary import embedding_rows
 from course_lib.quiet import quietly
 
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
-__all__ = ["ForeignFile", "Index", "datasets", "document", "pieces", "read", "realised_blend"]
+__all__ = ["ForeignFile", "Index", "datasets", "document", "pieces", "read", "realised_blend", "require"]
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER_BYTES = 34
@@ -24,7 +30,7 @@ WINDOW = 8
 
 
 class ForeignFile(ValueError):
-    """A file is no whole indexed data set; the message names the offset and the reason."""
+    """A file is no whole indexed data set, or none for this model; the message names the file, the offset and the reason."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,10 @@ def read(prefix: Path) -> Index:
     for each in (path, data_path):
         if not each.exists():
             raise ForeignFile(f"{each} does not exist: .bin and .idx belong together")
-    data = path.read_bytes()
+    data = b""
+    if path.stat().st_size:  # what is empty cannot be mapped
+        with path.open("rb") as stream:
+            data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     if data[: len(MAGIC)] != MAGIC:
         raise ForeignFile(f"{path}, offset 0: begins with {data[:9]!r}, needed {MAGIC!r}: no index of Megatron")
     if len(data) < HEADER_BYTES:
@@ -128,6 +137,101 @@ def _table(code: int, sequences: int, boundaries: int, fields: Mapping[str, np.n
         (34 + 12 * sequences, 8 * boundaries, "document boundaries", some(fields["ends"])),
     ]
     return pd.DataFrame(rows, columns=["offset", "bytes", "field", "value"])
+
+
+def require(cfg: Any) -> None:
+    """Refuse data that a run would read as nonsense: before its ranks start, with the file's name.
+
+    Of every `.bin` and `.idx` that the configuration names, in a blend or in blends for each split: the two are whole and
+    fit each other; no token id lies beyond the model's embedding, where tensor parallel ranks would read zeros without a
+    word; no index that Megatron keeps for them is older than they are, because its name does not follow from their
+    content.  Mock data has nothing to look at, and texts for fine-tuning become ids only in the ranks.
+
+    The largest id is searched once and kept in `cache/` beside the data, with size and time of the file.  An id that is
+    beyond the tokenizer and inside the embedding's padded rows passes.
+
+    Args:
+        cfg: A Bridge `ConfigContainer`, or the same as nested mappings.
+
+    Raises:
+        ForeignFile: If data is missing, cut, foreign, of another tokenizer, or newer than its index.
+    """
+    fields = Fields.of(cfg)
+    try:
+        rows = embedding_rows(fields)
+    except ValueError:
+        rows = None  # only the tokenizer knows
+    for prefix in _prefixes(fields):
+        index = read(Path(prefix))
+        _refuse_old_indices(prefix, fields.get("dataset", "path_to_cache"))
+        if rows is not None and len(index.lengths) and _most(index) >= rows:
+            largest = _largest_id(index)
+            if not 0 <= largest < rows:
+                raise ForeignFile(
+                    f"{prefix}.bin has token id {largest:,}, and the model's embedding has {rows:,} rows: the data was written "
+                    "with another tokenizer. Give cfg.tokenizer (and cfg.tokenizer.vocab_size, if it is set) those of the "
+                    "data, or write the data again"
+                )
+
+
+def _prefixes(fields: Fields) -> list[str]:
+    """The paths without suffix that a run reads ids from, each once."""
+    from megatron.core.datasets.utils import get_blend_from_list
+
+    blends = [fields.get("dataset", "blend"), *(fields.get("dataset", "blend_per_split") or ())]
+    if paths := fields.get("dataset", "data_path"):
+        blends.append(get_blend_from_list(paths.split() if isinstance(paths, str) else list(paths)))
+    return list(dict.fromkeys(str(prefix) for blend in blends if blend for prefix in blend[0]))
+
+
+def _most(index: Index) -> int:
+    """The largest number that the type of a token can hold."""
+    import numpy as np
+
+    return np.iinfo(index.type_name).max if np.dtype(index.type_name).kind in "iu" else 2**63
+
+
+def _largest_id(index: Index) -> int:
+    """The largest id of a `.bin`, or a negative one; found by reading it all, once for each size and time of the file."""
+    import numpy as np
+
+    path = Path(f"{index.prefix}.bin")
+    kept, known = Path(index.prefix) / "cache" / "largest_id.json", path.stat()
+    mark = {"size_bytes": known.st_size, "time_ns": known.st_mtime_ns}
+    try:
+        found = json.loads(kept.read_text())
+        if mark.items() <= found.items():
+            return int(found["largest_id"])
+    except (OSError, ValueError, KeyError, AttributeError):
+        pass
+    ids, step = np.memmap(path, index.type_name, "r"), 2**26
+    lowest, largest = 0, 0
+    for begin in range(0, len(ids), step):
+        part = ids[begin : begin + step]
+        lowest, largest = min(lowest, int(part.min())), max(largest, int(part.max()))
+    with contextlib.suppress(OSError):  # a folder that only others may write to is searched again
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        files.write_text(kept, json.dumps(mark | {"largest_id": lowest or largest}))
+    return lowest or largest
+
+
+def _refuse_old_indices(prefix: str, cache: str | None) -> None:
+    """Megatron names its document, sample and shuffle indices after path and settings, not after content.
+
+    Source: megatron-core 0.19.2 `datasets/gpt_dataset.py`, `_build_document_sample_shuffle_indices`.
+    """
+    written = max(Path(f"{prefix}.{suffix}").stat().st_mtime_ns for suffix in ("bin", "idx"))
+    folder = Path(cache) if cache else Path(prefix) / "cache" / "GPTDataset_indices"
+    for described in folder.glob("*-description.txt"):
+        try:
+            of = json.loads(described.read_text()).get("dataset_path")
+        except (OSError, ValueError, AttributeError):
+            continue
+        if of == prefix and described.stat().st_mtime_ns < written:
+            raise ForeignFile(
+                f"{described} describes an index that is older than {prefix}.bin: Megatron would read the new data by the old "
+                f"index. Delete {described.with_name(described.name.removesuffix('description.txt'))}*, and it makes a new one"
+            )
 
 
 def document(index: Index, number: int) -> np.ndarray:

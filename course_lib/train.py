@@ -212,8 +212,18 @@ def _output_to(log: Path) -> Iterator[None]:
 
 def prepare(run_directory: str) -> ConfigContainer | None:
     """What all ranks of one machine would do alike, done once: read the configuration, if there is one."""
-    path = Path(run_directory) / "config.yaml"
-    return read_config(path) if path.exists() else None
+    path = Path(run_directory)
+    return _read(path, runs.Run(path).launch["ranks"]) if (path / "config.yaml").exists() else None
+
+
+def _read(path: Path, ranks: int) -> ConfigContainer:
+    """A run's configuration, once what it would load has been looked through: no rank unpickles what nobody looked at."""
+    from course_lib import checkpoints
+
+    cfg = read_config(path / "config.yaml")
+    with contextlib.suppress(checkpoints.NoCheckpoint):  # Bridge then starts from random weights
+        checkpoints.refuse(cfg, load=cfg.checkpoint.load and Path(cfg.checkpoint.load), ranks=ranks)
+    return cfg
 
 
 def _function(name: str) -> Callable[..., object]:
@@ -275,6 +285,8 @@ def _take(device: str, rank: int, world: int) -> None:
     This is the one place where a rank becomes a CPU rank.
     """
     os.environ["COURSE_DEVICE"] = device
+    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # torch's own switch: no file that a rank loads may name code
     if device == "cuda":
         stack.prepare_imports(compiler=True)
         return
@@ -328,7 +340,7 @@ def rank_main(run_directory: str, cfg: ConfigContainer | None = None, *, callbac
     from course_lib import devices, layout
 
     meter = memory_meter.meter(device)
-    cfg = cfg or read_config(path / "config.yaml")
+    cfg = cfg or _read(path, world)
     devices.refuse_what_is_missing(device)
     devices.apply(cfg, device)
     if device == "cuda":

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import io
 import os
+import pickle
 import shutil
 import signal
 from pathlib import Path
@@ -11,7 +14,7 @@ from pathlib import Path
 import pytest
 import small
 
-from course_lib import checkpoints, failures, launch, runs
+from course_lib import checkpoints, evaluate, failures, launch, runs, train
 
 STEPS, EVERY = 6, 2
 
@@ -84,6 +87,187 @@ def test_a_torn_checkpoint_is_not_taken_as_whole(whole, tmp_path):
     assert "__1_0.distcp" in (found := damage(lambda path: cut(path / "__1_0.distcp"))) and "bytes of" in found
     assert ".metadata: cannot be read" in damage(lambda path: cut(path / ".metadata"))
     assert "train_state.pt: not written" in damage(lambda path: (path / "train_state.pt").unlink())
+    assert "run_config.yaml: not written" in damage(lambda path: (path / "run_config.yaml").unlink())
+
+
+def test_a_torn_checkpoint_starts_no_rank(whole, tmp_path, runs_directory):
+    """Whether it is loaded by its own directory, by the tracker, or as pretrained weights: the file and its bytes are named."""
+    saved = copied(checkpoints.latest(whole), tmp_path)
+    (tmp_path / checkpoints.TRACKERS[1]).write_text(str(saved.step))
+    os.truncate(saved.path / "__0_0.distcp", 1000)
+    for place in (saved.path, tmp_path):
+        with pytest.raises(checkpoints.WrongCheckpoint, match="is torn, .*: __0_0.distcp: 1,000 bytes of .*listing"):
+            launch.run(config(), ranks=2, name="torn", load=place, show=None)
+    with pytest.raises(checkpoints.WrongCheckpoint, match="__0_0.distcp: 1,000 bytes"):
+        launch.run(config(checkpoint__pretrained_checkpoint=str(tmp_path)), ranks=2, name="torn", show=None)
+    assert not runs_directory.exists()
+
+
+class Evil:
+    """Runs a command when it is unpickled."""
+
+    def __reduce__(self):
+        return os.system, ("touch PWNED",)
+
+
+def saved_by_torch(**options):
+    """What torch.save makes of it, in torch's own form or in the one before."""
+    import torch
+
+    stream = io.BytesIO()
+    torch.save(Evil(), stream, **options)
+    return stream.getvalue()
+
+
+def in_a_shard(path, data):
+    """Put an object at the end of a shard, and let the index take the state of the run from there."""
+    shard, index = path / "__0_0.distcp", checkpoints._index(path)
+    key = next(key for key in index.storage_data if key.fqn.startswith("common_state"))
+    place = dataclasses.replace(index.storage_data[key], offset=shard.stat().st_size, length=len(data))
+    index.storage_data[key] = place
+    with shard.open("ab") as stream:
+        stream.write(data)
+    (path / ".metadata").write_bytes(pickle.dumps(index))
+
+
+def outside(path):
+    """Let the index take an object from another directory."""
+    index = checkpoints._index(path)
+    key = next(iter(index.storage_data))
+    index.storage_data[key] = dataclasses.replace(index.storage_data[key], relative_path="../evil")
+    (path / ".metadata").write_bytes(pickle.dumps(index))
+
+
+def nested(path):
+    """An index of its own, as quantised models have it."""
+    (path / "modelopt_state").mkdir()
+    (path / "modelopt_state" / ".metadata").write_bytes(pickle.dumps(Evil()))
+
+
+FOREIGN = {
+    "index": (".metadata", lambda path: (path / ".metadata").write_bytes(pickle.dumps(Evil()))),
+    "index by another name": (
+        ".metadata",
+        lambda path: (path / ".metadata").write_bytes(b"\x80\x04\x8c\x13torch.serialization\x8c\x09os.system\x93\x8c\x0b"
+                                                       b"touch PWNED\x85R."),
+    ),
+    "no index": (".metadata", lambda path: (path / ".metadata").write_bytes(pickle.dumps({"a": 1}))),
+    "index that points outside": (".metadata", outside),
+    "nested index": (".metadata", nested),
+    "shard": ("__0_0.distcp", lambda path: in_a_shard(path, saved_by_torch())),
+    "shard of old": (
+        "__0_0.distcp",
+        lambda path: in_a_shard(path, saved_by_torch(_use_new_zipfile_serialization=False)),
+    ),
+    "shard with a bare pickle": ("__0_0.distcp", lambda path: in_a_shard(path, pickle.dumps(Evil()))),
+    "state of the run": ("train_state.pt", lambda path: (path / "train_state.pt").write_bytes(saved_by_torch())),
+    "state of Megatron": ("common.pt", lambda path: (path / "common.pt").write_bytes(saved_by_torch())),
+    "configuration": (
+        "run_config.yaml",
+        lambda path: (path / "run_config.yaml").write_text("model: {_target_: torch.os.system, command: touch PWNED}\n"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_foreign_code_in_a_checkpoint_is_named_and_never_runs(whole, kind, tmp_path, monkeypatch, runs_directory):
+    """Looking, resuming, taking pretrained weights, generating, and a rank's own look: the file is named and nothing runs."""
+    monkeypatch.chdir(tmp_path)
+    file, plant = FOREIGN[kind]
+    run = runs.Run(tmp_path / "passed-on")
+    saved = copied(checkpoints.latest(whole), run.path / "checkpoints")
+    tracker = saved.path.parent / checkpoints.TRACKERS[1]
+    tracker.write_text(str(saved.step))
+    plant(saved.path)
+    roads = (
+        lambda: launch.run(config(), ranks=2, load=run, show=None),
+        lambda: launch.run(config(), ranks=2, load=saved.path, show=None),
+        lambda: launch.run(config(checkpoint__pretrained_checkpoint=str(saved.path)), ranks=2, show=None),
+        lambda: evaluate.generate(run, ["a"]),
+        lambda: train._read(written_by_hand, 2),
+    )
+    written_by_hand = tmp_path / "by-hand"
+    written_by_hand.mkdir()
+    config(checkpoint__load=str(saved.path)).to_yaml(str(written_by_hand / "config.yaml"))
+    for road in roads:
+        with pytest.raises((checkpoints.WrongCheckpoint, launch.ConfigError), match=file):
+            road()
+    assert len(checkpoints.listing(run)) == 1
+    with contextlib.suppress(checkpoints.WrongCheckpoint, pickle.UnpicklingError, KeyError):
+        checkpoints.tensors(saved)
+    assert not (tmp_path / "PWNED").exists() and not runs_directory.exists()
+
+
+def test_foreign_code_in_a_tracker_never_runs(whole, tmp_path, monkeypatch):
+    """Bridge's tracker is a file of torch's; what is no plain data there names no step."""
+    monkeypatch.chdir(tmp_path)
+    copied(checkpoints.latest(whole), tmp_path)
+    (tmp_path / checkpoints.TRACKERS[0]).write_bytes(saved_by_torch())
+    with pytest.raises(checkpoints.NoCheckpoint, match=checkpoints.TRACKERS[0]):
+        checkpoints.require(tmp_path)
+    assert not checkpoints.listing(tmp_path).latest.any() and not (tmp_path / "PWNED").exists()
+
+
+def test_what_the_trackers_say(whole, tmp_path, bridge):
+    """Either tracker is enough; each sentence about a missing checkpoint is true."""
+    saved = copied(checkpoints.latest(whole), tmp_path / "one")
+    place, (state, number) = saved.path.parent, checkpoints.TRACKERS
+
+    def refused():
+        with pytest.raises(checkpoints.NoCheckpoint) as caught:
+            checkpoints.require(place)
+        return str(caught.value)
+
+    assert f"saved is iter_{saved.step:07d}" in refused() and "no save was completed" in refused()
+    shutil.copy(whole.path / "checkpoints" / state, place / state)
+    assert checkpoints.require(place).step == saved.step
+    (place / number).write_text("2")  # Bridge asks its own tracker first
+    assert checkpoints.require(place).step == saved.step
+    (place / state).unlink()
+    assert "names iter_0000002, which is not there" in refused()
+    (place / number).write_text("soon")
+    assert "names no step but 'soon'" in refused()
+    (place / number).write_text("release")
+    assert "names release, which is not there" in refused()
+    saved.path.rename(place / "release")
+    assert checkpoints.require(place).path.name == "release"
+    with pytest.raises(checkpoints.NoCheckpoint, match="there is no directory"):
+        checkpoints.require(tmp_path / "typo")
+
+
+def test_a_checkpoint_of_another_model_is_refused(whole, runs_directory):
+    """Layers, width and vocabulary are compared before ranks start; both values are named."""
+    for field, value, words in (
+        ("model__num_layers", 3, "num_layers is 4 there and 3 in cfg.model"),
+        ("model__ffn_hidden_size", 512, "ffn_hidden_size is 256 there and 512"),
+        ("model__num_query_groups", 2, "num_query_groups is 8 there and 2"),
+        ("tokenizer__vocab_size", 3000, "its embedding has 1,024 rows and that of cfg has 3,072"),
+    ):
+        with pytest.raises(checkpoints.WrongCheckpoint, match=words):
+            launch.run(config(**{field: value}), ranks=2, load=whole, show=None)
+    assert not runs_directory.exists()
+
+
+def test_experts_are_resharded_above_one_and_refused_across_it(bridge, runs_directory):
+    """EP=2 to EP=4 goes on with equal losses and gradient norms; EP=1 has another optimizer, and the fix is named."""
+    experts = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 64, "moe_grouped_gemm": False}
+    fields = {f"model__{name}": value for name, value in experts.items()} | {"model__num_layers": 2}
+    fields |= {"model__moe_token_dispatcher_type": "alltoall", "scheduler__lr_decay_iters": STEPS}
+
+    def run(ep, ranks=4, **more):
+        cfg = config(model__expert_model_parallel_size=ep, **fields | {"train_iters": 2} | more)
+        return launch.run(cfg, ranks=ranks, name=f"ep{ep}", show=None, **({"load": start} if start else {"save": True}))
+
+    start = None
+    whole = run(2, checkpoint__save_interval=1)
+    start, last = checkpoints.at(whole, 1).path, whole.metrics.iloc[-1]
+    for resumed in (run(4), run(1, checkpoint__load_optim=False, checkpoint__load_rng=False)):
+        for column in ("loss", "grad_norm"):
+            assert resumed.metrics[column].tolist() == pytest.approx([last[column]], abs=1e-5)
+    with pytest.raises(checkpoints.WrongCheckpoint, match="saved at EP=2, and its optimizer does not fit EP=1"):
+        run(1)
+    with pytest.raises(checkpoints.WrongCheckpoint, match="load_rng = False"):
+        run(2, ranks=2)
 
 
 def test_compare_finds_a_difference(whole):
@@ -124,7 +308,7 @@ def test_a_changed_learning_rate_is_refused_with_a_hint(whole, runs_directory):
 
 def test_nothing_to_load_is_refused_before_a_process_starts(bridge, runs_directory, tmp_path):
     """Bridge would start from random weights where a path is wrong; launch.run does not."""
-    with pytest.raises(checkpoints.NoCheckpoint, match="no save was completed"):
+    with pytest.raises(checkpoints.NoCheckpoint, match="there is no directory"):
         launch.run(config(), ranks=2, name="typo", load=tmp_path / "nothing", show=None)
     assert not runs_directory.exists()
 

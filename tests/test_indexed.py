@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import os
 
 import numpy as np
 import pytest
 import small
 
-from course_lib import indexed, microscope, tokenizers
+from course_lib import indexed, launch, microscope, tokenizers
 
 TEXTS = {
     "prose": [f"A sentence number {n} about the weather, and another one about the sea." for n in range(60)],
@@ -182,3 +183,73 @@ def test_the_pieces_of_a_sample_are_its_text(written, encoder_directory, tmp_pat
         ids = [microscope.document(index, row[0])[row[1] : row[1] + row[2]] for row in rows]
         sample = prose[number]
         assert np.concatenate(ids).tolist() == [*sample["tokens"].tolist(), sample["labels"][-1].item()]
+
+
+def asking_for(prefix, **fields):
+    """A configuration that reads this data; the model of the tests has 1,024 ids."""
+    cfg = small.config(tp=1, **fields)
+    cfg.dataset.blend = cfg.dataset.split = None
+    cfg.dataset.blend_per_split = [([str(prefix)], None), None, None]
+    return cfg
+
+
+def test_ids_beyond_the_model_start_no_rank(bridge, tmp_path, runs_directory):
+    """Data of another tokenizer is named with its largest id and the model's rows, in every form of a blend; else it passes."""
+    ids = [[number * 37 % 1000 for number in range(90)] for _ in range(40)]
+    indexed.write(ids, tmp_path / "fits", vocab_size=1000, end_of_document=0)
+    indexed.write([*ids, [1, 59_999]], tmp_path / "big", vocab_size=65_000, end_of_document=0)
+    launch.prepare(asking_for(tmp_path / "fits"), ranks=2)
+    both = asking_for(tmp_path / "fits")
+    both.dataset.blend, both.dataset.blend_per_split = (
+        ([str(tmp_path / name) for name in ("fits", "big")], [0.5, 0.5]),
+        None,
+    )
+    listed = asking_for(tmp_path / "fits")
+    listed.dataset.data_path, listed.dataset.blend_per_split = f"0.5 {tmp_path / 'fits'} 0.5 {tmp_path / 'big'}", None
+    for cfg in (asking_for(tmp_path / "big"), both, listed):
+        with pytest.raises(microscope.ForeignFile, match=r"big.bin has token id 59,999, .* has 1,024 rows"):
+            launch.prepare(cfg, ranks=2)
+    wide = asking_for(tmp_path / "big")
+    wide.tokenizer.vocab_size = 60_000
+    launch.prepare(wide, ranks=2)
+    indexed.write(
+        [*ids, [1, 60_999]], tmp_path / "big", vocab_size=65_000, end_of_document=0
+    )  # the kept id is forgotten
+    with pytest.raises(microscope.ForeignFile, match="token id 60,999"):
+        launch.prepare(wide, ranks=2)
+
+
+@pytest.mark.parametrize("suffix", ["bin", "idx"])
+@pytest.mark.parametrize("bytes_left", [0, 20, None])
+def test_cut_or_empty_data_starts_no_rank(bridge, tmp_path, runs_directory, suffix, bytes_left):
+    """A file that is empty, cut or not there is named before ranks start."""
+    indexed.write([[1, 2, 3] * 20] * 9, tmp_path / "data", vocab_size=1000, end_of_document=0)
+    file = tmp_path / f"data.{suffix}"
+    if bytes_left is None:
+        file.unlink()
+    else:
+        os.truncate(file, bytes_left)
+    with pytest.raises(microscope.ForeignFile, match=str(file)):
+        launch.prepare(asking_for(tmp_path / "data"), ranks=2)
+    assert not runs_directory.exists()
+
+
+def test_an_index_of_older_data_is_refused(bridge, tmp_path, runs_directory):
+    """Megatron would read rewritten data by the index in your own path_to_cache; gone, it makes a new one."""
+    prefix, cache = tmp_path / "data", tmp_path / "cache"
+
+    def write(documents):
+        indexed.write([[1, 2, 3] * 200] * documents, prefix, vocab_size=1000, end_of_document=0)
+
+    cfg = asking_for(prefix, dataset__path_to_cache=str(cache))
+    write(60)
+    microscope.datasets(cfg, cache=cache)
+    launch.prepare(cfg, ranks=2)
+    write(20)
+    with pytest.raises(
+        microscope.ForeignFile, match=rf"{cache}/\w+-GPTDataset-train-description.txt .* older than {prefix}"
+    ):
+        launch.prepare(cfg, ranks=2)
+    for file in cache.iterdir():
+        file.unlink()
+    launch.prepare(cfg, ranks=2)

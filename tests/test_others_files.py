@@ -8,7 +8,7 @@ import pytest
 import small
 import yaml
 
-from course_lib import configuration, launch, train
+from course_lib import configuration, failures, launch, runs, train
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +37,10 @@ FOREIGN = {
         {"_target_": "megatron.bridge.utils.import_utils.safe_import", "_partial_": True, "_args_": ["evil"]},
     ),
     "a function to be called later": ("model.activation_func", {"_target_": "torch.os.system", "_call_": False}),
+    "a function under another name": (
+        "model.activation_func",
+        {"_target_": "torch.nn.functional.boolean_dispatch", "_call_": False},
+    ),
     "inside a list": ("dataset.blend", [["a"], [{"_target_": "torch.os.system", "command": TOUCH}]]),
     "inside a plain mapping": (
         "tokenizer.hf_tokenizer_kwargs",
@@ -116,3 +120,31 @@ def test_what_bridge_writes_passes(written, tmp_path) -> None:
     decoder = "megatron.core.models.gpt.gpt_layer_specs.get_gpt_decoder_block_spec"
     for value in (spec, {"_target_": decoder, "_partial_": True, "_args_": [], "use_transformer_engine": False}):
         configuration.refuse_foreign_code(with_field(written, "model.transformer_layer_spec", value), tmp_path / "a")
+
+
+def test_the_cause_of_a_failed_load_reaches_the_learner(tmp_path) -> None:
+    """A CheckpointException names its ranks and their causes in its first words; the hints of both kinds are there."""
+    import traceback
+
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    class CheckpointingException(Exception):
+        """As Megatron Core calls it."""
+
+    try:
+        raise CheckpointingException(
+            "Global shape mismatch for loaded (torch.Size([2, 128])) and expected ((3, 128)) tensor"
+        )
+    except CheckpointingException as cause:
+        error = CheckpointException("read", {0: (cause, traceback.extract_tb(cause.__traceback__))})
+    (tmp_path / "ranks").mkdir()
+    runs.write_json(tmp_path / "launch.json", {"ranks": 1})
+    failures.record(tmp_path, 0, error)
+    outcome = failures.settle(tmp_path)
+    assert (
+        "dict_keys([0]) CheckpointingException: Global shape mismatch for loaded (torch.Size([2, 128]))"
+        in outcome.cause
+    )
+    assert outcome.hint.startswith("The checkpoint is of another model")
+    lookup = 'Traceback (most recent call last):\n  File "/a/megatron/core/tensor_parallel/layers.py", line 1, in f\n    g()\n'
+    assert "another tokenizer" in failures.hint_for(lookup + "IndexError: index out of range in self")
