@@ -150,7 +150,7 @@ def test_a_refusal_leaves_no_directory(bridge, runs_directory, tmp_path):
     cfg.to_yaml(str(tmp_path / "config.yaml"))
     text = (tmp_path / "config.yaml").read_text()
     (tmp_path / "config.yaml").write_text(text.replace("train_iters:", "other_iters:"))
-    with pytest.raises(launch.ConfigError, match="no train.train_iters"):
+    with pytest.raises(launch.FieldError, match="cfg.train.train_iters is not set"):
         launch.prepare(tmp_path / "config.yaml", ranks=2)
     assert not runs_directory.exists() or not list(runs_directory.iterdir())
 
