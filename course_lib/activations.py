@@ -6,7 +6,8 @@ experts are run with **balanced routing**: each expert gets equally many tokens,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,16 @@ from course_lib.layout import Layout
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Activations", "NotPlanned", "activations", "as_a_gpu_has_it", "quantized", "refuse"]
+__all__ = [
+    "Activations",
+    "NotPlanned",
+    "activations",
+    "as_a_gpu_has_it",
+    "built",
+    "quantized",
+    "refuse",
+    "refuse_what_is_not_counted",
+]
 
 
 class NotPlanned(ValueError):
@@ -67,7 +77,7 @@ def activations(cfg: Any, *, ranks: int, stage: int = 0) -> Activations:
         LayoutError: If the configuration cannot run on so many ranks.
         NotPlanned: For what cannot be counted without its kernel, such as Mamba layers, and fields that are not counted.
     """
-    _refuse_what_cannot_be_counted(as_a_gpu_has_it(cfg))
+    refuse_what_is_not_counted(as_a_gpu_has_it(cfg))
     kept, loss = _kept(cfg, ranks=ranks, stage=stage)
     recomputed = 0
     if cfg.model.recompute_granularity:
@@ -148,6 +158,32 @@ def refuse(cfg: Any, fields: Mapping[str, tuple[tuple[Any, ...], str]]) -> None:
             )
 
 
+@contextmanager
+def built(cfg: Any, *, ranks: int, stage: int) -> Iterator[list[torch.nn.Module]]:
+    """The chunks of a stage, as `meta_model.built` gives them; what cannot be built is refused by name.
+
+    Raises:
+        LayoutError: If the configuration cannot run on so many ranks.
+        NotPlanned: If a layer cannot be built without Transformer Engine or a GPU.
+    """
+    from course_lib import meta_model
+
+    with ExitStack() as stack:
+        try:
+            chunks = stack.enter_context(meta_model.built(cfg, ranks=ranks, stage=stage))
+        except _CANNOT as error:
+            spec = getattr(cfg.model, "transformer_layer_spec", None) or getattr(cfg.model, "hybrid_stack_spec", None)
+            raise NotPlanned(
+                f"{type(cfg.model).__name__} with layers of {getattr(spec, '__name__', spec)!r} cannot be built without a GPU "
+                f"({str(error)[:200]}): plan a model of other layers, and measure this one"
+            ) from error
+        yield chunks
+
+
+_CANNOT = (TypeError, AttributeError, ImportError, NotImplementedError, RuntimeError, AssertionError, LookupError)
+"""What upstream raises where a class or a device is missing."""
+
+
 def quantized(chunk: Any, model: Any) -> set[str]:
     """Names of the linear layers of a chunk that multiply in 8 bits: all in the layers, but for those kept in 16 bits.
 
@@ -173,29 +209,72 @@ def quantized(chunk: Any, model: Any) -> set[str]:
 
 
 _EIGHT_BIT = "only per-tensor scaling in 8 bits is counted; others keep scales and second copies"
+_OFFLOADED = "which tensors have left the GPU when memory is fullest depends on time"
+_DELAYED = "inputs of delayed work live on, and for how long depends on time"
+_GRAPHS = "a CUDA graph keeps a memory pool of its own, a few GiB"
+_FUSED = "its fused kernel keeps other tensors than the layers that are counted"
+_ROUTED = "buffers are as large as the router's choice, or a limit on it, makes them"
+_SHARDED = "it cuts weights or sequences in a way that is not counted"
 _NOT_COUNTED = {
-    "model.fp8_recipe": (("tensorwise", "delayed"), _EIGHT_BIT),
     "model.fp4": ((None,), _EIGHT_BIT),
     "model.fp8_dot_product_attention": ((False,), _EIGHT_BIT),
     "model.fp8_multi_head_attention": ((False,), _EIGHT_BIT),
-    "model.cpu_offloading": ((False,), "which tensors have left the GPU when memory is fullest depends on time"),
-    "model.fine_grained_activation_offloading": (
-        (False,),
-        "which tensors have left the GPU when memory is fullest depends on time",
-    ),
-    "model.moe_paged_stash": ((False,), "its buffers follow the router's choice"),
+    "model.fp8_output_proj": ((False,), _EIGHT_BIT),
+    "model.activation_func_fp8_input_store": ((False,), _EIGHT_BIT),
+    "model.use_kitchen": ((False,), _EIGHT_BIT),
+    "model.quant_recipe": ((None,), _EIGHT_BIT),
+    "model.cpu_offloading": ((False,), _OFFLOADED),
+    "model.fine_grained_activation_offloading": ((False,), _OFFLOADED),
+    "model.overlap_moe_expert_parallel_comm": ((False,), _DELAYED),
+    "model.overlap_dispatch_backward_with_experts_wgrad": ((False,), _DELAYED),
+    "model.ep_overlap_early_attn_memory_release": ((False,), _DELAYED),
+    "model.delay_wgrad_compute": ((False,), _DELAYED),
+    "ddp.delay_wgrad_compute": ((False,), _DELAYED),
+    "model.defer_embedding_wgrad_compute": ((False,), _DELAYED),
+    "model.deallocate_pipeline_outputs": ((True,), "every sent activation lives on"),
+    "model.num_microbatches_with_partial_activation_checkpoints": ((None,), "micro-batches keep different layers"),
+    "model.distribute_saved_activations": ((False,), "the inputs of recomputed layers are cut among ranks"),
+    "model.cuda_graph_impl": (("none",), _GRAPHS),
+    "model.enable_cuda_graph": ((False,), _GRAPHS),
+    "model.external_cuda_graph": ((False,), _GRAPHS),
+    "optimizer.optimizer_cuda_graph": ((False,), _GRAPHS),
+    "model.use_transformer_engine_op_fuser": ((False,), _FUSED),
+    "model.use_transformer_engine_full_layer_spec": ((False,), _FUSED),
+    "model.use_te_activation_func": ((False,), _FUSED),
+    "model.fused_residual_rmsnorm": ((False,), _FUSED),
+    "model.fused_single_qkv_rope": ((False,), _FUSED),
+    "model.moe_paged_stash": ((False,), _ROUTED),
+    "model.moe_expert_capacity_factor": ((None,), _ROUTED),
+    "model.moe_expert_rank_capacity_factor": ((None,), _ROUTED),
+    "model.moe_router_padding_for_quantization": ((False,), _ROUTED),
+    "model.moe_router_padding_for_fp8": ((False,), _ROUTED),
+    "model.tensor_parallel_num_weight_shards": ((None, 1), _SHARDED),
+    "model.expert_tensor_parallel_num_weight_shards": ((None, 1), _SHARDED),
+    "model.gtp_weight_remat_size": ((1,), _SHARDED),
+    "model.expert_gtp_weight_remat_size": ((1,), _SHARDED),
+    "model.hybrid_context_parallel": ((False,), _SHARDED),
+    "model.mtp_standalone": ((False,), _SHARDED),
 }
-"""Fields that change a rank's activations: the values that can be planned, and why others cannot."""
+"""Fields that change a rank's memory: the values that can be planned, and why others cannot."""
+_NOT_COUNTED_IN_EIGHT_BITS = {
+    "model.fp8_recipe": (("tensorwise", "delayed"), _EIGHT_BIT),
+    "model.fp8_wgrad": ((True,), _EIGHT_BIT),
+}
 
 
-def _refuse_what_cannot_be_counted(cfg: Any) -> None:
+def refuse_what_is_not_counted(cfg: Any) -> None:
+    """Raise `NotPlanned` for what changes a rank's activations and is not counted.
+
+    Args:
+        cfg: The configuration as `as_a_gpu_has_it` returns it.
+    """
     pattern = getattr(cfg.model, "hybrid_layer_pattern", None) or getattr(cfg.model, "hybrid_override_pattern", None)
     if "M" in (pattern or ""):
         raise NotPlanned(
             "the activations of Mamba layers are what mamba-ssm's CUDA kernels keep, and those cannot run without a GPU: "
             "plan the states alone (memory.states), and measure the activations there"
         )
-    refuse(cfg, {path: row for path, row in _NOT_COUNTED.items() if path != "model.fp8_recipe" or cfg.model.fp8})
+    refuse(cfg, _NOT_COUNTED | (_NOT_COUNTED_IN_EIGHT_BITS if cfg.model.fp8 else {}))
     if cfg.model.transformer_impl == "local" and cfg.dist.distributed_backend != "gloo":
         raise NotPlanned(
             "transformer_impl='local' on GPUs: Megatron Core's own attention keeps every score there, which CPU ranks do "
@@ -205,7 +284,7 @@ def _refuse_what_cannot_be_counted(cfg: Any) -> None:
         return
     inside = {
         "moe_act": "is recomputed inside Transformer Engine's grouped experts",
-        "mla_up_proj": "belongs to multi-latent attention, which this plan does not cover",
+        "mla_up_proj": "is recomputed inside multi-latent attention",
         "gdn_norm_out": "belongs to gated delta networks, whose kernels need CUDA",
     }
     for module in cfg.model.recompute_modules or []:
@@ -223,7 +302,7 @@ def _kept(cfg: Any, *, ranks: int, stage: int) -> tuple[dict[str, dict[str, int]
 
     settings, copies = as_a_gpu_has_it(cfg).model, 0
     found: list[tuple[str, str, torch.UntypedStorage, int | None]] = []
-    with meta_model.built(cfg, ranks=ranks, stage=stage) as chunks:
+    with built(cfg, ranks=ranks, stage=stage) as chunks:
         weights = {(one.untyped_storage()._cdata, False) for chunk in chunks for one in chunk.parameters()}
         seen: set[tuple[int, bool]] = set()
         for number, chunk in enumerate(chunks):
@@ -247,8 +326,14 @@ def _kept(cfg: Any, *, ranks: int, stage: int) -> tuple[dict[str, dict[str, int]
                     found.append((*_place(module, number), storage, tensor.numel() if cast else None))
                 return tensor
 
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                out = meta_model.forward(chunk, cfg, ranks=ranks)
+            try:
+                with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                    out = meta_model.forward(chunk, cfg, ranks=ranks)
+            except (*_CANNOT, ValueError) as error:
+                raise NotPlanned(
+                    f"what {inside[-1] if inside else 'the model'} keeps cannot be counted without a GPU ({str(error)[:200]}): "
+                    "plan the states alone (memory.states), and measure the activations there"
+                ) from error
             if chunk.post_process:
                 copies += _second_copy(cfg, tokens=out.numel(), model=chunk)
     kept: dict[str, dict[str, int]] = {}

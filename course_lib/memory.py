@@ -10,7 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from course_lib.activations import Activations, NotPlanned, activations, as_a_gpu_has_it, quantized, refuse
+from course_lib.activations import (
+    Activations,
+    NotPlanned,
+    activations,
+    as_a_gpu_has_it,
+    built,
+    quantized,
+    refuse,
+    refuse_what_is_not_counted,
+)
 from course_lib.layout import Layout, embedding_rows
 from course_lib.units import gib
 
@@ -36,6 +45,7 @@ COMPONENTS = ("weights", "gradients", "optimizer", "activations", "loss")
 _GATHERED = ((False,), "how many gathered layers live at once depends on the speed of their messages")
 _NOT_COUNTED = {
     "ddp.use_megatron_fsdp": _GATHERED,
+    "ddp.use_custom_fsdp": _GATHERED,
     "dist.use_megatron_fsdp": _GATHERED,
     "dist.use_torch_fsdp2": _GATHERED,
     "optimizer.optimizer": (("adam", "sgd", "lion"), "the states of other optimizers are not counted"),
@@ -147,7 +157,7 @@ def states(cfg: Any, *, ranks: int) -> list[States]:
     for stage in range(layout.pipeline_model_parallel_size):
         count = expert = weights = gradients = 0
         optimizer = 0.0
-        with meta_model.built(cfg, ranks=ranks, stage=stage) as chunks:
+        with built(cfg, ranks=ranks, stage=stage) as chunks:
             for chunk in chunks:
                 eight_bit = quantized(chunk, mine.model)
                 for name, one in chunk.named_parameters():
@@ -226,6 +236,7 @@ def plan(cfg: Any, *, ranks: int) -> Plan:
         LayoutError: If the configuration cannot run on so many ranks.
         NotPlanned: If a field is set whose bytes are not counted.
     """
+    refuse_what_is_not_counted(as_a_gpu_has_it(cfg))
     every = states(cfg, ranks=ranks)
     layout = Layout.from_config(cfg, ranks=ranks)
     ends = {0, len(every) - 1}

@@ -67,6 +67,7 @@ def standing_in(*, fused: bool, experts: int, chosen: int, one_for_all: bool = T
         f"{_CORE}.transformer.torch_norm.WrappedTorchNorm.__new__": norm,
         f"{_CORE}.models.common.language_module.language_module.te_parallel_cross_entropy": _loss,
         f"{moe}.moe_logging._MOE_METRICS_TRACKER": None,  # losses of the router are logged in a global object
+        f"{_CORE}.transformer.multi_token_prediction.MTPLossLoggingHelper.tracker": {},  # as those of tokens ahead
         f"{moe}.token_dispatcher.MoEAlltoAllTokenDispatcher.cuda_dtoh_stream": object(),
         f"{moe}.token_dispatcher.MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize": _stays_here,
         f"{moe}.token_dispatcher.MoEAlltoAllTokenDispatcher.preprocess": _balanced(experts, chosen),
@@ -285,6 +286,9 @@ def _duplicated() -> type:
         def __init__(self, inputs: int, outputs: int, **_: object) -> None:
             super().__init__()
             self.weight = torch.nn.Parameter(torch.empty(outputs, inputs))
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return torch.nn.functional.linear(x, self.weight.to(x.dtype)), None
 
     return Duplicated
 

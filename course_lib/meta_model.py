@@ -163,12 +163,28 @@ def _without_devices(cfg: Any) -> Any:
     model.bf16, model.fp16 = mixed.dtype.itemsize == 2 and cfg.mixed_precision is not None, False
     model.cross_entropy_loss_fusion = fused and cfg.model.cross_entropy_loss_fusion
     model.context_parallel_size = 1  # it cuts sequences, not weights, and the local layers refuse it
+    for name in _HOW_IT_RUNS:  # they decide how layers run, not what they hold, and ask for a GPU while they are built
+        if hasattr(model, name):
+            setattr(model, name, False)
+    model.config_logger_dir = ""
     if getattr(model, "num_moe_experts", None):
         model.moe_shared_expert_overlap = False  # a second CUDA stream; the tensors are the same
         if model.moe_token_dispatcher_type == "flex":  # DeepEP's kernels; what they send is an all-to-all
             model.moe_token_dispatcher_type, model.moe_flex_dispatcher_backend = "alltoall", None
     model.init_model_with_meta_device, model.use_cpu_initialization, model.perform_initialization = True, True, False
     return model
+
+
+_HOW_IT_RUNS = (
+    "cpu_offloading",
+    "fine_grained_activation_offloading",
+    "overlap_moe_expert_parallel_comm",
+    "ep_overlap_early_attn_memory_release",
+    "delay_wgrad_compute",
+    "enable_cuda_graph",
+    "external_cuda_graph",
+    "fp8_param",
+)
 
 
 @contextmanager
