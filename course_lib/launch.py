@@ -374,7 +374,7 @@ def _threads(ranks: int) -> int:
 
 def _start_warm(run: runs.Run, ranks: int) -> warm.Launched:
     threads = str(run.launch.get("threads") or os.environ.get("COURSE_THREADS") or _threads(ranks))
-    environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads} | train.confirmation(run.launch)
     return warm.lease().launch(
         "course_lib.train:start",
         str(run.path),

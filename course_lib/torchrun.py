@@ -48,7 +48,7 @@ def settings(run: runs.Run) -> dict[str, str]:
     }
     if run.launch["device"] == "cpu":
         found |= {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    return found
+    return found | train.confirmation(run.launch)
 
 
 def _own_places() -> list[str]:

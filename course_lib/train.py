@@ -32,7 +32,18 @@ if TYPE_CHECKING:
     from megatron.bridge.training.callbacks import Callback
     from megatron.bridge.training.config import ConfigContainer
 
-__all__ = ["TARGET", "main", "meet", "prepare", "rank_main", "read_config", "recorder", "stage", "start"]
+__all__ = [
+    "TARGET",
+    "confirmation",
+    "main",
+    "meet",
+    "prepare",
+    "rank_main",
+    "read_config",
+    "recorder",
+    "stage",
+    "start",
+]
 
 TARGET = "course_lib.train:rank_main"
 """What a rank executes unless the run says otherwise: Bridge's own loop."""
@@ -226,6 +237,26 @@ def _read(path: Path, ranks: int) -> ConfigContainer:
     return cfg
 
 
+def confirmation(launch: dict) -> dict[str, str]:
+    """The environment variable by which whoever starts ranks says that they may execute what `launch.json` names.
+
+    A run directory may come from somebody else, and a name of any function in it would be code that runs.  So the file
+    alone is believed only where it names a run's own kinds of training, in `course_lib`.
+    """
+    target = launch.get("target", TARGET)
+    return {} if target.startswith("course_lib.") and "argument" not in launch else {"COURSE_TARGET": target}
+
+
+def _refuse_unconfirmed(launch: dict) -> None:
+    for variable, target in confirmation(launch).items():
+        if os.environ.get(variable) != target:
+            raise ConfigError(
+                f"launch.json lets ranks execute {target}, and whoever started them did not say so: a run directory of "
+                f"somebody else may name any code. If it is yours, set {variable}={target} for the ranks; else start its "
+                "config.yaml anew"
+            )
+
+
 def _function(name: str) -> Callable[..., object]:
     """The function that `module:function` names.
 
@@ -234,7 +265,10 @@ def _function(name: str) -> Callable[..., object]:
     """
     module, _, function = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), function)
+        found = getattr(importlib.import_module(module), function)
+        if module.startswith("course_lib.") and found.__module__ != module:
+            raise AttributeError(f"{function} only came into {module} by an import")
+        return found
     except (ModuleNotFoundError, AttributeError, ValueError) as error:
         raise ConfigError(f"target {name!r} is no `module:function` that a rank can import: {error}") from error
 
@@ -257,15 +291,16 @@ def start(run_directory: str, cfg: ConfigContainer | None = None) -> None:
         try:
             stage(path, rank, runs.STAGES[1])
             launch = runs.Run(path).launch
+            _refuse_unconfirmed(launch)
             _take(launch.get("device") or stack.device(world), rank, world)
-            target = launch.get("target", TARGET)
+            target = _function(launch.get("target", TARGET))
             if "argument" in launch:
-                stage(path, rank, f"calling {target}")
-                answer = _function(target)(launch["argument"])
+                stage(path, rank, f"calling {launch['target']}")
+                answer = target(launch["argument"])
                 files.write_text(path / "ranks" / f"{rank}.answer", json.dumps(answer))
                 _part()
             else:
-                _function(target)(run_directory, cfg)
+                target(run_directory, cfg)
             stage(path, rank, "done")
         except BaseException as error:
             lost_a_peer = failures.record(path, rank, error)

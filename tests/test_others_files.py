@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 import small
@@ -148,3 +152,29 @@ def test_the_cause_of_a_failed_load_reaches_the_learner(tmp_path) -> None:
     assert outcome.hint.startswith("The checkpoint is of another model")
     lookup = 'Traceback (most recent call last):\n  File "/a/megatron/core/tensor_parallel/layers.py", line 1, in f\n    g()\n'
     assert "another tokenizer" in failures.hint_for(lookup + "IndexError: index out of range in self")
+
+
+@pytest.mark.parametrize(
+    ("more", "refusal"),
+    [
+        ({"target": "os:system", "argument": "touch PWNED"}, "launch.json lets ranks execute os:system"),
+        ({"target": "os:system"}, "launch.json lets ranks execute os:system"),
+        ({"target": "course_lib.leak:rank_main", "argument": "x"}, "COURSE_TARGET=course_lib.leak:rank_main"),
+    ],
+)
+def test_a_run_directory_alone_decides_no_code(tmp_path, more, refusal):
+    """What ranks execute besides the course's own training is said by whoever starts them, not by a file only."""
+    (tmp_path / "launch.json").write_text(json.dumps({"ranks": 1, "device": "cuda"} | more))
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "COURSE_TARGET": "another:function"}
+    words = [sys.executable, "-m", "course_lib.train", str(tmp_path / "config.yaml")]
+    started = subprocess.run(words, env=environment, cwd=tmp_path, check=False)
+    assert started.returncode == 1
+    assert refusal in runs.Run(tmp_path).outcome.cause
+    assert not list(tmp_path.rglob("PWNED"))
+
+
+@pytest.mark.parametrize("name", ["course_lib.leak:rank_mian", "course_lib.torchrun:Path", "nowhere:at_all"])
+def test_a_target_is_a_function_of_the_module_that_is_named(name):
+    """What only came into one of the course's modules by an import is none of its functions."""
+    with pytest.raises(runs.ConfigError, match="is no `module:function` that a rank can import"):
+        train._function(name)
