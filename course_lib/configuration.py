@@ -84,6 +84,12 @@ _ZERO_IS_NONE = re.compile(
 )
 """Whole numbers that may be 0 although upstream's default is not: "none", "the first", or a name that is a number."""
 
+_SLIPS_OF_BRIDGE = ("bias_dropout_add_fusion",)
+"""Names that Bridge itself sets and nobody reads.
+
+Source: megatron-bridge 0.6.2 `models/nemotron/nemotron_bridge.py`.
+"""
+
 _MAY_BE_ABSENT = ("q_lora_rank", "num_global_query_groups")
 """Sizes that a family of models has, and one of its models lacks: Bridge sets them to None beside a declared number."""
 
@@ -115,7 +121,7 @@ def refuse_unknown_fields(cfg: object) -> None:
     fields = {name: {field.name for field in dataclasses.fields(section)} for name, section in sections.items()}
     for name, section in sections.items():
         for extra in vars(section).keys() - fields[name]:
-            if extra.startswith("_") or hasattr(type(section), extra):
+            if extra.startswith("_") or hasattr(type(section), extra) or extra in _SLIPS_OF_BRIDGE:
                 continue
             # Recipes leave a few harmless names of their own; a name that lives elsewhere, or nearly here, is a slip.
             meant = [f"cfg.{other}.{extra}" for other in sections if extra in fields[other]]

@@ -122,7 +122,8 @@ def run(
         FieldError: If `cfg` carries an attribute that is no field of Bridge's, such as `cfg.train.save_interval`, or a
             value that a field cannot have, such as 0 steps.
         NoTokenizer: If the tokenizer is not on this machine; ranks do not ask the Hub.
-        ConfigError: If a file is no YAML or holds an access token, or a rank finds that it does not fit Bridge.
+        ConfigError: If a file is no YAML or holds an access token, or a rank finds that it does not fit Bridge; or if the
+            ranks cannot train the model, with the reason and what would run instead.
         NoCheckpoint: If there is nothing to load where `load` points; Bridge would start from random weights.
         WrongCheckpoint: If it is torn, of another model, or would run code on being read; nothing was started.
         ForeignFile: If data is cut, of another tokenizer, or newer than the index that Megatron keeps for it.

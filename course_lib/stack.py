@@ -185,6 +185,14 @@ def stand_ins() -> list[StandIn]:
     if not missing:
         return []
     rows = [StandIn(name, _MODULES[name][0], "an empty module whose names raise when used") for name in missing]
+    if "transformer_engine" in missing:
+        rows.append(
+            StandIn(
+                "megatron.core.extensions.transformer_engine",
+                "wraps Transformer Engine's layers, which layer specs name",
+                "Megatron Core's own layers under the same names (course_lib.local_layers)",
+            )
+        )
     rows.append(
         StandIn("torch.compile", "compiles for a GPU, and costs seconds to import", "returns the function as it is")
     )

@@ -1,4 +1,4 @@
-"""Core attention on a CPU rank equals a plain computation, for every feature that a layer spec can ask of it."""
+"""Core attention on a CPU rank equals a plain computation, for every feature that a layer spec can ask of it; so do layers."""
 
 from __future__ import annotations
 
@@ -115,3 +115,62 @@ def test_attention_equals_a_plain_computation(in_ranks, tmp_path: Path) -> None:
 def test_attention_of_a_shared_sequence_equals_a_plain_computation(in_ranks, tmp_path: Path) -> None:
     """The same where two ranks hold half of the sequence each."""
     in_ranks(rank_attention, tmp_path, ranks=2)
+
+
+def rank_layers(_: str) -> None:
+    """In one rank: a norm inside a layer, what LoRA is given of it, and the convolution of a gated delta net."""
+    import torch
+    import torch.distributed as dist
+    from megatron.bridge.peft import utils
+    from megatron.bridge.peft.lora_layers import LoRALinear
+    from megatron.core import parallel_state
+    from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear
+    from megatron.core.ssm.gated_delta_net import gdn
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer import TransformerConfig
+
+    dist.init_process_group("gloo")
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1)
+    for normalization, zero_centred in (("RMSNorm", False), ("RMSNorm", True), ("LayerNorm", True)):
+        config = TransformerConfig(
+            num_layers=1,
+            hidden_size=8,
+            num_attention_heads=1,
+            normalization=normalization,
+            layernorm_zero_centered_gamma=zero_centred,
+        )
+        options = {"gather_output": False, "bias": False, "skip_bias_add": True, "is_expert": False}
+        layer = TELayerNormColumnParallelLinear(8, 6, config=config, init_method=torch.nn.init.normal_, **options)
+        x = torch.randn(5, 2, 8, requires_grad=True)
+        with torch.no_grad():
+            layer.layer_norm_weight.add_(0.3)
+        plain = torch.nn.functional.rms_norm if normalization == "RMSNorm" else torch.nn.functional.layer_norm
+        others = () if normalization == "RMSNorm" else (layer.layer_norm_bias,)
+        weight = layer.layer_norm_weight + 1 if zero_centred else layer.layer_norm_weight
+        assert abs(float(weight[0].detach()) - 1.3) < 1e-6  # a new norm changes nothing
+        normal = plain(x, (8,), weight, *others, eps=config.layernorm_epsilon)
+        torch.testing.assert_close(layer(x)[0], normal @ layer.weight.T)
+        leaves = [x, layer.layer_norm_weight]
+        gradients = (torch.autograd.grad(out.sum(), leaves) for out in (layer(x)[0], normal @ layer.weight.T))
+        for got, right in zip(*gradients, strict=True):
+            torch.testing.assert_close(got, right, rtol=1e-5, atol=1e-5)
+        assert set(dict(layer.named_parameters())) >= {"weight", "layer_norm_weight"}
+
+        attributes = utils.get_adapter_attributes_from_linear(layer)
+        assert (attributes.in_features, attributes.out_features, attributes.input_is_parallel) == (8, 6, False)
+        adapter = torch.nn.Linear(8, 6, bias=False)
+        out, _ = LoRALinear(layer, adapter)(x)
+        torch.testing.assert_close(out, normal @ layer.weight.T + adapter(normal))
+
+    x, weight = torch.randn(2, 7, 3), torch.randn(3, 4)  # [batch, sequence, channels], [channels, width]
+    out, _ = gdn.causal_conv1d(x=x, weight=weight, bias=None, activation="silu")
+    past = torch.cat([torch.zeros(2, 3, 3), x], dim=1)
+    right = sum(past[:, shift : shift + 7] * weight[:, shift] for shift in range(4))
+    torch.testing.assert_close(out, torch.nn.functional.silu(right))
+    dist.destroy_process_group()
+
+
+def test_layers_with_a_norm_inside_are_a_norm_and_a_layer(in_ranks, tmp_path: Path) -> None:
+    """Values, gradients and names; an adapter of LoRA, which comes after the norm, gets the norm's output."""
+    in_ranks(rank_layers, tmp_path)
