@@ -228,7 +228,7 @@ def prepare_imports(*, compiler: bool = False) -> list[StandIn]:
     _quiet_first_import()
     from course_lib import imports
 
-    if not compiler:
+    if not compiler and not imports.ready():  # whoever prepared this process first has decided
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         import torch
 
