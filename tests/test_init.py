@@ -119,7 +119,11 @@ def collectives(directory: Path) -> None:
     dist.all_gather(rows, torch.full((rank + 1, 2), float(rank)))
     reduced = torch.empty(rank + 1, 2)
     dist.reduce_scatter(reduced, [torch.full((r + 1, 2), float(r)) for r in range(RANKS)])
+    numbers = torch.empty(RANKS)
+    dist.all_gather_into_tensor(numbers, torch.tensor(float(rank)))
     answer = {
+        "numbers": numbers.tolist(),
+        "backends": [dist.get_backend(dist.new_group(backend=name)) for name in ("nccl", "cpu:gloo,cuda:nccl", "ucc")],
         "gathered": [part.tolist() for part in rows],
         "reduced": reduced.tolist(),
         "average": summed.tolist(),
@@ -221,6 +225,8 @@ def test_averages_on_gloo(eight_ranks):
     answers = [json.loads((eight_ranks / f"collectives{rank}.json").read_text()) for rank in range(RANKS)]
     for rank, answer in enumerate(answers):
         assert answer["average"] == [3.5, 3.5]
+        assert answer["numbers"] == list(range(RANKS)), "of tensors without a dimension"
+        assert answer["backends"] == ["gloo"] * 3
         assert answer["scattered"] == [rank + 3.5]
         assert answer["unchanged"] == [i + rank for i in range(RANKS)]
 

@@ -13,6 +13,19 @@ FORWARD, BACKWARD = 1, 2
 """Tags of activations and of gradients between pipeline stages."""
 
 
+def _gloo_for_nccl(original: Callable) -> Callable:
+    """Wrap `_new_process_group_helper`, through which every group comes: what asks for NCCL or UCC gets gloo."""
+
+    @functools.wraps(original)
+    def new_process_group(
+        group_size: int, group_rank: int, global_ranks_in_group: list[int], backend: str, *args: object, **named: object
+    ) -> object:
+        backend = "gloo" if any(name in str(backend) for name in ("nccl", "ucc")) else backend
+        return original(group_size, group_rank, global_ranks_in_group, backend, *args, **named)
+
+    return new_process_group
+
+
 def _int_splits(original: Callable) -> Callable:
     @functools.wraps(original)
     def all_to_all_single(
@@ -77,7 +90,7 @@ def _gather_flat(original: Callable) -> Callable:
     def all_gather_into_tensor(
         output_tensor: object, input_tensor: object, group: object = None, async_op: bool = False
     ) -> object:
-        if output_tensor.shape[1:] != input_tensor.shape[1:]:
+        if output_tensor.dim() != input_tensor.dim() or output_tensor.shape[1:] != input_tensor.shape[1:]:
             output_tensor, input_tensor = output_tensor.view(-1), input_tensor.contiguous().view(-1)
         return original(output_tensor, input_tensor, group, async_op)
 
@@ -214,6 +227,13 @@ def redirections() -> list[Redirection]:
     wanted = tuple(f"tensor_{way}_{stage}" for way in ("send", "recv") for stage in ("prev", "next"))
     no_average = "gloo has no averaging reduction; MoE's and MTP's logging ask for one"
     return [
+        Redirection(
+            "torch.distributed.distributed_c10d._new_process_group_helper",
+            _gloo_for_nccl,
+            "gloo where NCCL or UCC was asked for",
+            "Megatron names them in places, whatever the configuration's backend is; they need GPUs",
+            ("group_size", "group_rank", "global_ranks_in_group", "backend"),
+        ),
         Redirection("torch.distributed.all_to_all_single", _int_splits, "split sizes as ints", "gloo refuses tensors"),
         Redirection(
             "torch.distributed.all_reduce",
