@@ -72,8 +72,8 @@ def until_the_end(
                 if patience.ends(run):
                     left = failures.left(run)
                     launched.stop()
-                    _wait_for_the_end(launched, run)
-                    report = {"dead": left}
+                    late = _wait_for_the_end(launched, run) or {}  # the launcher may have been the slow one
+                    report = {"dead": left | (_by_rank(late.get("dead")) or {})}
                     break
             if report.get("error"):  # the ranks are ours to end, before one of them has the last word
                 _kill_ranks(run)
@@ -116,15 +116,15 @@ class _Patience:
     """Ends when a rank has been gone for some seconds and the launcher, who should know first, has said nothing."""
 
     def __init__(self) -> None:
-        self._looked = self._complete = time.monotonic()
+        self._looked = time.monotonic()
+        self._gone_since: float | None = None
 
     def ends(self, run: runs.Run) -> bool:
         now = time.monotonic()
         if now - self._looked >= 1.0:
             self._looked = now
-            if not failures.left(run):
-                self._complete = now
-        return now - self._complete > PATIENCE_SECONDS
+            self._gone_since = (self._gone_since or now) if failures.left(run) else None
+        return self._gone_since is not None and now - self._gone_since > PATIENCE_SECONDS
 
 
 def _by_rank(dead: dict | None) -> dict[int, int | None] | None:
@@ -132,12 +132,13 @@ def _by_rank(dead: dict | None) -> dict[int, int | None] | None:
     return None if dead is None else {int(rank): code for rank, code in dead.items()}
 
 
-def _wait_for_the_end(launched: object, run: runs.Run, *, limit_seconds: float = 10.0) -> None:
-    """Wait until a stopped launch is over; ranks that are still there at the limit are killed by their pids."""
+def _wait_for_the_end(launched: object, run: runs.Run, *, limit_seconds: float = 10.0) -> dict | None:
+    """Wait for the report of a stopped launch; ranks that are still there at the limit are killed by their pids."""
     end = time.monotonic() + limit_seconds
     try:
-        while launched.wait(0.1) is None and time.monotonic() < end:
+        while (report := launched.wait(0.1)) is None and time.monotonic() < end:
             pass
+        return report
     finally:  # a second interrupt ends the waiting, not the duty to leave no rank behind
         _kill_ranks(run)
 

@@ -206,8 +206,11 @@ def watchers(run: runs.Run) -> tuple[int, int]:
 
     fork_server = psutil.Process(run.ranks()[0]["pid"]).parent()
     log = str(run.path / "logs" / "launcher.log")
-    agents = [child.pid for child in fork_server.children() if os.readlink(f"/proc/{child.pid}/fd/1") == log]
-    return agents[0], fork_server.pid
+    for child in fork_server.children():
+        with contextlib.suppress(OSError):  # it ended
+            if os.readlink(f"/proc/{child.pid}/fd/1") == log:
+                return child.pid, fork_server.pid
+    raise ProcessLookupError(f"run {run.name} has no agent")
 
 
 @contextlib.contextmanager

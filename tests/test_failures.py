@@ -14,13 +14,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import drills
 import psutil
 import pytest
 import small
 
-from course_lib import failures, launch, runs
+from course_lib import failures, launch, runs, supervision
 
 SECONDS = 15.0
 """The promise: from the failure to the caller's exception."""
@@ -305,7 +306,7 @@ def test_a_killed_launcher_is_no_rank_s_fault(bridge, runs_directory):
 
     def kill(run: runs.Run) -> None:
         if run.stage() == "training":
-            with contextlib.suppress(IndexError):  # it is gone already
+            with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):  # it is gone already
                 os.kill(drills.watchers(run)[0], signal.SIGKILL)
 
     with pytest.raises(launch.RunFailed, match="the launcher was killed by SIGKILL") as caught:
@@ -395,12 +396,31 @@ def test_interrupted_ranks_are_not_the_cause_of_a_dead_launcher(tmp_path):
     assert failures.settle(tmp_path / "two", dead={}, launcher="the launcher was killed").rank == 1
 
 
+def test_a_client_that_did_not_look_is_told_what_the_launcher_saw(bridge, runs_directory):
+    """The ranks are gone for long when the client looks again: that is no time of silence, and the agent knows the code."""
+    ended(runs_directory / "late", **LOST)
+    patience = supervision._Patience()
+    patience._looked -= 2 * supervision.PATIENCE_SECONDS
+    assert not patience.ends(runs.Run(runs_directory / "late"))
+    patience._gone_since -= 2 * supervision.PATIENCE_SECONDS
+    assert patience.ends(runs.Run(runs_directory / "late"))
+    reports = iter([{"dead": {"2": 1}, "error": "the launcher was ended by SIGTERM"}])
+    gone = SimpleNamespace(ends=lambda run: True)
+    fake = SimpleNamespace(wait=lambda _: None, close=lambda: None)
+    fake.stop = lambda: setattr(fake, "wait", lambda _: next(reports))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(launch.RunFailed, match="rank 2 exited with code 1"):
+        patch.setattr(supervision, "_Patience", lambda: gone)
+        supervision.until_the_end(
+            runs.Run(runs_directory / "late"), ranks=4, start=lambda *_: fake, view=lambda: None, watch=None
+        )
+
+
 def test_torchruns_report_gives_the_exit_codes(tmp_path):
     """Those of ranks that torchrun ended itself do not count."""
-    ended(tmp_path, **LOST)
+    ended(tmp_path, r0=LOST["r0"])
     report = "W1126 api.py:1] Sending process 11 closing signal SIGTERM\n" + "".join(
         f"[{i}]:\n  time      : now\n  rank      : {i} (local_rank: {i})\n  exitcode  : {code} (pid: {pid})\n"
-        for i, (code, pid) in enumerate([(1, 10), (-15, 11), (-9, 12)])
+        for i, (code, pid) in enumerate([(1, 10), (-9, 11), (-9, 12)])
     )
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "launcher.log").write_text(report)
