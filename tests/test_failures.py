@@ -351,6 +351,8 @@ def ended(path: Path, *, world: int = 4, **errors: BaseException) -> runs.Run:
         runs.write_json(path / "ranks" / f"{rank}.json", entry)
     for rank, error in errors.items():
         failures.record(path, int(rank[1:]), error)
+        file = path / "ranks" / f"{rank[1:]}.json"  # this process recorded it, and is none of the ranks
+        runs.write_json(file, json.loads(file.read_text()) | {"pid": gone.pid})
     return runs.Run(path)
 
 
