@@ -293,7 +293,7 @@ def refuse_another_model(checkpoint: Checkpoint, cfg: Any, *, ranks: int, weight
         f"{name} is {other[name]} there and {one[name]} in cfg.model" for name in SHAPE if one[name] != other[name]
     ]
     # another TP may pad the same ids to other rows, which Megatron Core takes; lesson 10 shows what that costs
-    as_saved = Fields(mine.cfg, {"tensor_model_parallel_size": theirs.model("tensor_model_parallel_size", 1)})
+    as_saved = Fields(mine.cfg, {"model.tensor_model_parallel_size": theirs.model("tensor_model_parallel_size", 1)})
     if (rows := _rows(as_saved, checkpoint.path)) and rows[0] != rows[1]:
         wrong.append(f"its embedding has {rows[0]:,} rows and that of cfg has {rows[1]:,}")
     if wrong:
