@@ -530,6 +530,10 @@ HINTS = [
                                "/megatron/core/rerun_state_machine.py"),
      raised("RuntimeError: found NaN in local grad norm", "mine.py")),
     ("run_config.yaml", "RuntimeError: Legacy checkpoint missing 'args' field in state_dict", "KeyError: 'args'"),
+    ("of another model", "RuntimeError: Error(s) in loading state_dict for GPTModel:\n\tMissing key(s): x",
+     "RuntimeError: a loop met a global shape mismatch"),
+    ("beyond the model's embedding", raised("IndexError: index out of range in self", "core/tensor_parallel/layers.py"),
+     raised("IndexError: index out of range in self", "mine.py")),
     ("A field name in config.yaml", "ConfigError: x does not fit Bridge's ConfigContainer: Unexpected config keys",
      "TypeError: f() got an unexpected keyword argument 'x'"),
 ]  # fmt: skip
