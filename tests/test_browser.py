@@ -167,7 +167,8 @@ def planned(tp: int) -> tuple[Any, memory.Plan]:
         memory.States(0, size, 0, size, size // 4, size // 8),
         memory.Activations(size // 2, 0, 1.0, 0, {}),
     )
-    return SimpleNamespace(model=model, train=train, mixed_precision="bf16_mixed"), plan
+    tokenizer = SimpleNamespace(vocab_size=128256)
+    return SimpleNamespace(model=model, train=train, tokenizer=tokenizer, mixed_precision="bf16_mixed"), plan
 
 
 def test_the_planners_frames_move_in_the_book(tmp_path):
