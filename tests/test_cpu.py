@@ -92,9 +92,10 @@ def test_a_gpu_rank_imports_what_is_missing_and_keeps_the_compiler(bridge, tmp_p
         "RANK": "0",
         "WORLD_SIZE": "1",
         "LOCAL_RANK": "0",
-        "TORCHDYNAMO_DISABLE": "",
+        "TORCHDYNAMO_DISABLE": "",  # it is set in this process
         "COURSE_ALLOW_UNTESTED": "1",
-    }  # it is set in this process
+        "COURSE_TARGET": "drills:reaches_pretrain",
+    }
     python(f"from course_lib import train; train.start({str(tmp_path)!r})", **ranks, PYTHONPATH=places)
     log = (tmp_path / "logs" / "rank_0.log").read_text()
     assert "cpu: []" in log and "redirected: False builtin_function_or_method" in log
