@@ -290,6 +290,22 @@ def test_selective_recomputation_gives_the_same_gradients(in_ranks, tmp_path):
     in_ranks(rank_recompute, tmp_path)
 
 
+def rank_defaults(_: str) -> None:
+    """What a function took as a default before the redirection is redirected, too."""
+    import torch
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    tensor = ShardedTensor.from_rank_offsets("weight", torch.ones(2))
+    tensor.data = None
+    tensor.init_data("cuda")
+    assert tensor.data.device.type == "cpu" and tensor.data.shape == (2,)
+
+
+def test_a_default_value_is_redirected(in_ranks, tmp_path):
+    """A fully parallel load makes its empty tensors with a default that was bound when Megatron was imported."""
+    in_ranks(rank_defaults, tmp_path)
+
+
 def rank_again(_: str) -> None:
     """Calling it again changes nothing, and others may wrap what it put in place."""
     import functools

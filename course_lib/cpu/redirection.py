@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from types import FunctionType
 
 from course_lib import imports
 
@@ -108,6 +110,17 @@ def apply(redirections: Iterable[Redirection]) -> None:
         made[id(owner), name] = owner, redirection.replace(now)
     for (_, name), (owner, replacement) in made.items():
         setattr(owner, name, replacement)
+    _replace_defaults({id(before): made[id(owner), name][1] for owner, name, _, before in ready if callable(before)})
+
+
+def _replace_defaults(replacements: dict[int, object]) -> None:
+    """Give Megatron's functions the replacement where a default value was taken from the original when they were defined."""
+    functions = [thing for thing in gc.get_objects() if type(thing) is FunctionType and thing.__defaults__]
+    for function in functions:
+        if (function.__module__ or "").startswith("megatron.") and replacements.keys() & set(
+            map(id, function.__defaults__)
+        ):
+            function.__defaults__ = tuple(replacements.get(id(value), value) for value in function.__defaults__)
 
 
 def _apply_late(redirection: Redirection, _: object) -> None:
