@@ -231,7 +231,6 @@ _NOT_COUNTED = {
     "model.delay_wgrad_compute": ((False,), _DELAYED),
     "ddp.delay_wgrad_compute": ((False,), _DELAYED),
     "model.defer_embedding_wgrad_compute": ((False,), _DELAYED),
-    "model.deallocate_pipeline_outputs": ((True,), "every sent activation lives on"),
     "model.num_microbatches_with_partial_activation_checkpoints": ((None,), "micro-batches keep different layers"),
     "model.distribute_saved_activations": ((False,), "the inputs of recomputed layers are cut among ranks"),
     "model.cuda_graph_impl": (("none",), _GRAPHS),
@@ -260,6 +259,7 @@ _NOT_COUNTED_IN_EIGHT_BITS = {
     "model.fp8_recipe": (("tensorwise", "delayed"), _EIGHT_BIT),
     "model.fp8_wgrad": ((True,), _EIGHT_BIT),
 }
+_NOT_COUNTED_IN_A_PIPELINE = {"model.deallocate_pipeline_outputs": ((True,), "every sent activation lives on")}
 
 
 def refuse_what_is_not_counted(cfg: Any) -> None:
@@ -274,7 +274,8 @@ def refuse_what_is_not_counted(cfg: Any) -> None:
             "the activations of Mamba layers are what mamba-ssm's CUDA kernels keep, and those cannot run without a GPU: "
             "plan the states alone (memory.states), and measure the activations there"
         )
-    refuse(cfg, _NOT_COUNTED | (_NOT_COUNTED_IN_EIGHT_BITS if cfg.model.fp8 else {}))
+    fields = _NOT_COUNTED | (_NOT_COUNTED_IN_EIGHT_BITS if cfg.model.fp8 else {})
+    refuse(cfg, fields | (_NOT_COUNTED_IN_A_PIPELINE if cfg.model.pipeline_model_parallel_size > 1 else {}))
     if cfg.model.transformer_impl == "local" and cfg.dist.distributed_backend != "gloo":
         raise NotPlanned(
             "transformer_impl='local' on GPUs: Megatron Core's own attention keeps every score there, which CPU ranks do "

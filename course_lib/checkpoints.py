@@ -57,6 +57,7 @@ Source: megatron-bridge `training/checkpointing.py`, `_resolve_checkpoint_iterat
 INDEX_CLASSES = {
     "torch": ("Size",),
     "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "pathlib": ("PosixPath",),  # where it was saved, if that was given as a path
     "torch.distributed.checkpoint.metadata": (
         *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
         *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),

@@ -49,7 +49,7 @@ class Forked:
 
 def torchrun(run: object, words: list[str]) -> Forked:
     """What `torchrun.start_process` would do with these words, by forking this process."""
-    from course_lib import train
+    from course_lib import torchrun, train
 
     assert words[1:3] == ["-m", "torch.distributed.run"] and words[-3:-1] == ["-m", "course_lib.train"], words
     ranks = int(words[words.index("--nproc-per-node") + 1])
@@ -57,6 +57,7 @@ def torchrun(run: object, words: list[str]) -> Forked:
     def rank(number: int) -> int:
         os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(ranks)}
         os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        os.environ |= torchrun.settings(run)
         with gpu():
             train.main(words[-1:])
         faked = [name for name in sys.modules if name.startswith("course_lib.cpu")]
@@ -161,6 +162,7 @@ def main(work: Path) -> None:
 
     stack.prepare_imports()
     import small
+    import torch.distributed.checkpoint
     from megatron.bridge.training import finetune, gpt_step, initialize, model_load_save  # noqa: F401
     from megatron.bridge.training import pretrain as module
 
@@ -201,7 +203,10 @@ def main(work: Path) -> None:
     cfg.tokenizer.tokenizer_model = str(work / "tokenizer")
     trained = launch.run(cfg, ranks=2, name="trained", show=None)
     step = trained.path / "checkpoints" / "iter_0000003"
-    step.mkdir(parents=True)
+    torch.distributed.checkpoint.save({"weight": torch.zeros(1)}, checkpoint_id=step, no_dist=True)
+    torch.save({}, step / "train_state.pt")
+    (step / "metadata.json").write_text("{}")
+    shutil.copyfile(trained.path / "config.yaml", step / "run_config.yaml")
     (step.parent / "latest_checkpointed_iteration.txt").write_text("3")
     met["generate"] = evaluate.generate(trained, ["one"], max_new_tokens=3, temperature=0)
 

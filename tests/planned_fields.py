@@ -172,7 +172,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any]]] = {
         ),
         (True, {}),
     ),
-    "model.deallocate_pipeline_outputs": (False, {}),
+    "model.deallocate_pipeline_outputs": (False, STAGES),
     "model.fp8_wgrad": (False, EIGHT_BIT),
     "model.fp8_recipe": ("mxfp8", {"model.fp8": "hybrid"}),
     "model.fp4": ("e2m1", {}),
