@@ -206,6 +206,10 @@ def _without_advice() -> Iterator[None]:
                 "When using sequence parallelism it is recommended to set the environment variable",
                 "moe_hybridep_num_sms is deprecated",
                 "moe_ffn_hidden_size is not set",
+                "MLP requires ffn_hidden_size",
+                "Warning: tp_group is None",
+                "cuda_graph_scope is deprecated",
+                'The fp8 argument in "get_gpt_layer',
             ):
                 warnings.filterwarnings("ignore", message=message)
             yield
