@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from course_lib import runs
+from course_lib.common.project import PROJECT
 
 __all__ = ["Figure", "UnknownPart", "changed", "figure", "main", "parts"]
 
 REPEATS = 3
-PROJECT = Path(__file__).resolve().parent.parent
 
 
 class UnknownPart(ValueError):

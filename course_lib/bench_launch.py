@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from course_lib import bench, hello, launch
+from course_lib.common.project import PROJECT
 
 __all__ = ["figures", "fresh_clone", "import_ratio", "slope"]
 
@@ -96,10 +97,10 @@ def slope() -> bench.Figure:
 def fresh_clone(work: Path) -> bench.Figure:
     """Seconds from `make run` in a fresh clone, with packages cached, to the first loss."""
     clone = work / "clone"
-    subprocess.run(["git", "clone", "--quiet", str(bench.PROJECT), str(clone)], check=True)
+    subprocess.run(["git", "clone", "--quiet", str(PROJECT), str(clone)], check=True)
     environment = {k: v for k, v in os.environ.items() if k not in ("COURSE_RUNS", "VIRTUAL_ENV")}
-    if shutil.which("uv") is None and (bench.PROJECT / ".tools" / "bin").exists():
-        environment["PATH"] = f"{bench.PROJECT / '.tools' / 'bin'}{os.pathsep}{environment['PATH']}"
+    if shutil.which("uv") is None and (PROJECT / ".tools" / "bin").exists():
+        environment["PATH"] = f"{PROJECT / '.tools' / 'bin'}{os.pathsep}{environment['PATH']}"
     begin = time.time()
     with open(work / "fresh.txt", "w") as log:
         process = subprocess.Popen(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from course_lib import catalogue, recipes
+from course_lib.common.project import DATA
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,7 +25,6 @@ __all__ = ["NANO", "NANO_4B", "Difference", "columns", "differences", "installed
 
 NANO = "nemotronh.h100.nemotron_3_nano:nemotron_3_nano_pretrain_8gpu_h100_bf16_config"
 NANO_4B = "nemotronh.h100.nemotron_3_nano_4b:nemotron_3_nano_4b_pretrain_8gpu_h100_bf16_config"
-_DATA = Path(__file__).resolve().parent.parent / "data"
 _ROOT = "megatron.bridge.recipes."
 
 
@@ -56,7 +56,7 @@ class Difference:
     pages: list[str]
 
 
-def stages(*, directory: Path = _DATA) -> pd.DataFrame:
+def stages(*, directory: Path = DATA) -> pd.DataFrame:
     """What each stage of nano3 runs, reads and writes: a row a key, with the values of `default` and `tiny` and their files."""
     import pandas as pd
 
@@ -64,7 +64,7 @@ def stages(*, directory: Path = _DATA) -> pd.DataFrame:
     return pd.DataFrame(data["rows"], dtype=object)
 
 
-def differences(*, directory: Path = _DATA) -> tuple[Difference, ...]:
+def differences(*, directory: Path = DATA) -> tuple[Difference, ...]:
     """Where nano3's documents, the installed recipe and the YAML differ.
 
     >>> sum(row.lesson for row in differences())

@@ -21,10 +21,10 @@ from course_lib import book_facts, lessons
 from course_lib.book_assets import vendor
 from course_lib.book_links import broken
 from course_lib.book_loads import external_loads
+from course_lib.common.project import PROJECT
 
 __all__ = ["BookError", "build"]
 
-PROJECT = Path(__file__).resolve().parent.parent
 
 PROJECT_OF_A_READER = "~/course"
 """What a page says instead of the folder of whoever built the book."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from course_lib import eight_gpu_plan, lessons
+from course_lib.common.project import VARIABLES
 
 __all__ = ["FACTS", "FactError", "fill"]
 
@@ -112,6 +113,13 @@ def _sources(value: Any) -> Iterator[str]:
                 yield from _sources(part)
 
 
+def variables(_: Path) -> str:
+    """Every environment variable that the course reads."""
+    lines = ["| variable | without it | what it does |", "|---|---|---|"]
+    lines += [f"| `{row.name}` | {row.default} | {row.meaning} |" for row in VARIABLES.values()]
+    return "\n".join(lines)
+
+
 def plan(root: Path) -> str:
     """The eight-GPU plan, from its row of data."""
     return eight_gpu_plan.markdown(eight_gpu_plan.read(root / "data" / eight_gpu_plan.FILE.name))
@@ -130,6 +138,7 @@ def recipe_families(root: Path) -> str:
 
 FACTS: dict[str, Callable[[Path], str]] = {
     "versions": versions,
+    "variables": variables,
     "count": count,
     "provenance": provenance,
     "eight_gpu_plan": plan,

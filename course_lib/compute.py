@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from course_lib.accounting import flops_per_token
+from course_lib.common.project import DATA
 from course_lib.layout import Layout
 from course_lib.layout_sizes import Fields
 from course_lib.parameters import head_channels, mixers
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = ["Ceiling", "Gpu", "ceiling", "counted_flops_per_token", "flops_per_token", "gpus", "published", "sent_bytes"]
-
-_DATA = Path(__file__).resolve().parent.parent / "data"
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ def gpus() -> dict[str, Gpu]:
     >>> round(gpus()["H100 SXM 80GB"].memory_bytes / 2**30, 1)
     79.6
     """
-    rows = json.loads((_DATA / "gpus.json").read_text(encoding="utf-8"))["gpus"]
+    rows = json.loads((DATA / "gpus.json").read_text(encoding="utf-8"))["gpus"]
     return {
         row["name"]: Gpu(
             row["name"],
@@ -89,7 +87,7 @@ def published() -> pd.DataFrame:
     """
     import pandas as pd
 
-    data = json.loads((_DATA / "published" / "throughput.json").read_text(encoding="utf-8"))
+    data = json.loads((DATA / "published" / "throughput.json").read_text(encoding="utf-8"))
     return pd.DataFrame([*data["other_rows"], *data["rows"]]).drop(columns="layout")
 
 

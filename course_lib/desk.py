@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from course_lib import lessons
+from course_lib.common.project import PROJECT
 
 __all__ = ["command", "environment", "prepare_workspace", "start"]
 
-PROJECT = Path(__file__).resolve().parent.parent
 STATE = PROJECT / ".lab"
 """What JupyterLab remembers of this course; the learner's own settings and workspaces stay as they are."""
 

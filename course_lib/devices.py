@@ -8,10 +8,11 @@ complete: what a rank really used differs from `config.yaml` in exactly these fi
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from course_lib.common.project import untested_allowed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -212,11 +213,7 @@ def refuse_what_is_missing(device: str) -> None:
     from course_lib import stack
     from course_lib.runs import ConfigError
 
-    if (
-        device == "cuda"
-        and "transformer_engine" in stack.missing_modules()
-        and not os.environ.get("COURSE_ALLOW_UNTESTED")
-    ):
+    if device == "cuda" and "transformer_engine" in stack.missing_modules() and not untested_allowed():
         raise ConfigError(
             "the ranks have GPUs, and Transformer Engine is not installed here: the recipe's layers and loss are its, and "
             f"without its Adam the distributed optimizer does not resume. {stack.GPU_SET_UP}"

@@ -7,6 +7,7 @@ packages beside the engine, in processes of their own, takes several more, and `
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from course_lib import installation, lessons, machine, stack
+from course_lib.common.project import VARIABLES
 from course_lib.findings import Finding
 from course_lib.installation import Package
 from course_lib.stack import StandIn
@@ -46,6 +48,7 @@ class Report:
     packages: tuple[Package, ...]
     stand_ins: tuple[StandIn, ...]
     lessons: tuple[Lesson, ...]
+    variables: tuple[dict[str, str], ...]
 
     @property
     def exit_code(self) -> int:
@@ -68,7 +71,7 @@ def report(*, imports: bool = True) -> Report:
     if imports:
         findings = (*findings, *installation.imports())
     lessons = lessons_that_run(findings, device=device)
-    return Report(findings, installation.packages(), tuple(stack.stand_ins()), lessons)
+    return Report(findings, installation.packages(), tuple(stack.stand_ins()), lessons, variables())
 
 
 def lessons_that_run(
@@ -95,6 +98,14 @@ def lessons_that_run(
         reason = f"stopped by: {', '.join(stops)}" if stops else "looks at the machine" if only_looks else trains
         found.append(Lesson(number, title.replace("_", " "), not stops, reason))
     return tuple(found)
+
+
+def variables() -> tuple[dict[str, str], ...]:
+    """Every environment variable that the course reads, as rows `name, now, default, meaning`."""
+    return tuple(
+        {"name": row.name, "now": os.environ.get(row.name, ""), "default": row.default, "meaning": row.meaning}
+        for row in VARIABLES.values()
+    )
 
 
 def table(report: Report) -> pd.DataFrame:
@@ -136,6 +147,8 @@ def show(report: Report) -> None:
     console.print(_grid("Stand-ins", ("for", "why", "where"), stand_ins))
     lessons = [(row.number, "yes" if row.runs else "no", row.title, row.reason) for row in report.lessons]
     console.print(_grid("Lessons", ("no.", "runs", "title", "how"), lessons))
+    settings = [(row["name"], row["now"] or "not set", row["default"], row["meaning"]) for row in report.variables]
+    console.print(_grid("Environment variables", ("variable", "now", "default", "what it does"), settings))
     problems = [finding for finding in report.findings if finding.fix]
     console.print("\nTo mend:" if problems else "\nNothing to mend.")
     for finding in problems:

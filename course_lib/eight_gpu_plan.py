@@ -10,10 +10,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from course_lib.common.project import DATA
+
 __all__ = ["FILE", "compute", "markdown", "read"]
 
-PROJECT = Path(__file__).resolve().parent.parent
-FILE = PROJECT / "data" / "plans_8_gpu.json"
+FILE = DATA / "plans_8_gpu.json"
 RANKS = 8
 VOCAB_SIZE = 128256  # ids of Llama 3's tokenizer
 LAYOUTS = ({"tp": 1, "cp": 1}, {"tp": 2, "cp": 1}, {"tp": 4, "cp": 1})

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from course_lib import checkpoints, launch, runs, stack
+from course_lib.common.project import DATA
 
 if TYPE_CHECKING:
     import numpy as np
 
 __all__ = ["bigram_loss", "first_loss", "generate", "known_first_losses", "pairs", "unigram_loss"]
-
-_DATA = Path(__file__).resolve().parent.parent / "data"
 
 
 def first_loss(vocab_size: int, hidden_size: int, init_std: float) -> float:
@@ -44,7 +43,7 @@ def first_loss(vocab_size: int, hidden_size: int, init_std: float) -> float:
 
 def known_first_losses() -> dict[str, list[dict[str, Any]]]:
     """The rows of `data/first_loss.json`: first losses that NVIDIA `published`, and those that the tests `measured`."""
-    data = json.loads((_DATA / "first_loss.json").read_text(encoding="utf-8"))
+    data = json.loads((DATA / "first_loss.json").read_text(encoding="utf-8"))
     return {"measured": data["measured"], "published": data["published"]}
 
 

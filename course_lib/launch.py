@@ -31,6 +31,7 @@ from course_lib import (
     train,
     warm,
 )
+from course_lib.common.project import variable
 from course_lib.configuration import FieldError
 from course_lib.runs import ConfigError
 from course_lib.supervision import RunFailed, RunInterrupted
@@ -374,7 +375,7 @@ def _threads(ranks: int) -> int:
 
 
 def _start_warm(run: runs.Run, ranks: int) -> warm.Launched:
-    threads = str(run.launch.get("threads") or os.environ.get("COURSE_THREADS") or _threads(ranks))
+    threads = str(run.launch.get("threads") or variable("COURSE_THREADS") or _threads(ranks))
     environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads} | train.confirmation(run.launch)
     return warm.lease().launch(
         "course_lib.train:start",

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from course_lib import files
+from course_lib.common.project import variable
 from course_lib.units import format_number
 
 if TYPE_CHECKING:
@@ -219,7 +220,7 @@ def reset(*, lesson: str | None = None) -> None:
 
 def path() -> Path:
     """Return the ledger's file: ``COURSE_LEDGER``, or one in the user's state directory (XDG)."""
-    given = os.environ.get("COURSE_LEDGER")
+    given = variable("COURSE_LEDGER")
     if given:
         return Path(given).expanduser()
     state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from course_lib.common.project import PROJECT
+
 __all__ = [
     "Executed",
     "Lesson",
@@ -32,7 +34,6 @@ __all__ = [
     "publish",
 ]
 
-PROJECT = Path(__file__).resolve().parent.parent
 SCREEN_LINES = 15  # of an error message: what still fits on one screen with the rest
 NUMBERED = re.compile(r"(\d\d|[a-z])_[a-z0-9_]+\.ipynb")  # not JupyterLab's 03_x-Copy1.ipynb beside 03_x.ipynb
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from course_lib import bootstrap, runs, stack
+from course_lib.common import project
 from course_lib.findings import Finding, fail_unless, warn_unless
 from course_lib.units import GiB
 
@@ -40,6 +41,7 @@ __all__ = [
     "open_files",
     "python",
     "runs_writable",
+    "settings",
     "shared_memory",
     "text_encoding",
     "topology",
@@ -54,6 +56,7 @@ def findings() -> list[Finding]:
     """Every reading of this machine."""
     folder, names = runs.directory(), stack.gpus()
     return [
+        settings(),
         python(),
         glibc(),
         cores(),
@@ -70,6 +73,14 @@ def findings() -> list[Finding]:
         loopback(),
         gloo(),
     ]
+
+
+def settings(*, environment: Mapping[str, str] = os.environ) -> Finding:
+    """The variables that begin with COURSE_: each is one that the course reads, with a value that has a meaning."""
+    mine = sorted(name for name in environment if name.startswith("COURSE_"))
+    wrong = [words for name in mine if (words := project.refusal(name, environment[name]))]
+    value = "; ".join(wrong) or (f"{', '.join(mine)} set" if mine else "none set")
+    return fail_unless(not wrong, "COURSE_* variables", value, "Unset what is wrong, or set it right.")
 
 
 def python(*, version: Sequence[int] = sys.version_info[:3]) -> Finding:

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from course_lib.common.project import DATA
+
 __all__ = ["ModelFacts", "UnknownModel", "known_models", "offline"]
 
-_MODELS = Path(__file__).resolve().parent.parent / "data" / "models"
+_MODELS = DATA / "models"
 _ASK_BRIDGE, _ASK_CONFIG = "from_hf_pretrained", "from_pretrained"
 
 

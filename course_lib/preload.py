@@ -21,8 +21,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 try:
     from course_lib import cpu, devices, failures, layout, runs, train  # noqa: F401
+    from course_lib.common.project import untested_allowed
 
-    cpu.activate(allow_untested=os.environ.get("COURSE_ALLOW_UNTESTED") == "1")
+    cpu.activate(allow_untested=untested_allowed())
     import torch
 
     torch.set_num_threads(1)

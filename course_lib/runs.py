@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from course_lib import files
+from course_lib.common.project import RUNS, variable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -327,8 +328,8 @@ def directory() -> Path:
 
     Always absolute: ranks do not start in the directory in which you are.
     """
-    given = os.environ.get("COURSE_RUNS")
-    return Path(given).expanduser().absolute() if given else Path(__file__).resolve().parent.parent / "runs"
+    given = variable("COURSE_RUNS")
+    return Path(given).expanduser().absolute() if given else RUNS
 
 
 def create(name: str) -> Path:

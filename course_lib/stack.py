@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from course_lib import local_layers
+from course_lib.common.project import variable
 
 __all__ = [
     "GPU_SET_UP",
@@ -157,14 +158,7 @@ def device(ranks: int) -> str:
     """
     if not isinstance(ranks, int) or isinstance(ranks, bool) or ranks < 1:
         raise ValueError(f"ranks={ranks!r} is not a number of ranks: give a whole number of at least 1")
-    asked = os.environ.get("COURSE_DEVICE")
-    if asked is not None:
-        if asked not in ("cpu", "cuda"):
-            raise ValueError(
-                f"COURSE_DEVICE is {asked!r}; it must be 'cpu' or 'cuda'. Unset it to let the course decide."
-            )
-        return asked
-    return "cuda" if gpu_count() >= ranks else "cpu"
+    return variable("COURSE_DEVICE") or ("cuda" if gpu_count() >= ranks else "cpu")
 
 
 def missing_modules() -> list[str]:

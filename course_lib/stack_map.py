@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from course_lib import installation
+from course_lib.common.project import DATA, PROJECT
 
 if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = ["Box", "Proof", "Question", "beside", "boxes", "flows", "home", "prove", "questions", "table"]
 
-_DATA = Path(__file__).resolve().parent.parent / "data" / "stack.json"
+_FILE = DATA / "stack.json"
 _LIMIT_S = 420  # importing AutoModel takes ten seconds, or minutes on a machine that others use
 
 
@@ -83,7 +84,7 @@ class Proof:
     file: str
 
 
-def boxes(*, path: Path = _DATA) -> tuple[Box, ...]:
+def boxes(*, path: Path = _FILE) -> tuple[Box, ...]:
     """The six systems.
 
     >>> [box.name for box in boxes() if box.layer == "machinery"]
@@ -92,7 +93,7 @@ def boxes(*, path: Path = _DATA) -> tuple[Box, ...]:
     return tuple(Box(**row) for row in _read(path)["boxes"])
 
 
-def questions(*, path: Path = _DATA) -> tuple[Question, ...]:
+def questions(*, path: Path = _FILE) -> tuple[Question, ...]:
     """The exercise "which repository do I open?"."""
     return tuple(Question(**row) for row in _read(path)["questions"])
 
@@ -101,10 +102,10 @@ def beside() -> pd.DataFrame:
     """Systems of the stages that this course does not run: one row each, with its stage, role, repository and source."""
     import pandas as pd
 
-    return pd.DataFrame(_read(_DATA)["beside"])
+    return pd.DataFrame(_read(_FILE)["beside"])
 
 
-def flows(*, path: Path = _DATA) -> tuple[tuple[str, str, str], ...]:
+def flows(*, path: Path = _FILE) -> tuple[tuple[str, str, str], ...]:
     """What goes from which system to which: (from, to, what)."""
     return tuple((start, end, what) for start, end, what in _read(path)["flows"])
 
@@ -170,7 +171,7 @@ def _in_a_child(box: Box) -> tuple[str, str]:
 def _short(file: str | None) -> str:
     """A path below site-packages or the project, as it is the same on every machine."""
     text = str(file)
-    project = str(_DATA.parent.parent) + "/"
+    project = str(PROJECT) + "/"
     return text.split("site-packages/")[-1].removeprefix(project)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from course_lib import failures, machine, runs, stack, train
+from course_lib.common.project import PROJECT
 
 __all__ = ["Started", "command", "kill", "settings", "start", "start_process"]
 
@@ -43,9 +44,7 @@ def settings(run: runs.Run) -> dict[str, str]:
     Args:
         run: A prepared run; its device decides.
     """
-    found = {
-        "PYTHONPATH": os.pathsep.join(dict.fromkeys((str(Path(__file__).resolve().parent.parent), *_own_places())))
-    }
+    found = {"PYTHONPATH": os.pathsep.join(dict.fromkeys((str(PROJECT), *_own_places())))}
     if run.launch["device"] == "cpu":
         found |= {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     return found | train.confirmation(run.launch)
@@ -70,7 +69,7 @@ def start_process(run: runs.Run, words: list[str]) -> subprocess.Popen:
     environment = {k: v for k, v in os.environ.items() if k not in unwanted} | settings(run)
     if machine.gloo(environment=environment).status != "ok":
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    environment[train.STARTER] = str(os.getpid())
+    environment["COURSE_STARTER_PID"] = str(os.getpid())
     with open(run.path / "logs" / "launcher.log", "a") as log:
         return subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True

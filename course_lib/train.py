@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from course_lib import configuration, failures, files, memory_meter, runs, stack
+from course_lib.common.project import untested_allowed, variable
 from course_lib.runs import ConfigError
 
 if TYPE_CHECKING:
@@ -47,9 +48,6 @@ __all__ = [
 
 TARGET = "course_lib.train:rank_main"
 """What a rank executes unless the run says otherwise: Bridge's own loop."""
-
-STARTER = "COURSE_STARTER_PID"
-"""The environment variable that tells a rank whose end is its own too: of the program that started torchrun for it."""
 
 GRACE_SECONDS = 0.4
 """How long a failing rank waits before it exits, so that a rank which died without a word is noticed first."""
@@ -248,11 +246,11 @@ def confirmation(launch: dict) -> dict[str, str]:
 
 
 def _refuse_unconfirmed(launch: dict) -> None:
-    for variable, target in confirmation(launch).items():
-        if os.environ.get(variable) != target:
+    for name, target in confirmation(launch).items():
+        if variable(name) != target:
             raise ConfigError(
                 f"launch.json lets ranks execute {target}, and whoever started them did not say so: a run directory of "
-                f"somebody else may name any code. If it is yours, set {variable}={target} for the ranks; else start its "
+                f"somebody else may name any code. If it is yours, set {name}={target} for the ranks; else start its "
                 "config.yaml anew"
             )
 
@@ -330,7 +328,7 @@ def _take(device: str, rank: int, world: int) -> None:
 
     cores.share(int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", world)))
     heap.keep()
-    cpu.activate(allow_untested=os.environ.get("COURSE_ALLOW_UNTESTED") == "1")
+    cpu.activate(allow_untested=untested_allowed())
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -422,8 +420,8 @@ def main(arguments: list[str] | None = None) -> None:
 def _end_with_the_launcher(path: Path) -> None:
     """End this rank when torchrun, or the program that started torchrun, is gone: nobody else would."""
     watched = [os.getppid()] if "TORCHELASTIC_RUN_ID" in os.environ else []
-    if STARTER in os.environ:
-        watched.append(int(os.environ[STARTER]))
+    if starter := variable("COURSE_STARTER_PID"):
+        watched.append(int(starter))
 
     def watch() -> None:
         with contextlib.suppress(ProcessLookupError):  # gone before this rank began

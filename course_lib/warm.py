@@ -28,6 +28,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from course_lib.common.project import PROJECT, untested_allowed
+
 __all__ = ["Launched", "Lease", "WarmError", "lease", "rank_code"]
 
 
@@ -47,7 +49,7 @@ class WarmError(RuntimeError):
 
 
 RANK_CODE = (
-    *("cpu/*.py", "layout*.py", "warm*.py"),
+    *("common/*.py", "cpu/*.py", "layout*.py", "warm*.py"),
     *("checkpoints.py", "configuration.py", "credentials.py"),
     *("deferred.py", "devices.py", "failures.py", "files.py", "imports.py", "local_layers.py", "memory_meter.py"),
     *("parameters.py", "preload.py", "runs.py", "stack.py", "train.py", "units.py"),
@@ -154,7 +156,7 @@ class Launched:
 
 def address() -> Path:
     """The server's socket: one per user, Python environment and state of the code that ranks run."""
-    marks = [sys.prefix, os.environ.get("COURSE_ALLOW_UNTESTED", "")]
+    marks = [sys.prefix, str(untested_allowed())]
     marks += [f"{p}:{p.stat().st_mtime_ns}:{p.stat().st_size}" for p in rank_code()]
     key = hashlib.sha256("\n".join(marks).encode()).hexdigest()[:16]
     home = Path(tempfile.gettempdir()) / f"course-{os.getuid()}"
@@ -224,8 +226,7 @@ def _start_server(path: Path) -> subprocess.Popen:
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONDONTWRITEBYTECODE", "RANK", "WORLD_SIZE")}
     environment["OMP_NUM_THREADS"] = "1"
     environment["OMP_WAIT_POLICY"] = "passive"  # a thread that waits for another must not keep the core it waits for
-    root = str(Path(__file__).resolve().parent.parent)
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in (str(PROJECT), os.environ.get("PYTHONPATH")) if p)
     with open(path.with_suffix(".log"), "w") as log:
         return subprocess.Popen(
             # -c, not -m: the children of a fork server re-import a main module that has a name

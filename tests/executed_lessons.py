@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from course_lib import lessons
-
-PROJECT = Path(__file__).resolve().parent.parent
+from course_lib.common.project import PROJECT
 
 
 def executed(lesson: lessons.Lesson) -> dict:

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-PROJECT = Path(__file__).resolve().parent.parent
 OF_A_LESSON = re.compile(r"test_notebooks\.py::(\w+)\[(\d\d|[a-z])\]$")
 COMMON = ("course_lib", "data", "uv.lock", "pyproject.toml", "tests/test_notebooks.py", "tests/conftest.py")
 

@@ -11,8 +11,8 @@ import pytest
 from notebooks_made_here import clean, code, markdown, write
 
 from course_lib import book, book_assets, tables
+from course_lib.common.project import PROJECT
 
-PROJECT = Path(__file__).resolve().parent.parent
 # One transparent pixel.
 PICTURE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
 

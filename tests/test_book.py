@@ -19,8 +19,7 @@ from small_book import copy_book, executed_lesson
 from course_lib import book, book_archive, book_assets, lessons
 from course_lib.book_links import broken
 from course_lib.book_loads import external_loads
-
-PROJECT = Path(__file__).resolve().parent.parent
+from course_lib.common.project import PROJECT
 
 
 def test_the_book_has_its_pages_and_loads_nothing_from_elsewhere(built: Path) -> None:

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from course_lib import book_facts, eight_gpu_plan, lessons
-
-PROJECT = Path(__file__).resolve().parent.parent
+from course_lib.common.project import PROJECT
 
 
 def test_every_table_that_a_page_asks_for_is_made() -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from course_lib import bootstrap, bytecode
+from course_lib.common.project import PROJECT
 
 GIB = 2**30
-PROJECT = Path(__file__).resolve().parent.parent
 FITS = bootstrap.Machine(
     system="Linux",
     processor="x86_64",

@@ -11,8 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from course_lib.__main__ import _parameters, app, summary
+from course_lib.common.project import PROJECT
 
-PROJECT = Path(__file__).resolve().parent.parent
 MAKEFILE = (PROJECT / "Makefile").read_text(encoding="utf-8")
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from course_lib import cpu, runs
+from course_lib.common.project import PROJECT
 from course_lib.cpu import device, redirection
-
-PROJECT = Path(__file__).resolve().parent.parent
 
 
 def python(code: str, **environment: str) -> str:

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from course_lib import desk, warm
+from course_lib.common.project import PROJECT
 
-PROJECT = Path(__file__).resolve().parent.parent
 LESSON = "notebooks/00_check_your_setup.ipynb"
 
 

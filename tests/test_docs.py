@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import course_lib
+from course_lib.common.project import PROJECT
 
 DOES_SOMETHING = {"course_lib.preload"}
 """Imported by the fork server only, and the one module that does something then."""
@@ -40,13 +41,12 @@ def test_most_modules_show_examples():
 
 def test_words_are_spelled():
     """codespell finds no known misspelling in lessons, pages, code and data."""
-    project = Path(__file__).resolve().parent.parent
     pages = [
-        *project.glob("*.md"),
-        *project.glob("book/*.md"),
-        *project.glob("data/**/*"),
-        *project.glob("notebooks/*.ipynb"),
+        *PROJECT.glob("*.md"),
+        *PROJECT.glob("book/*.md"),
+        *PROJECT.glob("data/**/*"),
+        *PROJECT.glob("notebooks/*.ipynb"),
     ]
-    command = [Path(sys.executable).with_name("codespell"), *pages, project / "course_lib", project / "tests"]
-    done = subprocess.run([*command, "--skip", "*.pyc"], cwd=project, capture_output=True, text=True, check=False)
+    command = [Path(sys.executable).with_name("codespell"), *pages, PROJECT / "course_lib", PROJECT / "tests"]
+    done = subprocess.run([*command, "--skip", "*.pyc"], cwd=PROJECT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout

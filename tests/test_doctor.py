@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from course_lib import doctor, stack
+from course_lib.common.project import VARIABLES
 from course_lib.findings import Finding
 
 
@@ -66,17 +67,18 @@ def test_json_is_the_whole_report(real: doctor.Report) -> None:
     assert done.returncode == content["exit_code"] == 0
     assert [row["name"] for row in content["findings"]] == [finding.name for finding in real.findings]
     assert {"name", "module", "version", "file"} == set(content["packages"][0])
-    assert {"findings", "packages", "stand_ins", "lessons", "exit_code"} == set(content)
+    assert {"findings", "packages", "stand_ins", "lessons", "variables", "exit_code"} == set(content)
 
 
 def test_tables_show_every_finding(real: doctor.Report, capsys: pytest.CaptureFixture[str]) -> None:
     """The terminal's table and lesson 00's frame hold each finding; brackets in a value are no colours."""
     extra = Finding("odd", "warn", "a [bold] value", "mend [it]")
-    shown = doctor.Report((*real.findings, extra), real.packages, real.stand_ins, real.lessons)
+    shown = doctor.Report((*real.findings, extra), real.packages, real.stand_ins, real.lessons, real.variables)
     doctor.show(shown)
     printed = capsys.readouterr().out
     assert all(finding.name in printed for finding in shown.findings)
     assert "a [bold] value" in printed
+    assert all(name in printed for name in VARIABLES)
     frame = doctor.table(shown)
     assert list(frame.columns) == ["finding", "status", "value", "fix"]
     assert set(frame["finding"]) == {finding.name for finding in shown.findings}
@@ -102,7 +104,7 @@ def test_a_failure_stops_the_lessons_that_train(tmp_path: Path) -> None:
     broken = doctor.lessons_that_run([Finding("helpers_cpp", "fail", "missing", "install it")], notebooks=tmp_path)
     assert [(x.number, x.runs) for x in broken] == [("00", True), ("03", False)]
     assert broken[1].reason == "stopped by: helpers_cpp"
-    assert doctor.Report((), (), (), broken).exit_code == 1
+    assert doctor.Report((), (), (), broken, ()).exit_code == 1
 
 
 def test_a_warning_stops_nothing(tmp_path: Path) -> None:
@@ -111,4 +113,4 @@ def test_a_warning_stops_nothing(tmp_path: Path) -> None:
     findings = (Finding("cores", "warn", "1", "give it two"),)
     lessons = doctor.lessons_that_run(findings, notebooks=tmp_path)
     assert lessons[0].runs
-    assert doctor.Report(findings, (), (), lessons).exit_code == 0
+    assert doctor.Report(findings, (), (), lessons, ()).exit_code == 0

@@ -11,9 +11,10 @@ import families
 import pytest
 
 from course_lib import catalogue, launch, memory, meta_model, runs
+from course_lib.common.project import DATA
 
-DATA = Path(__file__).resolve().parent.parent / "data" / "recipe_families.json"
-ROWS = json.loads(DATA.read_text(encoding="utf-8"))["rows"]
+FILE = DATA / "recipe_families.json"
+ROWS = json.loads(FILE.read_text(encoding="utf-8"))["rows"]
 # The layout and layers with which a recipe runs here; one rank for each expert or matrix part, else plain data parallel.
 LAYOUTS: dict[str, dict[str, Any]] = {
     "deepseek_v2_lite": {"tensor": 2},

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from course_lib.common.project import PROJECT
+
 SEQUENCE, BATCH, WIDTH, HEADS = 12, 3, 32, 4
 
 
@@ -277,8 +279,7 @@ print(by_default, pages(10))
 
 def test_a_tensor_of_the_next_step_takes_the_place_of_the_last():
     """By default a tensor of 64 MiB gets pages that the kernel clears first; kept, a step's tensors get the old ones."""
-    project = Path(__file__).resolve().parent.parent
-    ran = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, cwd=project, timeout=300)
+    ran = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, cwd=PROJECT, timeout=300)
     assert ran.returncode == 0, ran.stderr[-4000:]
     by_default, kept = map(int, ran.stdout.split())
     assert by_default > 10 * max(kept, 1), (by_default, kept)

@@ -17,8 +17,8 @@ import pytest
 from notebooks_made_here import clean, code, markdown
 
 from course_lib import lessons
+from course_lib.common.project import PROJECT
 
-PROJECT = Path(__file__).resolve().parent.parent
 LESSONS = [lesson.path for lesson in lessons.listing()]
 MODULES = sorted((PROJECT / "course_lib").rglob("*.py"))
 Change = Callable[[dict[str, Any]], object]
@@ -219,7 +219,7 @@ def test_no_circle_of_imports() -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=module_name)
 def test_every_public_module_says_what_it_is_and_offers(path: Path) -> None:
-    """A module has a docstring and `__all__`, all of whose names exist."""
+    """A module has a docstring; what `__all__` lists, where there is one, exists."""
     if path.stem in ("__init__", "__main__") or path.stem.startswith("_"):
         return
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -231,7 +231,8 @@ def test_every_public_module_says_what_it_is_and_offers(path: Path) -> None:
         and node.value
         and ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target) == "__all__"
     ]
-    assert listed, "no __all__"
+    if not listed:
+        return
     defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     assigned = [node for node in tree.body if isinstance(node, ast.Assign | ast.AnnAssign)]
     defined |= {name.id for node in assigned for name in ast.walk(node) if isinstance(name, ast.Name)}

@@ -15,9 +15,8 @@ import pytest
 import small
 
 from course_lib import imports, launch, stack
+from course_lib.common.project import PROJECT
 from course_lib.deferred import Deferred
-
-PROJECT = Path(__file__).resolve().parent.parent
 
 FIRST = (
     "megatron.bridge",

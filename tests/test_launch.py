@@ -15,7 +15,8 @@ from types import SimpleNamespace
 import pytest
 import small
 
-from course_lib import cpu, devices, launch, layout, live_tensors, runs, stack, supervision, torchrun, train, warm
+from course_lib import devices, launch, layout, live_tensors, runs, stack, supervision, torchrun, train, warm
+from course_lib.common.project import PROJECT
 from course_lib.live_tensors import TARGET
 
 
@@ -389,7 +390,7 @@ def test_a_changed_rank_means_a_new_server():
     """Every file of the course that the warm server has loaded is one whose change starts a new server."""
     words = "import sys, course_lib.preload; print(*(m.__file__ for n, m in sys.modules.items() if n[:11] == 'course_lib.'))"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", words], capture_output=True, text=True, check=True)
-    loaded = {Path(name) for name in done.stdout.split()} - {Path(cpu.__file__).parent.parent / "__init__.py"}
+    loaded = {Path(name) for name in done.stdout.split()} - {PROJECT / "course_lib/__init__.py"}
     assert len(loaded) > 10 and loaded <= set(warm.rank_code())
 
 

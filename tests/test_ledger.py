@@ -14,8 +14,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from course_lib import checks, ledger, ledger_page, lessons, plots_style
-
-PROJECT = Path(__file__).resolve().parent.parent
+from course_lib.common.project import PROJECT
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ import pytest
 import small
 
 from course_lib import installation, launch, live_tensors, orchestrate, runs
+from course_lib.common.project import PROJECT
 
 ADDRESS = {"account": "me", "partition": "batch", "image": "nemo:26.06"}
 
@@ -119,7 +120,7 @@ def test_the_plain_script_is_checked(tmp_path):
     script = orchestrate.sbatch("runs/a b/config.yaml", **ADDRESS)
     for text in (script, line):  # the doctor's own command, before anything of Megatron is imported
         assert text.index(installation.over_container()) < text.index("exec torchrun")
-    readme = (Path(orchestrate.__file__).parent.parent / "README.md").read_text()
+    readme = (PROJECT / "README.md").read_text()
     planned = orchestrate.docker_run("runs/NAME/config.yaml", image="nvcr.io/nvidia/nemo:26.06")
     assert textwrap.indent(planned, "   ") in readme, "the README has the same line"
     assert "'runs/a b/config.yaml'" in script and orchestrate.directives(script)["nodes"] == "1"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from course_lib import memory, recipes
+from course_lib.common.project import DATA
 
-ROWS = json.loads((Path(__file__).parent.parent / "data/published/memory.json").read_text(encoding="utf-8"))["rows"]
+ROWS = json.loads((DATA / "published/memory.json").read_text(encoding="utf-8"))["rows"]
 
 
 def rows(recipe: str) -> Any:

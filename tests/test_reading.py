@@ -13,6 +13,7 @@ import yaml
 from small import config
 
 from course_lib import accounting, health, launch, plots, plots_runs, runs, sweep
+from course_lib.common.project import DATA
 
 LINE = (
     " [2026-11-24 16:42:12] iteration        5/       5 | consumed samples:          160 | "
@@ -366,7 +367,7 @@ def test_figures_of_several_runs_say_what_they_show(tmp_path):
 
 def test_published_rates_have_a_source_and_an_accounting():
     """Each row names where it was read, and its FLOPs per token are one of the two accountings within 1%."""
-    data = json.loads((Path(__file__).parent.parent / "data" / "published" / "throughput.json").read_text())
+    data = json.loads((DATA / "published" / "throughput.json").read_text())
     for row in data["rows"]:
         assert row["source"] and data["read"]
         giga = row["tflops_per_gpu"] * 1e3 / row["tokens_per_second_per_gpu"]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from course_lib import recipes
+from course_lib.common.project import DATA
 
 IDS = ["meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-3B", "meta-llama/Meta-Llama-3-8B"]
 RECIPES = {
@@ -55,7 +56,7 @@ def test_every_value_has_a_source() -> None:
 def test_the_readme_names_every_table() -> None:
     """data/README.md lists each file with its model id."""
     for facts in recipes.known_models().values():
-        readme = (facts.path.parent.parent / "README.md").read_text(encoding="utf-8")
+        readme = (DATA / "README.md").read_text(encoding="utf-8")
         assert f"| `{facts.path.name}` | `{facts.model_id}` |" in readme
 
 

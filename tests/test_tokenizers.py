@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from pathlib import Path
 
 import pytest
 
 from course_lib import corpus, layout, recipes, tokenizers, vocabulary
+from course_lib.common.project import DATA
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_an_id_is_the_rank_plus_a_thousand(nemotron, megatron):
 
 def test_the_table_of_special_ids_is_what_the_packages_say(nemotron, megatron):
     """Sizes, the first names and the end of a document; the names that a third party reports are beyond this test."""
-    table = json.loads((Path(__file__).parent.parent / "data" / "nemotron_special_ids.json").read_text())
+    table = json.loads((DATA / "nemotron_special_ids.json").read_text())
     assert (table["vocab_size"], table["special_ids"]) == (nemotron.vocab_size, nemotron.special_ids)
     fast = tokenizers.load(nemotron.hugging_face)
     assert all(fast.id_to_token(number) == table["names"][str(number)] for number in range(3))

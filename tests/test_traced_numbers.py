@@ -12,8 +12,8 @@ from executed_lessons import executed
 from notebooks_made_here import clean, code, markdown
 
 from course_lib import bootstrap, lessons
+from course_lib.common.project import PROJECT
 
-PROJECT = Path(__file__).resolve().parent.parent
 DATA = traced_numbers.in_data(PROJECT / "data")
 PAGES = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "book").glob("*.md"))]
 LESSONS = lessons.listing()
