@@ -18,6 +18,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 __all__ = ["VERSION", "stand_in", "standing_in", "unless_alone"]
@@ -26,13 +27,22 @@ VERSION = "2.14"
 """The Transformer Engine whose layers these follow; Core asks before it takes one, such as a norm of queries."""
 
 
-def stand_in() -> None:
-    """Put the local classes in place; to be called before any other module imports the wrappers by name."""
+def stand_in(package: ModuleType) -> None:
+    """Put the local classes in place; to be called before any other module imports the wrappers by name.
+
+    Args:
+        package: What answers to Transformer Engine's name, and raises where one of its names is used.  It gives the
+            wrappers that have no local form theirs: Core's own are mocks, which would do nothing without a word.
+    """
+    from unittest.mock import NonCallableMock
+
     from megatron.core import utils
     from megatron.core.extensions import transformer_engine
     from packaging.version import Version
 
-    for name, kind in _classes().items():
+    mocks = [name for name, value in vars(transformer_engine).items() if isinstance(value, NonCallableMock)]
+    absent = {name: getattr(package, name) for name in mocks} | {"te": package}
+    for name, kind in (absent | _classes()).items():
         setattr(transformer_engine, name, kind)
     transformer_engine.HAVE_TE = True
     utils._te_version = Version(VERSION)
@@ -74,6 +84,7 @@ def _classes() -> dict[str, type]:
         set_tensor_model_parallel_attributes,
     )
     from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
     from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
     from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
@@ -227,6 +238,12 @@ def _classes() -> dict[str, type]:
         def forward(self, *args: Any, num_splits: int | None = None, **options: Any) -> torch.Tensor:
             return super().forward(*args, **options)
 
+    class TECudaRNGStatesTracker(CudaRNGStatesTracker):
+        """Core's own, whose states are generators."""
+
+        def __init__(self, is_inference_rng_tracker: bool = False) -> None:
+            super().__init__(use_cudagraphable_rng=True, is_inference_rng_tracker=is_inference_rng_tracker)
+
     kinds = (
         TENorm,
         TELinear,
@@ -234,6 +251,7 @@ def _classes() -> dict[str, type]:
         TELayerNormColumnParallelLinear,
         TERowParallelLinear,
         TEDotProductAttention,
+        TECudaRNGStatesTracker,
     )
     for kind in kinds:
         kind.__module__, kind.__qualname__ = transformer_engine.__name__, kind.__name__

@@ -270,15 +270,14 @@ def _put_stand_ins() -> None:
     # Megatron Core must record that Transformer Engine is absent before something answers to its name.
     importlib.import_module("megatron.core.fp8_utils")
     importlib.import_module("megatron.core.extensions.transformer_engine")
-    missing = missing_modules()
-    if "transformer_engine" in missing and sys.modules.get("transformer_engine") is None:
-        local_layers.stand_in()
-    for name in missing:
+    for name in missing_modules():
         if sys.modules.get(name) is not None:  # called before: a second one would have other classes of the same names
             continue
         module = _empty_module(name)
         for child in _MODULES[name][1]:
             setattr(module, child, _empty_module(f"{name}.{child}"))
+        if name == "transformer_engine":
+            local_layers.stand_in(module)
 
 
 def _empty_module(name: str) -> types.ModuleType:

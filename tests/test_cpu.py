@@ -196,6 +196,7 @@ def test_cuda_shaped_calls_land_on_the_cpu(in_ranks, tmp_path):
 def rank_random(_: str) -> None:
     """A GPU's machine has two streams."""
     import torch
+    from megatron.core.extensions.transformer_engine import TECudaRNGStatesTracker
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker, model_parallel_cuda_manual_seed
 
     def draw() -> torch.Tensor:
@@ -226,8 +227,8 @@ def rank_random(_: str) -> None:
     )
     assert isinstance(generator, torch.Generator) and hasattr(torch.Generator, "graphsafe_get_state")
 
-    for graph_safe in (False, True):
-        tracker = CudaRNGStatesTracker(use_cudagraphable_rng=graph_safe)
+    trackers = [CudaRNGStatesTracker(use_cudagraphable_rng=graph_safe) for graph_safe in (False, True)]
+    for tracker in [*trackers, TECudaRNGStatesTracker()]:
         tracker.add("one", 1)
         tracker.add("two", 2)
         torch.manual_seed(5)

@@ -149,6 +149,18 @@ def test_a_published_model_has_its_parameters(bridge: Any, monkeypatch: pytest.M
     assert named["decoder.layers.0.mlp.linear_fc1.layer_norm_weight"] == hidden
 
 
+def test_what_has_no_local_form_says_so_when_it_is_used(bridge: Any) -> None:
+    """No name of Core's wrappers is left a mock, which would take any argument and do nothing."""
+    from unittest.mock import NonCallableMock
+
+    from megatron.core.extensions import transformer_engine
+
+    assert [n for n, value in vars(transformer_engine).items() if isinstance(value, NonCallableMock)] == []
+    for use in (transformer_engine.TEDelayedScaling, transformer_engine.te.pytorch.Linear):
+        with pytest.raises(RuntimeError, match="needs a package that is not installed here"):
+            use()
+
+
 def test_the_planner_takes_local_layers_where_transformer_engine_is_installed(
     bridge: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
