@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from course_lib.layout_sizes import Fields
+from course_lib.common.config import Fields
 from course_lib.parameters import mixers
 
 if TYPE_CHECKING:

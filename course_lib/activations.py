@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from course_lib.common.config import changed
 from course_lib.layout import Layout
 
 if TYPE_CHECKING:
@@ -81,11 +82,8 @@ def activations(cfg: Any, *, ranks: int, stage: int = 0) -> Activations:
     kept, loss = _kept(cfg, ranks=ranks, stage=stage)
     recomputed = 0
     if cfg.model.recompute_granularity:
-        import copy
-
-        plain = copy.copy(cfg)
-        plain.model = copy.copy(cfg.model)
-        plain.model.recompute_granularity = plain.model.recompute_method = plain.model.recompute_num_layers = None
+        nothing = dict.fromkeys(("granularity", "method", "num_layers"))
+        plain = changed(cfg, {f"model.recompute_{name}": value for name, value in nothing.items()})
         layers, _ = _kept(plain, ranks=ranks, stage=stage)
         recomputed = _brought_back(layers, kept, cfg.model)
     by_part: dict[str, int] = {}
@@ -126,15 +124,11 @@ def as_a_gpu_has_it(cfg: Any) -> Any:
 
     Source: megatron-bridge 0.6.2 ``training/config.py`` ``runtime_config_update``.
     """
-    import copy
-
     from megatron.bridge.training.mixed_precision import get_mixed_precision_config
 
-    mine = copy.copy(cfg)
-    for section in ("model", "optimizer", "ddp"):
-        setattr(mine, section, copy.copy(getattr(cfg, section)))
+    mine = changed(cfg, {})
     if cfg.mixed_precision:
-        mixed = copy.copy(get_mixed_precision_config(cfg.mixed_precision))
+        mixed = changed(get_mixed_precision_config(cfg.mixed_precision), {})
         mixed.finalize()
         mixed.setup(mine.model, mine.optimizer, mine.ddp)
     shared = mine.ddp.use_distributed_optimizer or mine.optimizer.use_distributed_optimizer

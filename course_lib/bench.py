@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from course_lib import runs
+from course_lib.common.config import changed as copied_with
 from course_lib.common.project import PROJECT
 
 __all__ = ["Figure", "UnknownPart", "changed", "figure", "main", "parts"]
@@ -178,10 +179,8 @@ def changed(config: Path, **fields: object) -> Path:
     """A copy of a configuration file with some top-level or nested scalar fields changed, as `section__field`."""
     import yaml
 
-    content = yaml.safe_load(config.read_text())
-    for name, value in fields.items():
-        section, field = name.split("__")
-        content[section][field] = value
+    values = {name.replace("__", "."): value for name, value in fields.items()}
+    content = copied_with(yaml.safe_load(config.read_text()), values)
     path = config.with_name("-".join([config.stem, *map(str, fields.values())]) + ".yaml")
     path.write_text(yaml.safe_dump(content))
     return path

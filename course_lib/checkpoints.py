@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from course_lib import configuration
-from course_lib.layout_sizes import Fields
+from course_lib.common.config import Fields
 from course_lib.layout_vocabulary import embedding_rows
 from course_lib.runs import ConfigError, Run
 

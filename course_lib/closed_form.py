@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from math import ceil, lcm
 from typing import TYPE_CHECKING, Any
 
+from course_lib.common.config import Fields
 from course_lib.layout import embedding_rows, stage_layers
-from course_lib.layout_sizes import Fields, Layout
+from course_lib.layout_sizes import Layout
 from course_lib.layout_stages import interleaves_unsaid
-from course_lib.parameters import head_channels, layer_weights
+from course_lib.parameters import layer_weights
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -155,7 +156,7 @@ def _rows(
         yield "forward", operation, "tp", tp, size_bytes, times * m * last, f"loss: {why}"
     heads = fields.model("num_attention_heads")
     groups = fields.model("num_query_groups", heads)
-    channels = head_channels(fields)
+    channels = fields.head_channels
     keys = cp * sequence * micro * groups * channels // tp * element_bytes
     yield "forward", "all_gather", "cp", cp, keys, 2 * m * layers, "keys, and values, of the whole sequence"
     yield "backward", "reduce_scatter", "cp", cp, keys, 2 * m * layers, "their gradients, to the rank that has them"

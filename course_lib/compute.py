@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from course_lib.accounting import flops_per_token
+from course_lib.common.config import Fields, changed
 from course_lib.common.project import DATA
 from course_lib.layout import Layout
-from course_lib.layout_sizes import Fields
-from course_lib.parameters import head_channels, mixers
+from course_lib.parameters import mixers
 from course_lib.units import GB, MiB
 
 if TYPE_CHECKING:
@@ -128,16 +128,19 @@ def sent_bytes(cfg: Any, *, ranks: int) -> dict[str, float]:
     Raises:
         NotCounted: For models that the closed form does not cover.
     """
-    import copy
-
     from course_lib import collectives, meta_model
 
     layout, formats = Layout.from_config(cfg, ranks=ranks), meta_model.precision(cfg)
-    cp, plain = layout.context_parallel_size, copy.copy(cfg)
-    plain.model, plain.train = copy.copy(cfg.model), copy.copy(cfg.train)
-    plain.model.context_parallel_size, plain.model.recompute_granularity = 1, None
-    plain.model.seq_length = cfg.model.seq_length // cp
-    plain.train.global_batch_size = cfg.train.global_batch_size * cp  # as many micro-batches as before
+    cp = layout.context_parallel_size
+    plain = changed(
+        cfg,
+        {
+            "model.context_parallel_size": 1,
+            "model.recompute_granularity": None,
+            "model.seq_length": cfg.model.seq_length // cp,
+            "train.global_batch_size": cfg.train.global_batch_size * cp,  # as many micro-batches as before
+        },
+    )
     rows = collectives.expected(plain, ranks=ranks, element_bytes=formats.weights, gradient_bytes=formats.gradients)
     if cfg.model.recompute_granularity == "full":
         rows = rows.assign(
@@ -148,7 +151,7 @@ def sent_bytes(cfg: Any, *, ranks: int) -> dict[str, float]:
         cfg.model,
         cfg.train.global_batch_size / (cfg.train.micro_batch_size * layout.data_parallel_size),
     )
-    groups, channels = model.num_query_groups or model.num_attention_heads, head_channels(Fields.of(cfg))
+    groups, channels = model.num_query_groups or model.num_attention_heads, Fields.of(cfg).head_channels
     keys = plain.model.seq_length * cfg.train.micro_batch_size * 2 * groups * channels * formats.weights
     layers = model.num_layers / layout.pipeline_model_parallel_size
     return {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import difflib
 import functools
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from course_lib import files, stack
+from course_lib.common.config import changed
 from course_lib.credentials import secrets
 from course_lib.runs import ConfigError
 
@@ -323,11 +323,11 @@ def write_config(cfg: ConfigContainer, path: Path, places: dict[str, str | None]
     Raises:
         ConfigError: If an access token stands in it; no file is left then.
     """
-    mine = copy.copy(cfg)
-    mine.checkpoint, mine.logger = copy.copy(cfg.checkpoint), copy.copy(cfg.logger)
-    for field, value in places.items():
-        setattr(mine.checkpoint, field, value)
-    mine.logger.tensorboard_dir = None  # the run directory records the same numbers
+    mine = changed(
+        cfg,
+        {f"checkpoint.{field}": value for field, value in places.items()}
+        | {"logger.tensorboard_dir": None},  # the run directory records the same numbers
+    )
     with files.replacing(path / "config.yaml") as half:
         mine.to_yaml(str(half))
         _refuse_secrets(half)

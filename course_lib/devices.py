@@ -7,11 +7,11 @@ complete: what a rank really used differs from `config.yaml` in exactly these fi
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from course_lib.common.config import Fields, assign, changed, has, value
 from course_lib.common.project import untested_allowed
 
 if TYPE_CHECKING:
@@ -165,14 +165,6 @@ def _context(cfg: object) -> object:
     return "all_gather" if (cfg.model.context_parallel_size or 1) > 1 else cfg.model.cp_comm_type
 
 
-def _holder(cfg: object, path: str) -> tuple[object, str] | None:
-    """The object that has the field, or `None` if this configuration has no such field."""
-    *parents, name = path.split(".")
-    for parent in parents:
-        cfg = getattr(cfg, parent, None)
-    return (cfg, name) if cfg is not None and hasattr(cfg, name) else None
-
-
 def differences(cfg: object, device: str = "cpu") -> list[Difference]:
     """Which fields of this configuration the ranks change.
 
@@ -185,10 +177,9 @@ def differences(cfg: object, device: str = "cpu") -> list[Difference]:
     """
     found = []
     for field in GPU_FIELDS if device == "cuda" else FIELDS:
-        holder = _holder(cfg, field.path)
-        if holder is None:
+        if not has(cfg, field.path):
             continue
-        now = getattr(*holder)
+        now = value(cfg, field.path)
         then = field.becomes(cfg) if isinstance(field.becomes, Callable) else field.becomes
         if now is not then and now != then:
             found.append(Difference(field.path, now, then, field.why))
@@ -230,7 +221,6 @@ def refuse_what_cannot_train(cfg: object, device: str) -> None:
     Raises:
         ConfigError: Names the family, the reason and what would run instead.
     """
-    from course_lib.layout_sizes import Fields
     from course_lib.runs import ConfigError
 
     fields = Fields.of(cfg)
@@ -274,19 +264,14 @@ def _name(value: object) -> str:
 
 def apply(cfg: object, device: str = "cpu") -> list[Difference]:
     """Set the values of a device's ranks in place and return what changed, as `differences()` would say it."""
-    changed = differences(cfg, device)
-    for difference in changed:
-        setattr(*_holder(cfg, difference.field), difference.in_ranks)
-    return changed
+    found = differences(cfg, device)
+    assign(cfg, {each.field: each.in_ranks for each in found})
+    return found
 
 
 def applied(cfg: object, device: str = "cpu") -> object:
     """A copy of the configuration as ranks see it; `cfg` itself stays as it is."""
-    mine = copy.copy(cfg)
-    for section in {field.path.split(".")[0] for field in FIELDS if "." in field.path}:
-        setattr(mine, section, copy.copy(getattr(cfg, section)))
-    apply(mine, device)
-    return mine
+    return changed(cfg, {each.field: each.in_ranks for each in differences(cfg, device)})
 
 
 def table(cfg: object, device: str = "cpu") -> pd.DataFrame:

@@ -9,7 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from course_lib import recipes, runs, stack, warm
+from course_lib import runs, stack, warm
+from course_lib.common.config import flatten
 
 __all__ = ["digest", "find", "note"]
 
@@ -28,7 +29,7 @@ def digest(cfg: Any, ranks: int) -> str:
         path = Path(folder) / "config.yaml"
         cfg.to_yaml(str(path))
         text = path.read_text()
-    leaves = {str(leaf) for leaf in _leaves(recipes.flatten(cfg)) if isinstance(leaf, str | Path)} - {"", "."}
+    leaves = {str(leaf) for leaf in _leaves(flatten(cfg)) if isinstance(leaf, str | Path)} - {"", "."}
     data = [_stamp(value) for value in sorted(leaves)]
     whole = json.dumps([text, data, ranks, stack.device(ranks), stack.versions(), _engine()])
     return hashlib.sha256(whole.encode()).hexdigest()

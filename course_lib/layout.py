@@ -14,8 +14,9 @@ from itertools import product
 from math import prod
 from typing import Any
 
+from course_lib.common.config import Fields
 from course_lib.layout_rules import refusals
-from course_lib.layout_sizes import Fields, Layout, LayoutError, Refusal, divisors
+from course_lib.layout_sizes import Layout, LayoutError, Refusal, divisors
 from course_lib.layout_stages import stage_layers
 from course_lib.layout_vocabulary import embedding_rows, padded_vocab_size
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import lcm
 
-from course_lib.layout_sizes import Fields, Layout, LayoutError, Refusal, divisors, next_multiple
+from course_lib.common.config import Fields
+from course_lib.layout_sizes import Layout, LayoutError, Refusal, divisors, next_multiple
 from course_lib.layout_stages import stage_layers
 from course_lib.layout_vocabulary import padded_vocab_size, rows_follow_the_tokenizer
-from course_lib.parameters import head_channels
 
 __all__ = ["refusals"]
 
@@ -200,7 +200,7 @@ def _attention(layout: Layout, fields: Fields) -> Iterator[Refusal]:
     if heads % groups:
         field, message = "model.num_query_groups", f"{groups} query groups do not divide {heads} query heads"
         yield Refusal(field, message, changes=tuple({field: number} for number in divisors(heads)))
-    channels = head_channels(fields)
+    channels = fields.head_channels
     rows = channels * (heads + 2 * groups)
     if not heads % tensor and rows % tensor:
         yield Refusal(

@@ -8,7 +8,9 @@ from dataclasses import dataclass, fields, replace
 from math import ceil, prod
 from typing import Any
 
-__all__ = ["Fields", "Layout", "LayoutError", "Refusal", "divisors", "either", "next_multiple"]
+from course_lib.common.config import Fields
+
+__all__ = ["Layout", "LayoutError", "Refusal", "divisors", "either", "next_multiple"]
 
 
 @dataclass(frozen=True)
@@ -55,47 +57,6 @@ class LayoutError(ValueError):
     def __init__(self, *refusals: Refusal) -> None:
         self.refusals = refusals
         super().__init__("\n".join(["this layout cannot run:", *(f"  - {refusal}" for refusal in refusals)]))
-
-
-@dataclass(frozen=True)
-class Fields:
-    """Reads the same fields from a ``ConfigContainer``, a provider, or mappings of either (``config.yaml``).
-
-    Attributes:
-        cfg: The configuration.
-        changed: Values by dotted name, such as ``model.num_layers``, that replace those of ``cfg``.
-    """
-
-    cfg: Any
-    changed: Mapping[str, Any] | None = None
-
-    @classmethod
-    def of(cls, cfg: Any) -> Fields:
-        """Wrap a configuration, unless it is wrapped already."""
-        return cfg if isinstance(cfg, Fields) else cls(cfg)
-
-    @property
-    def is_container(self) -> bool:
-        """Whether this is a whole configuration, not a model alone."""
-        return _read(self.cfg, "model") is not None
-
-    def get(self, section: str, name: str, default: Any = None) -> Any:
-        """A field of a section; ``default`` if either is missing or None."""
-        value = _read(self.changed, f"{section}.{name}", _read(_read(self.cfg, section), name))
-        return default if value is None else value
-
-    def model(self, name: str, default: Any = None) -> Any:
-        """A field of the model; Bridge's newer model configs keep some of them under ``transformer``."""
-        model = _read(self.cfg, "model") if self.is_container else self.cfg
-        given = _read(model, name)
-        value = _read(
-            self.changed, f"model.{name}", _read(_read(model, "transformer"), name) if given is None else given
-        )
-        return default if value is None else value
-
-
-def _read(holder: Any, name: str, default: Any = None) -> Any:
-    return holder.get(name, default) if isinstance(holder, (dict, Mapping)) else getattr(holder, name, default)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from course_lib.layout_sizes import Fields, LayoutError, Refusal, divisors
+from course_lib.common.config import Fields
+from course_lib.layout_sizes import LayoutError, Refusal, divisors
 
 __all__ = ["stage_layers"]
 

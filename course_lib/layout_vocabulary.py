@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from course_lib.layout_sizes import Fields, next_multiple
+from course_lib.common.config import Fields
+from course_lib.layout_sizes import next_multiple
 
 __all__ = ["embedding_rows", "padded_vocab_size", "rows_follow_the_tokenizer"]
 

@@ -20,6 +20,7 @@ from course_lib.activations import (
     refuse,
     refuse_what_is_not_counted,
 )
+from course_lib.common.config import changed
 from course_lib.layout import Layout, embedding_rows
 from course_lib.units import gib
 
@@ -259,18 +260,11 @@ def with_layout(cfg: Any, *, tp: int = 1, pp: int = 1, cp: int = 1, ep: int = 1,
         The copy.
 
     Raises:
-        AttributeError: If the model has no such field.
+        UnknownField: If the model has no such field.
     """
-    import copy
-
-    mine = copy.copy(cfg)
-    mine.model, mine.train = copy.copy(cfg.model), copy.copy(cfg.train)
     sizes = {"tensor_model": tp, "pipeline_model": pp, "context": cp, "expert_model": ep}
-    for name, value in ({f"{key}_parallel_size": size for key, size in sizes.items()} | model_fields).items():
-        if not hasattr(mine.model, name):
-            raise AttributeError(f"cfg.model has no field {name!r}")
-        setattr(mine.model, name, value)
-    return mine
+    given = {f"{key}_parallel_size": size for key, size in sizes.items()} | model_fields
+    return changed(cfg, {f"model.{name}": value for name, value in given.items()})
 
 
 def bridge_estimate(cfg: Any, *, ranks: int) -> dict[str, float]:
@@ -282,13 +276,10 @@ def bridge_estimate(cfg: Any, *, ranks: int) -> dict[str, float]:
 
     Source: megatron-bridge 0.6.2 ``training/utils/theoretical_memory_utils.py``.
     """
-    import copy
-
     from megatron.bridge.training.utils.theoretical_memory_utils import estimate_training_memory
 
-    layout, mine = Layout.from_config(cfg, ranks=ranks), copy.copy(cfg)
-    mine.model = copy.copy(cfg.model)
-    mine.model.vocab_size, mine.model.should_pad_vocab = embedding_rows(cfg), False
+    layout = Layout.from_config(cfg, ranks=ranks)
+    mine = changed(cfg, {"model.vocab_size": embedding_rows(cfg), "model.should_pad_vocab": False})
     mine.data_parallel_size = layout.data_parallel_size  # Bridge's validate() sets it when a run starts
     microbatches = cfg.train.global_batch_size // (cfg.train.micro_batch_size * layout.data_parallel_size)
     found = estimate_training_memory(mine, num_microbatches=microbatches)

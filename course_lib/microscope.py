@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import mmap
 import struct
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from course_lib import files
-from course_lib.layout_sizes import Fields
+from course_lib.common.config import Fields, changed
 from course_lib.layout_vocabulary import embedding_rows
 from course_lib.quiet import quietly
 
@@ -265,9 +264,8 @@ def datasets(cfg: Any, *, cache: Path) -> tuple[Any, Any, Any]:
     from megatron.bridge.data.utils import pretrain_train_valid_test_datasets_provider
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
-    mine = copy.deepcopy(cfg.dataset)
     with quietly():
-        mine.tokenizer, mine.path_to_cache = build_tokenizer(cfg.tokenizer), str(cache)
+        mine = changed(cfg.dataset, {"tokenizer": build_tokenizer(cfg.tokenizer), "path_to_cache": str(cache)})
         mine.finalize()
         return pretrain_train_valid_test_datasets_provider(list(get_train_valid_test_num_samples(cfg)), mine)
 

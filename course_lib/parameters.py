@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from course_lib.layout_sizes import Fields
+from course_lib.common.config import Fields
 
-__all__ = ["Mixers", "head_channels", "layer_weights", "mixers", "parameter_count"]
+__all__ = ["Mixers", "layer_weights", "mixers", "parameter_count"]
 
 
 def parameter_count(model: Any, *, vocab_size: int | None = None) -> int:
@@ -62,7 +62,7 @@ def parameter_count(model: Any, *, vocab_size: int | None = None) -> int:
     rows = vocab_size if vocab_size is not None else get("vocab_size")
     if rows is None:
         raise ValueError("the model has no vocab_size: give vocab_size=")
-    channels = head_channels(fields)
+    channels = fields.head_channels
     layer = layer_weights(fields) + 2 * hidden
     if get("add_qkv_bias", False):
         layer += channels * (heads + 2 * groups)
@@ -70,11 +70,6 @@ def parameter_count(model: Any, *, vocab_size: int | None = None) -> int:
         layer += 2 * channels
     embeddings = rows * hidden * (1 if get("share_embeddings_and_output_weights", True) else 2)
     return embeddings + layers * layer + hidden
-
-
-def head_channels(fields: Fields) -> int:
-    """Channels of one attention head: the model's ``kv_channels``, or its width shared by its heads."""
-    return fields.model("kv_channels") or fields.model("hidden_size", 0) // fields.model("num_attention_heads")
 
 
 def layer_weights(fields: Fields) -> int:
@@ -85,7 +80,7 @@ def layer_weights(fields: Fields) -> int:
     """
     get = fields.model
     hidden, heads = get("hidden_size"), get("num_attention_heads")
-    channels, groups = head_channels(fields), get("num_query_groups", heads)
+    channels, groups = fields.head_channels, get("num_query_groups", heads)
     matrices = 3 if get("gated_linear_unit", False) else 2
     return hidden * channels * (2 * heads + 2 * groups) + matrices * hidden * get("ffn_hidden_size", 4 * hidden)
 
@@ -183,7 +178,7 @@ def _attention(fields: Fields) -> tuple[int, int]:
     get = fields.model
     hidden, heads = get("hidden_size"), get("num_attention_heads")
     if not get("multi_latent_attention", False):
-        each, groups = head_channels(fields), get("num_query_groups", heads)
+        each, groups = fields.head_channels, get("num_query_groups", heads)
         gate = heads if get("attention_output_gate", False) else 0
         return hidden * each * (2 * heads + 2 * groups + gate), 2 * heads * each
     keys, turned, values = get("qk_head_dim", 128), get("qk_pos_emb_head_dim", 64), get("v_head_dim", 128)

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from course_lib import compute, memory, plots_style
+from course_lib.common.config import Fields, changed
 from course_lib.layout import LayoutError
-from course_lib.layout_sizes import Fields
 from course_lib.layout_vocabulary import rows_follow_the_tokenizer
 from course_lib.units import gib
 
@@ -184,29 +184,28 @@ def frames(choices: Mapping[str, tuple[str, Any]], plans: Mapping[str, memory.Pl
 
 def chosen(cfg: Any, choice: Mapping[str, Any]) -> Any:
     """A configuration with the values of the planner's controls; the one given stays as it is."""
-    import copy
-
-    mine = memory.with_layout(
-        cfg,
-        tp=choice["tp"],
-        pp=choice["pp"],
-        cp=choice["cp"],
-        seq_length=choice["sequence"],
-        sequence_parallel=choice["tp"] > 1,
-        **RECOMPUTE[choice["recompute"]],
-    )
-    mine.dataset = copy.copy(cfg.dataset)
-    mine.dataset.seq_length = choice["sequence"]
-    mine.train.micro_batch_size, mine.train.global_batch_size = choice["micro"], choice["batch"]
+    values = {
+        "model.tensor_model_parallel_size": choice["tp"],
+        "model.pipeline_model_parallel_size": choice["pp"],
+        "model.context_parallel_size": choice["cp"],
+        "model.expert_model_parallel_size": 1,
+        "model.seq_length": choice["sequence"],
+        "model.sequence_parallel": choice["tp"] > 1,
+        "dataset.seq_length": choice["sequence"],
+        "train.micro_batch_size": choice["micro"],
+        "train.global_batch_size": choice["batch"],
+        "mixed_precision": choice["precision"],
+    } | {f"model.{name}": value for name, value in RECOMPUTE[choice["recompute"]].items()}
     if choice["precision"] == "fp32":
         import torch
 
-        mine.mixed_precision = None
-        mine.model.bf16 = mine.model.fp16 = False
-        mine.model.params_dtype = torch.float32
-    else:
-        mine.mixed_precision = choice["precision"]
-    return mine
+        values |= {
+            "mixed_precision": None,
+            "model.bf16": False,
+            "model.fp16": False,
+            "model.params_dtype": torch.float32,
+        }
+    return changed(cfg, values)
 
 
 def _frame(plan: memory.Plan, gpu: compute.Gpu) -> tuple[bytes, str]:

@@ -6,12 +6,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
-from enum import Enum
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from course_lib.common.config import diff, flatten
 from course_lib.model_facts import ModelFacts, UnknownModel, known_models, offline
 from course_lib.parameters import parameter_count
 
@@ -30,7 +27,6 @@ __all__ = [
     "shrink",
 ]
 
-_ABSENT = "(absent)"
 _HEADLINES = (
     "model.num_layers",
     "model.hybrid_layer_pattern",
@@ -57,49 +53,6 @@ _HEADLINES = (
     "tokenizer.tokenizer_type",
     "tokenizer.tokenizer_model",
 )
-
-
-def flatten(cfg: Any) -> dict[str, Any]:
-    """Every setting of a configuration under its dotted name.
-
-    Args:
-        cfg: A Bridge ``ConfigContainer``, any dataclass, or nested mappings (``config.yaml`` read back).
-
-    Returns:
-        Values by name.  Functions, types and torch dtypes become text, so that two results can be compared.
-
-    >>> flatten({"train": {"train_iters": 10, "sizes": [1, 2]}, "peft": None})
-    {'train.train_iters': 10, 'train.sizes': [1, 2], 'peft': None}
-    """
-    flat: dict[str, Any] = {}
-    for name, value in _children(cfg):
-        children = dict(_children(value))
-        flat |= {f"{name}.{key}": leaf for key, leaf in flatten(children).items()} if children else {name: _leaf(value)}
-    return flat
-
-
-def diff(before: Any, after: Any) -> pd.DataFrame:
-    """Which settings differ between two configurations?
-
-    Args:
-        before: As for :func:`flatten`, or its result.
-        after: The same.
-
-    Returns:
-        One row a setting with columns ``field``, ``before``, ``after``, in the order of ``before``.
-
-    >>> diff({"train": {"a": 1, "b": 2}}, {"train": {"a": 1, "b": 3}}).values.tolist()
-    [['train.b', 2, 3]]
-    """
-    import pandas as pd
-
-    old, new = flatten(before), flatten(after)
-    rows = [
-        (name, old.get(name, _ABSENT), new.get(name, _ABSENT))
-        for name in {**old, **new}
-        if name not in old or name not in new or not _same(old[name], new[name])
-    ]
-    return pd.DataFrame(rows, columns=["field", "before", "after"], dtype=object)
 
 
 def describe(cfg: Any) -> pd.DataFrame:
@@ -200,37 +153,3 @@ def shrink(
     if vocab_size is not None:
         cfg.tokenizer.vocab_size = vocab_size
     return diff(before, cfg)
-
-
-def _children(value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        yield from ((str(name), child) for name, child in value.items())
-    elif is_dataclass(value) and not isinstance(value, type):
-        for field in fields(value):
-            # A leading underscore is Bridge's own bookkeeping (process groups, hooks), not a setting.
-            if not field.name.startswith("_"):
-                yield field.name, getattr(value, field.name, _ABSENT)
-
-
-def _leaf(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return [_leaf(item) for item in value]
-    if isinstance(value, Enum):
-        return value.name
-    if isinstance(value, partial):
-        return f"partial({_leaf(value.func)}, {[_leaf(item) for item in value.args]}, {value.keywords})"
-    if callable(value) and hasattr(value, "__qualname__"):
-        return f"{value.__module__}.{value.__qualname__}"
-    if type(value).__module__ == "torch":  # torch.float32 and friends, without importing torch
-        return str(value)
-    return value
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Equality that also tells 1 from True and 1 from 1.0: YAML and Megatron do."""
-    if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(map(_same, one, other))
-    try:
-        return type(one) is type(other) and bool(one == other)
-    except (TypeError, ValueError, RuntimeError):  # arrays and the like
-        return one is other

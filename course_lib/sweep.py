@@ -7,7 +7,6 @@ difference beyond that is called one.
 
 from __future__ import annotations
 
-import copy
 import math
 import statistics
 import time
@@ -15,7 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from course_lib import finished, launch, layout, live, progress, recipes, runs
+from course_lib import finished, launch, layout, live, progress, runs
+from course_lib.common.config import changed, diff
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -121,7 +121,7 @@ def one_change(before: Any, after: Any, *, tied: Sequence[str] = ()) -> Change:
     >>> print(one_change({"optimizer": {"lr": 1e-3}}, {"optimizer": {"lr": 2e-3}}))
     optimizer.lr: 0.001 -> 0.002
     """
-    table = recipes.diff(before, after)
+    table = diff(before, after)
     free = table[~table["field"].isin(tied)]
     changes = [Change(*row) for row in free.itertuples(index=False, name=None)]
     if not changes:
@@ -142,9 +142,7 @@ def seeded(cfg: Any, seed: int) -> Any:
         cfg: Bridge's `ConfigContainer`; it stays as it is.
         seed: A positive number; Bridge refuses others.
     """
-    mine = copy.deepcopy(cfg)
-    mine.rng.seed = mine.dataset.random_seed = seed
-    return mine
+    return changed(cfg, {"rng.seed": seed, "dataset.random_seed": seed})
 
 
 def repeat(

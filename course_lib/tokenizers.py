@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from course_lib import files
-from course_lib.layout_sizes import Fields
+from course_lib.common.config import Fields
 
 __all__ = [
     "END_OF_DOCUMENT",

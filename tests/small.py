@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from course_lib.common.config import assign
+
 
 def config(*, tp: int = 2, pp: int = 1, train_iters: int = 3, **fields: Any) -> Any:
     """A configuration of about 0.8 million parameters on mock data; `fields` are dotted names with `__` for dots."""
@@ -24,11 +26,5 @@ def config(*, tp: int = 2, pp: int = 1, train_iters: int = 3, **fields: Any) -> 
     cfg.logger.log_interval = 1
     cfg.optimizer.lr, cfg.scheduler.lr_warmup_iters = 1e-3, 1
     cfg.ddp.use_distributed_optimizer = cfg.optimizer.use_distributed_optimizer = False
-    for name, value in fields.items():
-        holder = cfg
-        *parents, last = name.split("__")
-        for parent in parents:
-            holder = getattr(holder, parent)
-        assert hasattr(holder, last), f"{name} is no field"
-        setattr(holder, last, value)
+    assign(cfg, {name.replace("__", "."): value for name, value in fields.items()})
     return cfg

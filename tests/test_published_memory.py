@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from typing import Any
 
 import pytest
 
 from course_lib import memory, recipes
+from course_lib.common.config import changed
 from course_lib.common.project import DATA
 
 ROWS = json.loads((DATA / "published/memory.json").read_text(encoding="utf-8"))["rows"]
@@ -41,9 +41,7 @@ def test_eight_bit_layers_keep_what_was_published(bridge: Any, row: dict[str, An
 
     planned = gigabytes(cfg)
     assert planned == pytest.approx(row["peak_gb"], rel=0.02 if row["tp"] == 4 else 0.15)
-    wide = copy.copy(cfg)
-    wide.mixed_precision = copy.copy(cfg.mixed_precision)
-    wide.mixed_precision.fp8, wide.mixed_precision.fp8_param = None, False
+    wide = changed(cfg, {"mixed_precision.fp8": None, "mixed_precision.fp8_param": False})
     assert gigabytes(wide) > 1.04 * planned
 
 
