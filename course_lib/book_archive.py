@@ -5,7 +5,7 @@ from __future__ import annotations
 import zipfile
 from pathlib import Path
 
-from course_lib import files
+from course_lib.common import files
 
 __all__ = ["FOLDER", "pack"]
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from course_lib.common.units import format_number
 from course_lib.ledger import LedgerError, attempted, measured, predict, reset, table
-from course_lib.units import format_number
 
 __all__ = [
     "ClaimFailed",

@@ -11,8 +11,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from course_lib.closed_form import KEY, NotCounted, expected
+from course_lib.common.units import format_bytes
 from course_lib.layout import rank_grid
-from course_lib.units import format_bytes
 
 if TYPE_CHECKING:
     import pandas as pd

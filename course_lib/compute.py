@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from course_lib.accounting import flops_per_token
 from course_lib.common.config import Fields, changed
 from course_lib.common.project import DATA
+from course_lib.common.units import GB, MiB
 from course_lib.layout import Layout
 from course_lib.parameters import mixers
-from course_lib.units import GB, MiB
 
 if TYPE_CHECKING:
     import pandas as pd

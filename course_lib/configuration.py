@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from course_lib import files, stack
+from course_lib import stack
+from course_lib.common import files
 from course_lib.common.config import changed
 from course_lib.credentials import secrets
 from course_lib.runs import ConfigError

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import shutil
 import statistics
 import sys
 from collections import Counter
@@ -22,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from course_lib import corpus_sources
+from course_lib.common import files
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -206,35 +205,21 @@ def build(documents: Iterable[corpus_sources.Document], directory: Path, *, held
     documents = _named(documents)
     if directory.exists() and any(directory.iterdir()) and not _is_corpus(directory):
         raise ValueError(f"{directory} holds files that are no corpus: name an empty or a new directory")
-    half = directory.with_name(f".{directory.name}.{os.getpid()}")
-    half.mkdir(parents=True)
-    try:
+    with files.replacing_folder(directory) as half:
         steps, groups = _write_cleaned(documents, half / "all.jsonl")
         split_of = _split(groups, held_out_percent)
-        files = _write_splits(half, split_of)
+        written = _write_splits(half, split_of)
         (half / "all.jsonl").unlink()
         modules = {split: sorted(name for name, where in split_of.items() if where == split) for split in SPLITS}
         manifest = {
             "python": sys.version.split()[0],
             "held_out_percent": held_out_percent,
-            "sources": sorted({name.split(".")[0] for name in files}),
+            "sources": sorted({name.split(".")[0] for name in written}),
             "steps": steps,
-            "files": files,
+            "files": written,
             "modules": modules,
         }
         (half / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        before = half.with_name(f"{half.name}.before")
-        if directory.exists():
-            os.replace(directory, before)
-        try:
-            os.replace(half, directory)
-        except BaseException:
-            if before.exists() and not directory.exists():
-                os.replace(before, directory)
-            raise
-        shutil.rmtree(before, ignore_errors=True)
-    finally:
-        shutil.rmtree(half, ignore_errors=True)
     return Built(directory)
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from course_lib import corpus
-from course_lib.units import format_bytes
+from course_lib.common.units import format_bytes
 
 __all__ = ["TINY_STORIES", "Offer", "build", "describe"]
 
@@ -76,9 +76,9 @@ def build(offer: Offer, directory: Path) -> corpus.Built:
     from huggingface_hub import hf_hub_download
 
     found = Path(hf_hub_download(offer.repository, offer.file, repo_type="dataset", revision=offer.revision))
-    folder = directory.with_name(f".{directory.name}.{os.getpid()}.downloaded")
-    folder.mkdir(parents=True)
-    try:
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as name:
+        folder = Path(name)
         if found.suffix == ".txt":
             texts = [text.strip() for text in found.read_text(encoding="utf-8").split(SEPARATOR)]
             lines = [json.dumps({"text": text}) for text in texts if text]
@@ -86,5 +86,3 @@ def build(offer: Offer, directory: Path) -> corpus.Built:
         else:
             shutil.copyfile(found, folder / found.name)
         return corpus.from_folder(folder, directory, licence=offer.licence, source="hub")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -69,7 +69,7 @@ def markdown(plans: dict[str, Any]) -> str:
         plans: What `read` or `compute` returned.
     """
     from course_lib import compute as gpu_facts
-    from course_lib.units import gib
+    from course_lib.common.units import gib
 
     gpu = gpu_facts.gpus()["H100 SXM 80GB"]
     parts = list(plans["plans"][0]["bytes"])

@@ -10,7 +10,7 @@ import math
 from typing import TYPE_CHECKING
 
 from course_lib import evaluate
-from course_lib.units import MiB
+from course_lib.common.units import MiB
 
 if TYPE_CHECKING:
     import pandas as pd

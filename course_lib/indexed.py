@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from course_lib import tokenizers
+from course_lib.common.screen import Line
 
 __all__ = ["Written", "batches", "write", "write_texts"]
 
@@ -69,7 +70,7 @@ def write_texts(
     *,
     tokenizer: object,
     end_of_document: int | None = None,
-    progress: Callable[[int, float], None] | None = None,
+    progress: bool = False,
 ) -> Written:
     """Encode texts on all cores and write them, without holding more than two batches in memory.
 
@@ -80,7 +81,7 @@ def write_texts(
         prefix: Path without suffix.
         tokenizer: As `tokenizers.load` returns it.
         end_of_document: The id that closes a document, if you insist; default the vocabulary's own.
-        progress: Called after each batch with the bytes of text so far and MB/s.
+        progress: Show how far it is: share and time left of a list of texts, bytes and rate of others.
 
     Raises:
         ValueError: If the id closes no document in this vocabulary, or a text is empty; nothing is written then.
@@ -93,6 +94,8 @@ def write_texts(
             f"{tokenizer.id_to_token(end)!r}: leave it out. Id 11 of Nemotron ends a chat turn; some base models name it "
             "eos and never trained its embedding"
         )
+    told = Line() if progress else None
+    whole_bytes = sum(len(text.encode()) for text in texts) if progress and isinstance(texts, Sequence) else None
     count = tokens = size_bytes = 0
     begin = time.perf_counter()
     with _builder(prefix, tokenizer.get_vocab_size()) as add:
@@ -101,9 +104,21 @@ def write_texts(
                 add(ids, end)
                 count, tokens = count + 1, tokens + len(ids) + 1
             size_bytes += batch_bytes
-            if progress is not None:
-                progress(size_bytes, size_bytes / 1e6 / (time.perf_counter() - begin))
-    return Written(prefix, count, tokens, size_bytes, time.perf_counter() - begin)
+            if told is not None:
+                told.say(_words(size_bytes, time.perf_counter() - begin, of_bytes=whole_bytes))
+    seconds = time.perf_counter() - begin
+    if told is not None:
+        told.close(_words(size_bytes, seconds))
+    return Written(prefix, count, tokens, size_bytes, seconds)
+
+
+def _words(done_bytes: int, seconds: float, *, of_bytes: int | None = None) -> str:
+    """How far the encoding is, and how fast; without a whole, what is done is said alone."""
+    rate = f"{done_bytes / 1e6 / seconds:.1f} MB/s"
+    if not of_bytes:
+        return f"{done_bytes / 1e6:.1f} MB tokenised, {rate}"
+    left_seconds = (of_bytes - done_bytes) * seconds / done_bytes
+    return f"{done_bytes / of_bytes:.0%} of {of_bytes / 1e6:.1f} MB tokenised, {rate}, about {left_seconds:.0f} s left"
 
 
 def batches(texts: Iterable[str]) -> Iterator[tuple[int, list[str]]]:

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,9 +19,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from course_lib import files
+from course_lib.common import files
 from course_lib.common.project import variable
-from course_lib.units import format_number
+from course_lib.common.screen import shell
+from course_lib.common.units import format_number
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -238,11 +238,10 @@ def _entries(lesson: str | None, *, history: bool = False) -> list[Entry]:
 
 def _running_cell() -> tuple[str, str]:
     """The lesson's number and the id of the cell that runs, as JupyterLab tells its kernel; empty where nobody does."""
-    if "IPython" not in sys.modules:
+    kernel = shell()
+    if kernel is None:
         return "", ""
-    from IPython import get_ipython
-
-    parent = getattr(get_ipython(), "parent_header", None) or {}
+    parent = getattr(kernel, "parent_header", None) or {}
     cell = (parent.get("metadata") or {}).get("cellId", "")
     found = re.match(r"(\d\d|[a-z])_", Path(os.environ.get("JPY_SESSION_NAME", "")).name)
     return (found.group(1), cell) if found else ("", cell)

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from course_lib.common import screen
 from course_lib.common.project import PROJECT
 
 __all__ = [
@@ -133,14 +134,12 @@ def publish(name: str, value: object) -> None:
         raise LessonError(
             f"the value {name!r} is a {type(value).__name__}: publish numbers, text, lists or paths."
         ) from error
-    if "IPython" in sys.modules:
-        from IPython import get_ipython
-        from IPython.display import display
+    if screen.where() != "notebook":
+        print(f"{name} = {_shown(plain)}")
+        return
+    from IPython.display import display
 
-        if getattr(get_ipython(), "kernel", None) is not None:
-            display({"text/plain": f"{name} = {_shown(plain)}"}, raw=True, metadata={"course": {name: plain}})
-            return
-    print(f"{name} = {_shown(plain)}")
+    display({"text/plain": f"{name} = {_shown(plain)}"}, raw=True, metadata={"course": {name: plain}})
 
 
 def _shown(value: object) -> object:
@@ -266,7 +265,7 @@ def _replace_environment(wanted: Mapping[str, str]) -> None:
 
 
 class _Progress:
-    """One line for each cell on stderr: rewritten in place on a terminal, appended elsewhere."""
+    """One line for each cell on stderr."""
 
     def __init__(self, source: Path) -> None:
         self.name = source.stem
@@ -275,27 +274,22 @@ class _Progress:
         self.total = sum(cell["cell_type"] == "code" for cell in cells)
         self.done = 0
         self.cell = "none"
-        self.rewrite = sys.stderr.isatty()
-        self._line("starting a kernel")
+        self.line = screen.Line(in_logs=True)
+        self.line.say(self._words("starting a kernel"), now=True)
 
     def cell_starts(self, *, cell: Any, cell_index: int) -> None:
         if cell["cell_type"] == "code":
             self.cell = str(cell.get("id", cell_index))
-            self._line(self.cell)
+            self.line.say(self._words(self.cell), now=True)
 
     def cell_ends(self, *, cell: Any, cell_index: int, execute_reply: Any) -> None:
         self.done += 1
 
     def close(self, how: str) -> None:
-        self._line(how)
-        if self.rewrite:
-            print(file=sys.stderr)
+        self.line.close(self._words(how))
 
-    def _line(self, what: str) -> None:
-        text = f"{self.name}  cell {self.done} of {self.total}  {time.monotonic() - self.started:5.1f} s  {what}"
-        print(
-            f"\r\x1b[K{text}" if self.rewrite else text, end="" if self.rewrite else "\n", file=sys.stderr, flush=True
-        )
+    def _words(self, what: str) -> str:
+        return f"{self.name}  cell {self.done} of {self.total}  {time.monotonic() - self.started:5.1f} s  {what}"
 
 
 def _extract_figures(notebook: dict[str, Any], directory: Path) -> list[Path]:

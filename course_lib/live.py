@@ -17,7 +17,8 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from course_lib import live_panels, plots
-from course_lib.progress import where as _where
+from course_lib.common import screen
+from course_lib.common.units import duration
 from course_lib.runs import Agreement
 
 if TYPE_CHECKING:
@@ -89,8 +90,7 @@ class View:
         self._debt = 0.0  # CPU seconds that were drawn but not yet waited for
         self._paid = time.monotonic()
         self._drawn: tuple[int, int] = (0, 0)
-        self._text = ""
-        self._where = _where()
+        self._where, self._line = screen.where(), screen.Line()
         self.interval_seconds = SECONDS_BETWEEN_FRAMES if self._where == "notebook" else SECONDS_BETWEEN_LINES
         self._panels: live_panels.Panels | None = None
         self._image: Any = None
@@ -123,8 +123,6 @@ class View:
         self._say(run, self._ending(run), last=True)
         if self._where == "notebook" and (len(run.metrics) or len(run.memory)):
             self._show(run, last=True)
-        elif self._where == "terminal":
-            print(file=sys.stderr)
 
     def _pay(self, cost: float) -> None:
         """Set the pause that keeps drawing within its share of the cores.
@@ -159,9 +157,10 @@ class View:
     def _say(self, run: Run, text: str, *, last: bool = False) -> None:
         text = f"{self.name}: {text}" if self.name else text
         if self._where == "terminal":
-            if text != self._text:
-                print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-            self._text = text
+            if last:
+                self._line.close(text)
+            else:
+                self._line.say(text, now=True)  # the view has its own clock
             return
         if self._bar is None:
             import ipywidgets
@@ -207,19 +206,3 @@ class View:
 
     def _warned(self, warnings: tuple[str, ...]) -> str:
         return "".join(f"WARNING: {text}. " for text in warnings)
-
-
-def duration(seconds: float, *, rough: bool = False) -> str:
-    """Write a duration as a person says it; an estimate is rounded to what it is worth.
-
-    Example:
-        >>> duration(7.31), duration(83), duration(83, rough=True), duration(4000)
-        ('7.3 s', '1 min 23 s', '1.5 min', '1 h 6 min')
-    """
-    seconds = max(0.0, seconds)
-    if seconds < 59.5:
-        return f"{seconds:.0f} s" if rough or seconds >= 10 else f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{round(whole / 30) / 2:g} min" if rough else f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"

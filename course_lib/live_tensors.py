@@ -18,7 +18,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from course_lib import files, stack
+from course_lib import stack
+from course_lib.common import files
 
 if TYPE_CHECKING:
     import pandas as pd

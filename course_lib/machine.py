@@ -22,8 +22,8 @@ from pathlib import Path
 
 from course_lib import bootstrap, runs, stack
 from course_lib.common import project
+from course_lib.common.units import GiB
 from course_lib.findings import Finding, fail_unless, warn_unless
-from course_lib.units import GiB
 
 __all__ = [
     "available_cores",

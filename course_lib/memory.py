@@ -21,8 +21,8 @@ from course_lib.activations import (
     refuse_what_is_not_counted,
 )
 from course_lib.common.config import changed
+from course_lib.common.units import gib
 from course_lib.layout import Layout, embedding_rows
-from course_lib.units import gib
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from course_lib import files
+from course_lib.common import files
 from course_lib.common.config import Fields, changed
 from course_lib.layout_vocabulary import embedding_rows
 from course_lib.quiet import quietly

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from course_lib import compute, memory, plots_style
 from course_lib.common.config import Fields, changed
+from course_lib.common.units import gib
 from course_lib.layout import LayoutError
 from course_lib.layout_vocabulary import rows_follow_the_tokenizer
-from course_lib.units import gib
 
 if TYPE_CHECKING:
     from ipywidgets import VBox

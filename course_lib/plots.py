@@ -6,14 +6,14 @@ Its look is that of `plots_style`, whose colours a lesson names by this module.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
+from course_lib.common.screen import where
+from course_lib.common.units import GiB, MiB
 from course_lib.plots_style import COLOURS, CSS_PIXELS_PER_INCH, INK, style
-from course_lib.units import GiB, MiB
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -276,10 +276,7 @@ def finish(ax: Axes, *, x: str, y: str, title: str, sentences: Sequence[str], wh
 
 def _show(fig: Figure, *, alt: str) -> None:
     """Display the figure as an image with alternative text, when there is a notebook to display it in."""
-    if "IPython" not in sys.modules:
-        return
-    from IPython import get_ipython
-    from IPython.display import Image, display
+    if where() == "notebook":
+        from IPython.display import Image, display
 
-    if getattr(get_ipython(), "kernel", None) is not None:
         display(Image(png(fig), width=int(fig.get_figwidth() * CSS_PIXELS_PER_INCH), alt=alt))

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from course_lib import files
+from course_lib.common import files
 from course_lib.process_groups import GROUPS, METHODS
 
 if TYPE_CHECKING:

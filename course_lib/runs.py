@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from course_lib import files
+from course_lib.common import files
 from course_lib.common.project import RUNS, variable
 
 if TYPE_CHECKING:

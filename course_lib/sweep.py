@@ -14,8 +14,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from course_lib import finished, launch, layout, live, progress, runs
+from course_lib import finished, launch, layout, runs
 from course_lib.common.config import changed, diff
+from course_lib.common.screen import Line
+from course_lib.common.units import duration
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -205,7 +207,7 @@ class _Waiting:
 
     def __init__(self, name: str, *, missing: int) -> None:
         self._name, self._missing, self._ended = name, missing, 0
-        self._line, self._seed, self._first = progress.Line(), 0, time.monotonic()
+        self._line, self._seed, self._first = Line(), 0, time.monotonic()
         self._last = self._first
 
     def begins(self, seed: int) -> None:
@@ -222,7 +224,7 @@ class _Waiting:
 
     def close(self) -> None:
         if self._missing:
-            spent = live.duration(time.monotonic() - self._first)
+            spent = duration(time.monotonic() - self._first)
             self._line.close(f"{self._name}: {self._ended} of {self._missing} runs trained in {spent}")
 
     def _words(self, doing: str) -> str:
@@ -230,7 +232,7 @@ class _Waiting:
         if self._ended:
             each = (self._last - self._first) / self._ended
             seconds = each * (self._missing - self._ended) - (time.monotonic() - self._last)
-            left = f"about {live.duration(seconds, rough=True)} left" if seconds > 0 else "longer than the others"
+            left = f"about {duration(seconds, rough=True)} left" if seconds > 0 else "longer than the others"
         return f"{self._name}: run {self._ended + 1} of {self._missing} (seed {self._seed}), {doing}, {left}"
 
 

@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from course_lib import corpus, corpus_sources, files
+from course_lib import corpus, corpus_sources
+from course_lib.common import files
 
 __all__ = ["CHANCE", "Choice", "Pair", "multiple_choice", "pairs", "write"]
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from course_lib import files
+from course_lib.common import files
 from course_lib.common.config import Fields
 
 __all__ = [

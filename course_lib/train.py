@@ -25,7 +25,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from course_lib import configuration, failures, files, memory_meter, runs, stack
+from course_lib import configuration, failures, memory_meter, runs, stack
+from course_lib.common import files
 from course_lib.common.project import untested_allowed, variable
 from course_lib.runs import ConfigError
 

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from course_lib import layout, recipes, units
+from course_lib import layout, recipes
+from course_lib.common import units
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -14,7 +14,8 @@ from typing import Any
 import notebook_cells
 import numpy as np
 
-from course_lib import checks, lessons, units
+from course_lib import checks, lessons
+from course_lib.common import units
 
 
 def cells(number: str) -> dict[str, tuple[str, list[str]]]:

@@ -15,7 +15,8 @@ import pytest
 import small
 from lesson_cells import cells, gives, verdicts
 
-from course_lib import checks, collectives, memory, runs, stack, units
+from course_lib import checks, collectives, memory, runs, stack
+from course_lib.common import units
 
 
 def made_by(number: str, names: tuple[str, ...], **given: Any) -> dict[str, Any]:

@@ -34,7 +34,12 @@ def written(bridge, encoder_directory, tmp_path):
 def test_what_goes_in_comes_out(written, encoder_directory, monkeypatch):
     """Every text decodes to itself, whatever the size of a batch; the sizes are as predicted; progress is told."""
     encoder = tokenizers.load(encoder_directory)
-    told: list[tuple[int, float]] = []
+    told: list[tuple[int, float, int | None]] = []
+
+    def words(done_bytes: int, seconds: float, *, of_bytes: int | None = None) -> str:
+        told.append((done_bytes, seconds, of_bytes))
+        return ""
+
     for name, done in written.items():
         index = microscope.read(done.prefix)
         ids = [microscope.document(index, number).tolist() for number in range(len(index.lengths))]
@@ -48,14 +53,12 @@ def test_what_goes_in_comes_out(written, encoder_directory, monkeypatch):
             patch.setattr(indexed, "BATCH_BYTES", 100)
             other = done.prefix.with_name(f"{name}-in-small-batches")
             patch.setattr(indexed.time, "perf_counter", itertools.count(step=0.25).__next__)
-            again = indexed.write_texts(
-                TEXTS[name], other, tokenizer=encoder, progress=lambda size, rate: told.append((size, rate))
-            )
-        assert len(told) > 10 and told[-1][0] == done.text_bytes
-        assert [rate for _, rate in told] == pytest.approx(
-            [size / 1e6 / (0.25 * number) for number, (size, _) in enumerate(told, start=1)], rel=1e-12
-        )
-        assert again.seconds == 0.25 * (len(told) + 1)
+            patch.setattr(indexed, "_words", words)
+            again = indexed.write_texts(TEXTS[name], other, tokenizer=encoder, progress=True)
+        assert len(told) > 10 and told[-2][0] == done.text_bytes
+        assert [seconds for _, seconds, _ in told] == [0.25 * number for number in range(1, len(told) + 1)]
+        assert {whole for *_, whole in told[:-1]} == {done.text_bytes}
+        assert told[-1] == (done.text_bytes, again.seconds, None)
         assert again.megabytes_per_second == pytest.approx(done.text_bytes / 1e6 / again.seconds, rel=1e-12)
         for suffix in (".bin", ".idx"):
             assert (
@@ -253,3 +256,9 @@ def test_an_index_of_older_data_is_refused(bridge, tmp_path, runs_directory):
     for file in cache.iterdir():
         file.unlink()
     launch.prepare(cfg, ranks=2)
+
+
+def test_the_line_has_share_rate_and_time_left():
+    """Of texts that come one by one the whole is not known: what is done and how fast is said then."""
+    assert indexed._words(1_000_000, 0.5, of_bytes=4_000_000) == "25% of 4.0 MB tokenised, 2.0 MB/s, about 2 s left"
+    assert indexed._words(4_000_000, 2.0) == "4.0 MB tokenised, 2.0 MB/s"

@@ -66,7 +66,7 @@ def test_the_running_cell_is_what_jupyterlab_says(monkeypatch, path, expected) -
     """The lesson's number comes from the session's path, the exercise's name from the cell's id."""
     import IPython
 
-    shell = type("Shell", (), {"parent_header": {"metadata": {"cellId": "attempt"}}})()
+    shell = type("Shell", (), {"kernel": object(), "parent_header": {"metadata": {"cellId": "attempt"}}})()
     monkeypatch.setattr(IPython, "get_ipython", lambda: shell)
     monkeypatch.setenv("JPY_SESSION_NAME", path)
     assert ledger._running_cell() == (expected, "attempt")

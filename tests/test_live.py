@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 
 from course_lib import live, live_panels, runs
+from course_lib.common import screen
 
 
 def run_of(steps: int, *, ranks: int = 8, status: str | None = None, stage: str = "training") -> SimpleNamespace:
@@ -48,7 +49,7 @@ class Notebook:
         self.pictures: list[Any] = []
         self.metadata: list[dict[str, Any]] = []
         self.widgets: list[Any] = []
-        monkeypatch.setattr(live, "_where", lambda: "notebook")
+        monkeypatch.setattr(screen, "where", lambda: "notebook")
         monkeypatch.setattr(IPython.display, "display", self.display)
 
     def display(self, shown: Any, *, display_id: bool = False, metadata: dict[str, Any] | None = None) -> Any:
@@ -115,7 +116,7 @@ def test_the_rhythm_slows_down_with_the_cost_of_a_frame(notebook: Notebook, monk
 def test_a_costly_frame_is_paid_off_without_standing_still(monkeypatch: pytest.MonkeyPatch) -> None:
     """After one costly frame the pauses stay at two seconds or less, and in the long run the share is kept."""
     now, spent = 0.0, 0.0
-    monkeypatch.setattr(live, "_where", lambda: "notebook")
+    monkeypatch.setattr(screen, "where", lambda: "notebook")
     monkeypatch.setattr(live, "time", SimpleNamespace(time=time.time, monotonic=lambda: now))
     monkeypatch.setattr(live.os, "sched_getaffinity", lambda pid: {0, 1})
     view = live.view(10)
@@ -237,7 +238,7 @@ def test_without_notebook_and_terminal_there_is_silence() -> None:
 
 def test_a_terminal_gets_one_line_a_second(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A terminal sees at most one line of text a second, rewritten in place, and no picture."""
-    monkeypatch.setattr(live, "_where", lambda: "terminal")
+    monkeypatch.setattr(screen, "where", lambda: "terminal")
     view = live.view(10)
     for steps in range(1, 6):
         view.update(run_of(steps))

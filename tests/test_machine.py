@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from course_lib import doctor, machine, runs, stack
+from course_lib.common.units import GiB
 from course_lib.findings import Finding
-from course_lib.units import GiB
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 from lesson_cells import execute, tagged
 
-from course_lib import checks, units
+from course_lib import checks
+from course_lib.common import units
 
 GIB = units.GiB
 SIZES = {

@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 from lesson_cells import Sample, cells, execute
 
-from course_lib import checks, leak, units
+from course_lib import checks, leak
+from course_lib.common import units
 
 NAMES = ("loss at step 1", "work per token", "weight and optimizer by Bridge")
 STEPS = pd.DataFrame({"step": range(1, 11), "loss": 5.0, "grad_norm": 0.7, "elapsed_ms": 100.0})

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 from small import config
 
-from course_lib import finished, indexed, launch, progress, runs, sweep
+from course_lib import finished, indexed, launch, runs, sweep
+from course_lib.common import screen
 
 
 def test_an_interrupted_run_is_trained_again_and_a_finished_one_is_not(bridge, runs_directory, capsys):
@@ -116,14 +117,14 @@ class Clock:
 @pytest.fixture
 def told(monkeypatch, capsys):
     """What a terminal would show: a function that returns the lines so far."""
-    monkeypatch.setattr(progress, "where", lambda: "terminal")
+    monkeypatch.setattr(screen, "where", lambda: "terminal")
     return lambda: capsys.readouterr().err.replace("\x1b[K", "").split("\r")
 
 
 def test_the_wait_says_which_run_and_how_long(told, monkeypatch):
     """Run of how many, seed, step; no estimate before a run has ended, then the mean of those that have."""
     clock = Clock()
-    for module in (sweep, progress):
+    for module in (sweep, screen):
         monkeypatch.setattr(module, "time", clock)
     waiting = sweep._Waiting("base", missing=3)
     run = SimpleNamespace(metrics=range(12), launch={"train_iters": 30}, stage=lambda: "training")
@@ -150,28 +151,6 @@ def test_the_wait_says_which_run_and_how_long(told, monkeypatch):
         "base: run 3 of 3 (seed 3), step 12 of 30, longer than the others",
         "base: 3 of 3 runs trained in 55 s",
     ]
-
-
-def test_tokenising_tells_share_rate_and_time(told, monkeypatch):
-    """The line ends with the whole text; a text without bytes is refused."""
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
-    tell = progress.tokenising(4_000_000)
-    tell(1_000_000, 2.0)
-    tell(4_000_000, 2.0)
-    assert [line.strip() for line in told()[1:]] == [
-        "25% of 4.0 MB tokenised, 2.0 MB/s, about 2 s left",
-        "4.0 MB tokenised, 2.0 MB/s",
-    ]
-    with pytest.raises(ValueError, match="text_bytes=0"):
-        progress.tokenising(0)
-
-
-def test_a_line_is_silent_where_nobody_reads_it(capsys):
-    """A log file gets no rewritten line."""
-    line = progress.Line()
-    line.say("half way")
-    line.close("done")
-    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from course_lib import files, runs
+from course_lib import runs
+from course_lib.common import files
 
 
 def test_a_reader_sees_the_old_file_or_the_new_one(tmp_path: Path) -> None:
@@ -46,3 +47,41 @@ def test_a_full_disk_cuts_a_line_and_the_rest_is_read(tmp_path: Path, monkeypatc
     assert "metrics.jsonl" in str(caught.value)
     files.append_lines(run.path / "metrics.jsonl", [rows[2], *rows[1:]])
     assert run.metrics.step.tolist() == [1, 2, 3]
+
+
+def test_a_folder_is_replaced_when_the_new_one_is_whole(tmp_path: Path) -> None:
+    """While it is filled the old one stands under the name; nothing else is left beside it."""
+    path = tmp_path / "corpus"
+    for text in ("old", "new"):
+        with files.replacing_folder(path) as half:
+            (half / "a.txt").write_text(text, encoding="utf-8")
+            assert text == "old" or (path / "a.txt").read_text(encoding="utf-8") == "old"
+    assert (path / "a.txt").read_text(encoding="utf-8") == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_folder_that_is_not_whole_is_none(
+    tmp_path: Path, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer that stops, or a rename that fails after the old folder was moved away: the old folder stays."""
+    path = tmp_path / "corpus"
+    path.mkdir()
+    (path / "a.txt").write_text("old", encoding="utf-8")
+    with pytest.raises(error), files.replacing_folder(path) as half:
+        (half / "b.txt").write_text("half", encoding="utf-8")
+        raise error
+    rename, calls = os.replace, []
+
+    def fails_second(source: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) == 2:
+            raise error
+        rename(source, target)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "replace", fails_second)
+        with pytest.raises(error), files.replacing_folder(path):
+            pass
+    assert len(calls) == 3 and [p.name for p in path.iterdir()] == ["a.txt"]
+    assert list(tmp_path.iterdir()) == [path]

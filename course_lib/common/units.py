@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["GB", "GiB", "MiB", "format_bytes", "format_number", "gib"]
+__all__ = ["GB", "GiB", "MiB", "duration", "format_bytes", "format_number", "gib"]
 
 MiB: int = 2**20
 GiB: int = 2**30
@@ -67,3 +67,19 @@ def format_number(value: float) -> str:
     if float(value).is_integer() and abs(value) < 1e15:
         return f"{int(value):,}"
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+
+
+def duration(seconds: float, *, rough: bool = False) -> str:
+    """Write a duration as a person says it; an estimate is rounded to what it is worth.
+
+    Example:
+        >>> duration(7.31), duration(83), duration(83, rough=True), duration(4000)
+        ('7.3 s', '1 min 23 s', '1.5 min', '1 h 6 min')
+    """
+    seconds = max(0.0, seconds)
+    if seconds < 59.5:
+        return f"{seconds:.0f} s" if rough or seconds >= 10 else f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{round(whole / 30) / 2:g} min" if rough else f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from course_lib import units
+from course_lib.common import units
 
 
 def test_gib_and_gb_are_not_the_same() -> None:
@@ -26,3 +26,18 @@ def test_gib_and_gb_are_not_the_same() -> None:
 def test_bytes_never_show_1024_of_a_unit(size_bytes: float, shown: str) -> None:
     """A size moves to the next unit before its number would be rounded to 1024."""
     assert units.format_bytes(size_bytes) == shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "exact", "rough"),
+    [
+        (-1, "0.0 s", "0 s"),
+        (7.31, "7.3 s", "7 s"),
+        (59.6, "1 min 0 s", "1 min"),
+        (83, "1 min 23 s", "1.5 min"),
+        (4000, "1 h 6 min", "1 h 6 min"),
+    ],
+)
+def test_durations_are_said_as_a_person_does(seconds: float, exact: str, rough: str) -> None:
+    """An estimate is rounded to what it is worth."""
+    assert units.duration(seconds) == exact and units.duration(seconds, rough=True) == rough

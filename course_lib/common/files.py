@@ -5,11 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-
-__all__ = ["append_lines", "replacing", "write_text"]
 
 
 @contextmanager
@@ -35,6 +34,32 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(half, path)
     finally:
         half.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Fill a folder so that a reader finds the old one or the whole new one.
+
+    The block fills another folder beside it; whatever stood under the name goes when the new one has taken its place.  A
+    block that raises leaves the old folder and nothing of its own.
+    """
+    path = path.resolve()
+    half = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    before = half.with_name(f"{half.name}.before")
+    half.mkdir(parents=True)
+    try:
+        yield half
+        if path.exists():
+            os.replace(path, before)
+        try:
+            os.replace(half, path)
+        except BaseException:
+            if before.exists() and not path.exists():
+                os.replace(before, path)
+            raise
+    finally:
+        for folder in (half, before):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
