@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Throughput",
+    "as_printed",
+    "bridge_lines",
     "bridge_log",
     "bridge_state_bytes",
     "flops_per_token",
@@ -160,10 +162,7 @@ def throughput(steps: pd.DataFrame) -> Throughput:
 
 
 def bridge_log(run: Run) -> pd.DataFrame:
-    """Bridge's own lines, one row for each logging interval, read from the log of the last rank.
-
-    `loss` and `elapsed_ms` are averages over the interval that ends at `step`; `grad_norm` and `learning_rate` are
-    those of its last step.
+    """Bridge's own lines, read from the log of the last rank; see `bridge_lines`.
 
     Args:
         run: A run that logged at least once.
@@ -171,9 +170,26 @@ def bridge_log(run: Run) -> pd.DataFrame:
     Raises:
         ValueError: If the log has no such line, or one without a loss.
     """
+    found = bridge_lines(run.log(int(run.launch.get("ranks", 1)) - 1))
+    if found.empty:
+        raise ValueError(f"run {run.name!r} has no line 'iteration ...': is cfg.logger.log_interval above train_iters?")
+    return found
+
+
+def bridge_lines(text: str) -> pd.DataFrame:
+    """Bridge's own lines in what a rank wrote, one row for each logging interval; none, and the table is empty.
+
+    `loss` and `elapsed_ms` are averages over the interval that ends at `step`; `grad_norm` and `learning_rate` are
+    those of its last step.
+
+    Raises:
+        ValueError: If a line has no loss.
+
+    >>> bridge_lines(" iteration  3/ 4 | lm loss: 6.5E+00 | grad norm: 1.250 |")[["step", "loss", "grad_norm"]].values.tolist()
+    [[3.0, 6.5, 1.25]]
+    """
     import pandas as pd
 
-    text = run.log(int(run.launch.get("ranks", 1)) - 1)
     rows = []
     for line in LINE.finditer(text):
         found = {name: re.search(pattern, line.group()) for name, pattern in FIELDS.items()}
@@ -182,9 +198,19 @@ def bridge_log(run: Run) -> pd.DataFrame:
         rows.append(
             {"step": int(line.group(1))} | {name: float(hit.group(1)) if hit else None for name, hit in found.items()}
         )
-    if not rows:
-        raise ValueError(f"run {run.name!r} has no line 'iteration ...': is cfg.logger.log_interval above train_iters?")
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["step", *FIELDS])
+
+
+def as_printed(metrics: pd.DataFrame) -> pd.DataFrame:
+    """Steps, losses and gradient norms with the digits that Bridge prints, to hold a run against what a log says.
+
+    Args:
+        metrics: `run.metrics`.
+    """
+    digits = {"loss": ".6E", "grad_norm": ".3f"}
+    return metrics[["step"]].assign(
+        **{name: [float(f"{v:{form}}") for v in metrics[name]] for name, form in digits.items()}
+    )
 
 
 def bridge_state_bytes(run: Run) -> float:

@@ -312,13 +312,18 @@ bf16 keeps 8 bits of a number, and kernels there add in another order each time,
 """
 
 
-def difference(run: Run, other: Run) -> float:
+def difference(run: Run | pd.DataFrame, other: Run | pd.DataFrame) -> float:
     """How far two runs' losses and gradient norms are apart: the largest difference, relative to `other`'s value.
 
     The first loss cannot see a wrong backward pass; the gradient norm can.  Only steps that both runs have count; the result
     is NaN, which is near nothing, if there are none, or if a run has no number at one of them.
+
+    Args:
+        run: A run, or a table with `step`, `loss` and `grad_norm`.
+        other: The same.
     """
-    one, two = (each.metrics.set_index("step")[["loss", "grad_norm"]].astype(float) for each in (run, other))
+    tables = (getattr(each, "metrics", each) for each in (run, other))
+    one, two = (table.set_index("step")[["loss", "grad_norm"]].astype(float) for table in tables)
     common = one.index.intersection(two.index)
     return float(((one - two) / two).loc[common].abs().max(skipna=False).max(skipna=False))
 

@@ -16,7 +16,10 @@ from pathlib import Path
 import pytest
 
 OF_A_LESSON = re.compile(r"test_notebooks\.py::(\w+)\[(\d\d|[a-z])\]$")
-COMMON = ("course_lib", "data", "uv.lock", "pyproject.toml", "tests/test_notebooks.py", "tests/conftest.py")
+COMMON = (
+    *("course_lib", "data", "uv.lock", "pyproject.toml"),
+    *("notebooks/pretrain.py", "tests/test_notebooks.py", "tests/conftest.py"),
+)
 
 
 def digest(project: Path, number: str) -> str:

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from lesson_cells import falsify, gives, tagged
 
-from course_lib import orchestrate, runs
+from course_lib import accounting, installation, orchestrate, runs
 
 
 def metrics(*losses, first=1):
@@ -78,6 +78,13 @@ def lesson_07():
     found = {name: trained(3.0, 2.0, path=".") for name in ("warm launch", "torchrun")}
     other = found | {"torchrun": trained(3.0, 2.1, path=".")}
     yield "check-launchers", {"found": found, "steps": 2, "runs": runs}, [{"steps": 3}, {"found": other}]
+    printed = metrics(3.0, 2.0)
+    plain_file = {
+        "found": found, "steps": 2, "bound": 0.0, "printed": printed, "runs": runs, "accounting": accounting,
+        "by_hand": Some(stderr=""),
+    }  # fmt: skip
+    wrong_files = [{"printed": printed[:0]}, {"printed": printed[:1]}, {"printed": metrics(3.0, 2.1)}]
+    yield "check-plain-file", plain_file, wrong_files
     silence = {
         "returned": None, "status": {"status": Some(name="FAILED")}, "success_files": ["SUCCESS"], "cfg": 0, "ranks": 2,
         "launch": Some(prepare=gives(0), RunFailed=Failed), "orchestrate": Some(settled=raises(Failed())),
@@ -97,6 +104,14 @@ def lesson_07():
     tools = Some(shellcheck=lambda script: [] if script == "plain" else ["x [SC2086]"])
     second = {"changed": [[""] * 4, ["+ --rdzv-endpoint"]], "plain": "plain", "script": "", "orchestrate": tools}
     yield "check-second", second, [{"changed": [[""] * 3, []]}, {"plain": ""}]
+    rented = orchestrate.docker_run("runs/smoke/config.yaml", image="nemo:26.06")
+    address = {"account": "me", "partition": "batch", "image": "nemo:26.06"}
+    scripts = {"rented": rented, "plain": orchestrate.sbatch("runs/smoke/config.yaml", **address)}
+    node = {**scripts, "image": "nemo:26.06", "installation": installation, "orchestrate": Some(shellcheck=gives([]))}
+    words = ("--gpus all", "--ipc=host", "--ulimit memlock=-1", "nemo:26.06", "--nproc-per-node 8", "pip install")
+    wrong_lines = [{"rented": rented.replace(word, "")} for word in words]
+    late = {"plain": "exec torchrun\n" + scripts["plain"]}
+    yield "check-rented", node, [*wrong_lines, late, {"orchestrate": Some(shellcheck=gives(["x [SC2086]"]))}]
     names = iter(["twin", "twin-2"])
 
     def prepare(cfg, **_):

@@ -13,7 +13,7 @@ import pytest
 from lesson_cells import falsify, gives, tagged
 from omegaconf import OmegaConf
 
-from course_lib import blueprint, evaluate, recipes, stack_map
+from course_lib import accounting, blueprint, evaluate, recipes, runs, stack_map
 from course_lib.census import Census
 from course_lib.findings import Finding
 
@@ -209,11 +209,18 @@ def lesson_03():
         "ln V alone": {"evaluate": Some(first_loss=lambda ids, *_: math.log(ids))},
         "a narrow model of another vocabulary": {"evaluate": Some(first_loss=lambda ids, width, s: math.log(2 * ids))},
     }  # fmt: skip
-    losses = pd.DataFrame({"loss": [6.96875, 6.5]})
-    two = Some(run=gives(Some(metrics=losses)))
-    yield "check-by-hand", {"launch": two, "cfg_two": 0, "printed": [6.96875, 6.5], "by_hand": Some(stderr="")}, {
-        "a script that failed": {"printed": []},
-        "another loss": {"printed": [6.96875, 6.51]},
+    table = pd.DataFrame({"step": [1, 2], "loss": [6.96875, 6.5], "grad_norm": [1.25, 1.5]})
+    two = Some(run=gives(Some(metrics=table, launch={"device": "cpu"})))
+    by_hand = {
+        "launch": two, "cfg_two": 0, "two_steps": 2, "printed": table, "by_hand": Some(stderr=""), "runs": runs,
+        "accounting": accounting, "place": Some(glob=gives([Path("events.1")])),
+    }  # fmt: skip
+    yield "check-by-hand", by_hand, {
+        "a script that failed": {"printed": table[:0]},
+        "a script that stopped early": {"printed": table[:1]},
+        "another loss": {"printed": table.assign(loss=[6.96875, 6.51])},
+        "another gradient": {"printed": table.assign(grad_norm=[1.25, 1.501])},
+        "TensorBoard's file elsewhere": {"place": Some(glob=gives([]))},
     }  # fmt: skip
     yield "check-mock", {"counting": [True, True]}, {"other mock data": {"counting": [True, False]}}
     yield "check-real-text", {"run_text": Some(validation=pd.DataFrame({"loss": [6.0, 4.2]})), "unigram": 5.2}, {
