@@ -37,6 +37,7 @@ __all__ = [
     "at",
     "compare",
     "files",
+    "global_batch_size",
     "hugging_face_rank",
     "latest",
     "listing",
@@ -246,7 +247,7 @@ def require(place: Run | Path, *, step: int | None = None) -> Checkpoint:
     return found
 
 
-def refuse(cfg: Any, *, load: Run | Path | None, ranks: int) -> None:
+def refuse(cfg: Any, *, load: Run | Path | None, ranks: int) -> Checkpoint | None:
     """Refuse what a run would load and cannot, or must not: looked at before its ranks start, and by each rank before Bridge.
 
     Args:
@@ -254,18 +255,28 @@ def refuse(cfg: Any, *, load: Run | Path | None, ranks: int) -> None:
         load: Where it resumes from; its `pretrained_checkpoint` stands in `cfg`.
         ranks: The world size.
 
+    Returns:
+        The checkpoint that the run resumes from; `None` if it starts anew.
+
     Raises:
         NoCheckpoint: As `require()`, like `WrongCheckpoint`.
         WrongCheckpoint: As `refuse_another_model()`, too.
     """
     fields = Fields.of(cfg)
     pretrained = fields.get("checkpoint", "pretrained_checkpoint")
-    if load:
-        refuse_another_model(require(load, step=fields.get("checkpoint", "ckpt_step")), cfg, ranks=ranks)
+    resumed = require(load, step=fields.get("checkpoint", "ckpt_step")) if load else None
+    if resumed:
+        refuse_another_model(resumed, cfg, ranks=ranks)
     if (
         pretrained and not (Path(pretrained) / "config.json").exists()
     ):  # Hugging Face's weights are read as weights only
         refuse_another_model(require(Path(pretrained)), cfg, ranks=ranks, weights_only=True)
+    return resumed
+
+
+def global_batch_size(checkpoint: Checkpoint) -> int | None:
+    """That of the run which saved it; `None` if the checkpoint is Megatron-LM's own, which keeps it elsewhere."""
+    return Fields(_run_config(checkpoint.path)).get("train", "global_batch_size")
 
 
 def refuse_another_model(checkpoint: Checkpoint, cfg: Any, *, ranks: int, weights_only: bool = False) -> None:

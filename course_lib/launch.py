@@ -253,8 +253,6 @@ def prepare(
             "COURSE_DEVICE=cpu"
         )
     source = checkpoints.root(load).absolute() if load else None  # whoever starts it may stand elsewhere
-    if source:
-        checkpoints.require(source)
     if isinstance(cfg, (str, Path)):
         content = configuration.read_file(Path(cfg))
         configuration.refuse_foreign_code(content, Path(cfg))
@@ -266,7 +264,7 @@ def prepare(
         given = configuration.as_the_ranks_see_it(cfg, device)
     configuration.refuse_wrong_values(given)
     plan = layout.require(given, ranks)
-    checkpoints.refuse(given, load=source, ranks=ranks)
+    resumed = checkpoints.refuse(given, load=source, ranks=ranks)
     if launcher in (None, "warm", "torchrun"):  # another one may start it on a machine with other files
         tokenizers.require(given)
         microscope.require(given)
@@ -283,7 +281,9 @@ def prepare(
             content = runs.Run(path).config
             configuration.refuse_foreign_code(content, path / "config.yaml")
         launcher = launcher or _launcher_for(device)
-        runs.write_json(path / "launch.json", _about(content, path, ranks, device, launcher, target, plan, record))
+        about = _about(content, path, ranks, device, launcher, target, plan, record)
+        before = checkpoints.global_batch_size(resumed) if resumed else None
+        runs.write_json(path / "launch.json", about | {"global_batch_size_of_the_checkpoint": before})
     except BaseException:  # a directory without its launch.json would look like a run that goes on
         shutil.rmtree(path)
         raise

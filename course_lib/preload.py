@@ -1,8 +1,9 @@
 """Imported once by the fork server; every CPU rank is a fork of that process.
 
 This is the one module that does something when it is imported: it is what a fork server preloads.  Rules for what
-happens here: nothing that starts threads, one torch thread, and what was allocated so far is frozen, so that the ranks'
-garbage collectors neither walk nor copy it.  How long it took stays in `import_seconds`, which every fork inherits.
+happens here: nothing that starts threads, one torch thread, and no garbage collector that walks again and again what stays:
+none runs meanwhile, and what stands at the end is frozen, so that the ranks' collectors neither walk nor copy it.  How
+long it took stays in `import_seconds`, which every fork inherits.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import traceback
 __all__ = ["import_seconds"]
 
 _begin = time.monotonic()
+gc.disable()
 os.environ.update(TORCHDYNAMO_DISABLE="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -38,4 +40,5 @@ except Exception:
     # The fork server swallows an ImportError; a rank will meet it again and report it, and this line says it early.
     traceback.print_exc()
 
+gc.enable()
 import_seconds = time.monotonic() - _begin

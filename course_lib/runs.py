@@ -264,29 +264,15 @@ def _changed_in_silence(run: Run) -> list[str]:
             f"the warm-up of {warmup} steps is cut to fit a schedule of {steps}: the learning rate rises faster than asked "
             "for and then falls at once; lower cfg.scheduler.lr_warmup_iters"
         )
-    before, now = _global_batch_size_of_the_checkpoint(run), train.get("global_batch_size")
-    if before and now and before != now:
+    checkpoint = run.config.get("checkpoint") or {}
+    keeps_its_place = checkpoint.get("load_optim") is not False and not checkpoint.get("finetune")
+    before, now = run.launch.get("global_batch_size_of_the_checkpoint"), train.get("global_batch_size")
+    if keeps_its_place and before and now and before != now:
         found.append(
             f"the checkpoint was trained with a global batch of {before} and this run goes on with {now}: the schedule "
             "counts samples, so the learning rate is not the one that either run would have at this step"
         )
     return found
-
-
-def _global_batch_size_of_the_checkpoint(run: Run) -> int | None:
-    """That of the run which this one resumes; none if it starts anew, or leaves the optimizer and its schedule out."""
-    import yaml
-
-    checkpoint = run.config.get("checkpoint") or {}
-    if not checkpoint.get("load") or checkpoint.get("load_optim") is False or checkpoint.get("finetune"):
-        return None
-    folder = Path(checkpoint["load"])
-    with contextlib.suppress(OSError, ValueError):
-        if not folder.name.startswith("iter_"):
-            folder /= f"iter_{int((folder / 'latest_checkpointed_iteration.txt').read_text()):07d}"
-        text = (folder / "run_config.yaml").read_text()
-        return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))["train"]["global_batch_size"]
-    return None
 
 
 def _ranks(numbers: list[int]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 
 import numpy as np
@@ -220,6 +221,17 @@ def test_ids_beyond_the_model_start_no_rank(bridge, tmp_path, runs_directory):
     )  # the kept id is forgotten
     with pytest.raises(microscope.ForeignFile, match="token id 60,999"):
         launch.prepare(wide, ranks=2)
+
+
+def test_the_largest_id_is_searched_once(bridge, tmp_path, runs_directory, monkeypatch):
+    """It is kept beside the data, so that the next launch does not read a corpus of gigabytes again."""
+    indexed.write([[1, 2, 999] * 20] * 9, tmp_path / "data", vocab_size=1000, end_of_document=0)
+    launch.prepare(asking_for(tmp_path / "data"), ranks=2)
+    kept = tmp_path / "data" / "cache" / "largest_id.json"
+    size_bytes = (tmp_path / "data.bin").stat().st_size
+    assert json.loads(kept.read_text()).items() >= {"largest_id": 999, "size_bytes": size_bytes}.items()
+    monkeypatch.setattr(np, "memmap", lambda *_: pytest.fail("the ids are read again"))
+    launch.prepare(asking_for(tmp_path / "data"), ranks=2)
 
 
 @pytest.mark.parametrize("suffix", ["bin", "idx"])

@@ -169,25 +169,22 @@ def test_steps_are_judged_when_all_ranks_have_written_theirs(tmp_path):
 def test_what_a_schedule_becomes_in_silence_is_told(tmp_path):
     """A warm-up that is cut to fit, and a resumed run with another global batch; not where nothing is changed."""
 
-    def warned(name: str, **sections: dict) -> tuple[str, ...]:
+    def warned(name: str, before: int | None = None, **sections: dict) -> tuple[str, ...]:
         (tmp_path / name).mkdir()
+        runs.write_json(tmp_path / name / "launch.json", {"global_batch_size_of_the_checkpoint": before})
         (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(sections))
         return runs.Run(tmp_path / name).warnings
 
-    saved = tmp_path / "saved" / "iter_0000002"
-    saved.mkdir(parents=True)
-    (saved / "run_config.yaml").write_text(yaml.safe_dump({"train": {"global_batch_size": 8}}))
-    (saved.parent / "latest_checkpointed_iteration.txt").write_text("2")
-    train, load = {"train_iters": 3, "global_batch_size": 16}, {"load": str(saved.parent)}
+    train, load = {"train_iters": 3, "global_batch_size": 16}, {"load": "somewhere"}
     assert warned("plain", train=train, scheduler={"lr_warmup_iters": 2}, checkpoint={"load": None}) == ()
     (one,) = warned("cut", train=train, scheduler={"lr_warmup_iters": 50})
     assert one.startswith("the warm-up of 50 steps is cut to fit a schedule of 3")
     assert warned("long", train=train, scheduler={"lr_warmup_iters": 50, "lr_decay_iters": 100}) == ()
-    (one,) = warned("batch", train=train, checkpoint=load)
+    (one,) = warned("batch", before=8, train=train, checkpoint=load)
     assert one.startswith("the checkpoint was trained with a global batch of 8 and this run goes on with 16")
-    assert warned("step", train=train, checkpoint={"load": str(saved)}) == (one,)
-    assert warned("same", train=train | {"global_batch_size": 8}, checkpoint=load) == ()
-    assert warned("weights", train=train, checkpoint=load | {"load_optim": False}) == ()
+    assert warned("same", before=16, train=train, checkpoint=load) == ()
+    assert warned("weights", before=8, train=train, checkpoint=load | {"load_optim": False}) == ()
+    assert warned("tuned", before=8, train=train, checkpoint=load | {"finetune": True}) == ()
 
 
 def test_a_rank_that_corrupts_its_gradient_is_told(bridge, runs_directory):

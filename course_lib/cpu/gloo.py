@@ -154,7 +154,7 @@ def _divide(tensor: object, count: int) -> None:
 
 
 def _tagged_transfers(original: Callable) -> Callable:
-    """Replace `_batched_p2p_ops` and `_p2p_ops`: an activation meets an activation, whatever was sent before it.
+    """Replace `_p2p_ops`: an activation meets an activation, whatever was sent before it.
 
     Without tags, what one rank sends to another arrives in the order in which it was sent.  With two stages the previous
     and the next one are the same rank: both ask it first for an activation and send it a gradient first.
@@ -170,10 +170,10 @@ def _tagged_transfers(original: Callable) -> Callable:
         group: object,
         prev_pipeline_rank: int,
         next_pipeline_rank: int,
-    ) -> list | dict[str, object]:
+    ) -> dict[str, object]:
         from torch.distributed import irecv, isend
 
-        requests = {
+        return {
             name: transfer(tensor, peer, group, tag)
             for name, transfer, tensor, peer, tag in (
                 ("send_prev", isend, tensor_send_prev, prev_pipeline_rank, BACKWARD),
@@ -183,9 +183,19 @@ def _tagged_transfers(original: Callable) -> Callable:
             )
             if tensor is not None
         }
-        return list(requests.values()) if original.__name__ == "_batched_p2p_ops" else requests
 
     return transfers
+
+
+def _tagged_batch(original: Callable) -> Callable:
+    """Replace `_batched_p2p_ops`: the same transfers, without their names."""
+    transfers = _tagged_transfers(original)
+
+    @functools.wraps(original)
+    def batch(**tensors_and_ranks: object) -> list:
+        return list(transfers(**tensors_and_ranks).values())
+
+    return batch
 
 
 def _tagged_shapes(original: Callable) -> Callable:
@@ -279,12 +289,12 @@ def redirections() -> list[Redirection]:
         *(
             Redirection(
                 f"{stages}.{name}",
-                _tagged_transfers,
+                replace,
                 "activations and gradients have tags",
                 same_rank,
                 wanted + neighbours,
             )
-            for name in ("_batched_p2p_ops", "_p2p_ops")
+            for name, replace in (("_batched_p2p_ops", _tagged_batch), ("_p2p_ops", _tagged_transfers))
         ),
         Redirection(
             f"{stages}.P2PCommunicator._communicate_shapes",
