@@ -7,6 +7,7 @@ Everything here is planned.  A ceiling is not a forecast: published runs reach a
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,17 @@ from course_lib.parameters import mixers
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Ceiling", "Gpu", "ceiling", "counted_flops_per_token", "flops_per_token", "gpus", "published", "sent_bytes"]
+__all__ = [
+    "Ceiling",
+    "Gpu",
+    "ceiling",
+    "counted_flops_per_token",
+    "flops_per_token",
+    "gpus",
+    "named",
+    "published",
+    "sent_bytes",
+]
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,24 @@ def gpus() -> dict[str, Gpu]:
         )
         for row in rows
     }
+
+
+def named(words: str) -> Gpu | None:
+    """The row of ``data/gpus.json`` for a GPU as `nvidia-smi` names it, or `None` if there is none.
+
+    Model, form and size must fit: an H100 NVL is no H100 SXM.
+
+    >>> named("NVIDIA H100 80GB HBM3, 81559 MiB").name, named("NVIDIA H200, 143771 MiB"), named("NVIDIA H100 PCIe, 81559 MiB")
+    ('H100 SXM 80GB', None, None)
+    """
+    other_forms = ("PCIe", "NVL")
+    for gpu in gpus().values():
+        model, *_ = gpu.name.split()
+        size = re.search(r"(\d+) MiB", words)
+        fits = size is None or abs(int(size.group(1)) * MiB / gpu.memory_bytes - 1) < 0.02
+        if re.search(rf"\b{model}\b", words) and fits and not any(form in words for form in other_forms):
+            return gpu
+    return None
 
 
 def published() -> pd.DataFrame:

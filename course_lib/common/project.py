@@ -66,6 +66,9 @@ VARIABLES = {
             "[1-9][0-9]*",
             "the id of a process",
         ),
+        Variable(
+            "COURSE_GPU_GATE", "not set; the GPU check sets it", "file that a GPU rank waits for before it begins"
+        ),
     )
 }
 
