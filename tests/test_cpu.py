@@ -289,6 +289,29 @@ def test_selective_recomputation_gives_the_same_gradients(in_ranks, tmp_path):
     in_ranks(rank_recompute, tmp_path)
 
 
+def rank_rate(_: str) -> None:
+    """An optimizer that learns its rate later takes the same step then, and none before."""
+    import torch
+
+    for rate in (None, 0.1):
+        weight = torch.nn.Parameter(torch.ones(3))
+        weight.grad = torch.full((3,), 2.0)
+        optimizer = torch.optim.AdamW([weight], lr=None, weight_decay=0.5)
+        optimizer.param_groups[0]["lr"] = rate
+        if rate is None:
+            with pytest.raises(TypeError):
+                optimizer.step()
+            assert torch.equal(weight, torch.ones(3))
+        else:
+            optimizer.step()
+            torch.testing.assert_close(weight, torch.full((3,), 1 - 0.1 * 0.5 - 0.1))
+
+
+def test_the_scheduler_may_bring_the_learning_rate(in_ranks, tmp_path):
+    """Megatron's own configuration has no rate until its scheduler sets it; torch's AdamW refuses that."""
+    in_ranks(rank_rate, tmp_path)
+
+
 def rank_defaults(_: str) -> None:
     """What a function took as a default before the redirection is redirected, too."""
     import torch

@@ -20,9 +20,12 @@ def _fused_adam(original: type) -> type:
     """AdamW that updates a parameter in one pass over memory, as Transformer Engine's FusedAdam does on a GPU."""
 
     class FusedAdamW(original):
-        def __init__(self, params: object, *args: object, **kwargs: object) -> None:
+        def __init__(self, params: object, lr: object = 1e-3, *args: object, **kwargs: object) -> None:
             kwargs.setdefault("fused", True)
-            super().__init__(params, *args, **kwargs)
+            super().__init__(params, 0.0 if lr is None else lr, *args, **kwargs)
+            if lr is None:  # Megatron leaves it to the scheduler, and TE asks for it at the first step only
+                for group in self.param_groups:
+                    group["lr"] = None
 
     return FusedAdamW
 
