@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from course_lib import configuration
+from course_lib import foreign_code
 from course_lib.common.config import Fields
 from course_lib.layout_vocabulary import embedding_rows
 from course_lib.runs import ConfigError, Run
@@ -505,7 +505,7 @@ def _refuse_foreign_code(path: Path) -> None:
             what = f"names {foreign[1] or foreign[2]}" if foreign else f"is no plain data ({type(error).__name__})"
             raise WrongCheckpoint(f"{file}: {name} {what}: {WHOM_TO_TRUST}") from None
     if (path / "run_config.yaml").exists():
-        configuration.refuse_foreign_code(_run_config(path), path / "run_config.yaml")
+        foreign_code.refuse(_run_config(path), path / "run_config.yaml")
 
 
 def _plain(data: bytes) -> Any:

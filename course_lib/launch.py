@@ -22,6 +22,7 @@ from course_lib import (
     checkpoints,
     configuration,
     devices,
+    foreign_code,
     microscope,
     runs,
     stack,
@@ -255,7 +256,7 @@ def prepare(
     source = checkpoints.root(load).absolute() if load else None  # whoever starts it may stand elsewhere
     if isinstance(cfg, (str, Path)):
         content = configuration.read_file(Path(cfg))
-        configuration.refuse_foreign_code(content, Path(cfg))
+        foreign_code.refuse(content, Path(cfg))
         devices.refuse_what_cannot_train(content, device)
         given = configuration.as_the_ranks_see_it(content, device)
     else:
@@ -279,7 +280,7 @@ def prepare(
         else:
             configuration.write_config(cfg, path, places)
             content = runs.Run(path).config
-            configuration.refuse_foreign_code(content, path / "config.yaml")
+            foreign_code.refuse(content, path / "config.yaml")
         launcher = launcher or _launcher_for(device)
         about = _about(content, path, ranks, device, launcher, target, plan, record)
         before = checkpoints.global_batch_size(resumed) if resumed else None

@@ -25,7 +25,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from course_lib import configuration, failures, memory_meter, runs, stack
+from course_lib import failures, foreign_code, memory_meter, runs, stack
 from course_lib.common import files
 from course_lib.common.project import untested_allowed, variable
 from course_lib.runs import ConfigError
@@ -73,7 +73,7 @@ def read_config(path: Path) -> ConfigContainer:
         content = yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         if not isinstance(content, dict):
             raise ConfigError(f"{path} is empty or not a mapping")
-        configuration.refuse_foreign_code(content, path)
+        foreign_code.refuse(content, path)
         _let_bridges_own_specification_pass(content)
         return ConfigContainer.from_dict(content, mode=InstantiationMode.STRICT)
     except ConfigError:

@@ -51,7 +51,15 @@ class WarmError(RuntimeError):
 RANK_CODE = (
     *("common/*.py", "cpu/*.py", "layout*.py", "warm*.py"),
     *("checkpoints.py", "configuration.py", "credentials.py"),
-    *("deferred.py", "devices.py", "failures.py", "imports.py", "local_layers.py", "memory_meter.py"),
+    *(
+        "deferred.py",
+        "devices.py",
+        "failures.py",
+        "foreign_code.py",
+        "imports.py",
+        "local_layers.py",
+        "memory_meter.py",
+    ),
     *("preload.py", "runs.py", "stack.py", "train.py"),
 )
 """Files whose change makes a running server out of date: a new one is started then."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -21,7 +20,7 @@ import psutil
 import pytest
 import small
 
-from course_lib import failures, launch, runs, supervision
+from course_lib import failures, hello, launch, runs, supervision
 
 SECONDS = 15.0
 """The promise: from the failure to the caller's exception."""
@@ -301,18 +300,29 @@ def test_the_rank_that_began_it_is_named_although_nobody_watched(bridge, runs_di
     assert drills.ENDS[end][2] in outcome.cause and not outcome.provisional
 
 
-def test_a_killed_launcher_is_no_rank_s_fault(bridge, runs_directory):
-    """The agent of a run is killed: the outcome says so, names no rank, and says what to do."""
+@pytest.mark.parametrize(
+    ("victim", "cause"),
+    [
+        (0, "the launcher was killed by SIGKILL"),
+        (1, "the launcher was killed: the fork server, the parent of all ranks, is"),
+    ],
+    ids=["agent", "fork server"],
+)
+def test_a_killed_launcher_is_no_rank_s_fault(bridge, runs_directory, victim, cause):
+    """Agent or fork server are killed: the outcome says so, names no rank, and says what to do; the next launch works."""
+    watchers: list[psutil.Process] = []
 
     def kill(run: runs.Run) -> None:
-        if run.stage() == "training":
-            with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):  # it is gone already
-                os.kill(drills.watchers(run)[0], signal.SIGKILL)
+        if run.stage() == "training" and not watchers:
+            watchers.extend(map(psutil.Process, drills.watchers(run)))
+            watchers[victim].kill()
 
-    with pytest.raises(launch.RunFailed, match="the launcher was killed by SIGKILL") as caught:
-        launch.run(small.config(), ranks=4, name="agent", show=None, target="drills:exchanges", watch=kill)
+    with pytest.raises(launch.RunFailed, match=cause) as caught:
+        launch.run(small.config(), ranks=4, name="watched", show=None, target="drills:exchanges", watch=kill)
     assert caught.value.outcome.rank is None and "Launch again" in caught.value.outcome.hint
     assert no_process_left(caught.value.run)
+    assert len(hello.ranks(1)) == 1, "a launch afterwards works, and with it the server buries its fork server"
+    assert psutil.wait_procs(watchers[: victim + 1], timeout=30)[1] == [], "neither the agent nor what was killed"
 
 
 @pytest.mark.parametrize("victim", ["client", "torchrun"])

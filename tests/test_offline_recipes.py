@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from course_lib import accounting, catalogue, census, configuration, layout, recipes, train
+from course_lib import accounting, catalogue, census, configuration, foreign_code, layout, recipes, train
 
 FAMILIES = ("llama", "nemotronh", "qwen")
 ENTRIES = [entry for entry in catalogue.entries() if entry.family in FAMILIES]
@@ -90,7 +90,7 @@ def comes_back(tmp_path_factory: pytest.TempPathFactory) -> Any:
         cfg.to_yaml(str(file))
         text = file.read_text(encoding="utf-8")
         content = yaml.load(text, Loader=yaml.CSafeLoader)
-        configuration.refuse_foreign_code(content, file)
+        foreign_code.refuse(content, file)
         for given in (cfg, content):
             configuration.refuse_wrong_values(given)
         if (kind := frozenset(names(content))) not in kinds:

@@ -12,7 +12,7 @@ import pytest
 import small
 import yaml
 
-from course_lib import configuration, failures, launch, runs, train
+from course_lib import failures, foreign_code, launch, runs, train
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_tags_of_yaml_build_nothing(bridge, tmp_path, monkeypatch, runs_director
 
 def test_what_bridge_writes_passes(written, tmp_path) -> None:
     """The small model, and a configuration with a partial, a specification of layers and an enumeration, come back."""
-    configuration.refuse_foreign_code(written, tmp_path / "config.yaml")
+    foreign_code.refuse(written, tmp_path / "config.yaml")
     assert written["train"]["exit_signal"]["_target_"] == "signal.Signals"
     spec = {
         "_target_": LAYER,
@@ -123,7 +123,7 @@ def test_what_bridge_writes_passes(written, tmp_path) -> None:
     }
     decoder = "megatron.core.models.gpt.gpt_layer_specs.get_gpt_decoder_block_spec"
     for value in (spec, {"_target_": decoder, "_partial_": True, "_args_": [], "use_transformer_engine": False}):
-        configuration.refuse_foreign_code(with_field(written, "model.transformer_layer_spec", value), tmp_path / "a")
+        foreign_code.refuse(with_field(written, "model.transformer_layer_spec", value), tmp_path / "a")
 
 
 def test_the_cause_of_a_failed_load_reaches_the_learner(tmp_path) -> None:
