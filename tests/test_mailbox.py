@@ -69,6 +69,28 @@ def test_sums_through_memory_are_exact(in_ranks, tmp_path: Path):
     in_ranks(rank_sums, tmp_path, ranks=4)
 
 
+def rank_apart(_: str) -> None:
+    """Two ranks make a group of their own, while the two others make theirs, of the same name."""
+    import datetime
+
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=20))
+    me = dist.get_rank()
+    group = dist.new_group([me // 2 * 2, me // 2 * 2 + 1], backend="nccl")
+    total = torch.tensor(float(me))
+    dist.all_reduce(total, group=group)
+    assert total == (1.0 if me < 2 else 5.0)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_groups_of_different_ranks_may_have_one_name(in_ranks, tmp_path: Path):
+    """torch numbers groups in each process; NCCL lets two groups of one number live, as models of several parts have."""
+    in_ranks(rank_apart, tmp_path, ranks=4)
+
+
 def rank_alone(_: str) -> None:
     """One of four ranks has no memory to show: all of them use messages, with the same results."""
     import torch

@@ -14,14 +14,27 @@ FORWARD, BACKWARD = 1, 2
 
 
 def _gloo_for_nccl(original: Callable) -> Callable:
-    """Wrap `_new_process_group_helper`, through which every group comes: what asks for NCCL or UCC gets gloo."""
+    """Wrap `_new_process_group_helper`, through which every group comes: what asks for NCCL or UCC gets gloo.
+
+    torch numbers the groups in each process, so ranks that make groups of their own give different ones the same name.
+    NCCL connects a group when it is first used; gloo does at once, and would connect one group with the other.
+    """
 
     @functools.wraps(original)
     def new_process_group(
-        group_size: int, group_rank: int, global_ranks_in_group: list[int], backend: str, *args: object, **named: object
+        group_size: int,
+        group_rank: int,
+        global_ranks_in_group: list[int],
+        backend: str,
+        store: object,
+        *args: object,
+        **named: object,
     ) -> object:
+        from torch.distributed import PrefixStore
+
         backend = "gloo" if any(name in str(backend) for name in ("nccl", "ucc")) else backend
-        return original(group_size, group_rank, global_ranks_in_group, backend, *args, **named)
+        store = PrefixStore("-".join(map(str, global_ranks_in_group)), store)
+        return original(group_size, group_rank, global_ranks_in_group, backend, store, *args, **named)
 
     return new_process_group
 
@@ -242,7 +255,7 @@ def redirections() -> list[Redirection]:
             _gloo_for_nccl,
             "gloo where NCCL or UCC was asked for",
             "Megatron names them in places, whatever the configuration's backend is; they need GPUs",
-            ("group_size", "group_rank", "global_ranks_in_group", "backend"),
+            ("group_size", "group_rank", "global_ranks_in_group", "backend", "store"),
         ),
         Redirection("torch.distributed.all_to_all_single", _int_splits, "split sizes as ints", "gloo refuses tensors"),
         Redirection(
