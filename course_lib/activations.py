@@ -23,6 +23,7 @@ __all__ = [
     "activations",
     "as_a_gpu_has_it",
     "built",
+    "one_layer",
     "quantized",
     "refuse",
     "refuse_what_is_not_counted",
@@ -289,14 +290,67 @@ def refuse_what_is_not_counted(cfg: Any) -> None:
             )
 
 
+def one_layer(cfg: Any, *, ranks: int) -> dict[str, int]:
+    """What the first layer keeps of one micro-batch, by the tensors' names in words, in the order of the forward pass.
+
+    Args:
+        cfg: As for `activations`; without recomputation, which keeps the layer's input and nothing else.
+        ranks: World size.
+
+    Returns:
+        Bytes by tensor.
+
+    Raises:
+        LayoutError: As `activations`, like `NotPlanned`.
+
+    Source: `_KEPT_BY` names the modules of megatron-core 0.19.2 that keep them.
+    """
+    refuse_what_is_not_counted(as_a_gpu_has_it(cfg))
+    kept: dict[str, int] = {}
+    for name, chunk, size in _tensors(cfg, ranks=ranks, stage=0)[0]:
+        words = name.split(".")
+        if chunk == 0 and words[:2] == ["decoder", "layers"] and words[2] == "0":
+            inner = ".".join(words[3:])
+            label = _KEPT_BY.get(inner, inner)
+            kept[label] = kept.get(label, 0) + size
+    return kept
+
+
+_KEPT_BY = {
+    "input_layernorm": "input of the norm before attention",
+    "self_attention.linear_qkv.norm": "input of the norm before attention",
+    "self_attention.linear_qkv": "input of the q, k, v product",
+    "self_attention": "rotary angles",
+    "self_attention.core_attention": "q, k, v, and attention's output",
+    "self_attention.linear_proj": "input of the output product",
+    "pre_mlp_layernorm": "input of the norm before feed-forward",
+    "mlp.linear_fc1.norm": "input of the norm before feed-forward",
+    "mlp.linear_fc1": "input of the first product",
+    "mlp": "both halves before the gate",
+    "mlp.linear_fc2": "product of the halves",
+}
+"""Modules of a dense layer, and what they keep for their backward pass."""
+
+
 def _kept(cfg: Any, *, ranks: int, stage: int) -> tuple[dict[str, dict[str, int]], int]:
     """Kept bytes of one micro-batch by layer and part, and those of the loss."""
+    tensors, copies = _tensors(cfg, ranks=ranks, stage=stage)
+    kept: dict[str, dict[str, int]] = {}
+    for name, chunk, size in tensors:
+        layer, part = _place(name, chunk)
+        parts = kept.setdefault(layer, {})
+        parts[part] = parts.get(part, 0) + size
+    return kept, sum(kept.pop("loss", {}).values()) + copies
+
+
+def _tensors(cfg: Any, *, ranks: int, stage: int) -> tuple[list[tuple[str, int, int]], int]:
+    """Every kept tensor of one micro-batch as module, chunk and bytes, and the bytes of the logits' second copy."""
     import torch
 
     from course_lib import meta_model
 
     settings, copies = as_a_gpu_has_it(cfg).model, 0
-    found: list[tuple[str, str, torch.UntypedStorage, int | None]] = []
+    found: list[tuple[str, int, torch.UntypedStorage, int | None]] = []
     with built(cfg, ranks=ranks, stage=stage) as chunks:
         weights = {(one.untyped_storage()._cdata, False) for chunk in chunks for one in chunk.parameters()}
         seen: set[tuple[int, bool]] = set()
@@ -318,7 +372,7 @@ def _kept(cfg: Any, *, ranks: int, stage: int) -> tuple[dict[str, dict[str, int]
                 key = (storage._cdata, cast)
                 if key not in seen and (storage._cdata, False) not in weights:
                     seen.add(key)  # and held in `found`, so that no later storage gets its address
-                    found.append((*_place(module, number), storage, tensor.numel() if cast else None))
+                    found.append((module, number, storage, tensor.numel() if cast else None))
                 return tensor
 
             try:
@@ -331,11 +385,8 @@ def _kept(cfg: Any, *, ranks: int, stage: int) -> tuple[dict[str, dict[str, int]
                 ) from error
             if chunk.post_process:
                 copies += _second_copy(cfg, tokens=out.numel(), model=chunk)
-    kept: dict[str, dict[str, int]] = {}
-    for layer, part, storage, cast_bytes in found:  # only now: recomputation gives storages back after they were kept
-        parts = kept.setdefault(layer, {})
-        parts[part] = parts.get(part, 0) + (storage.nbytes() if cast_bytes is None else cast_bytes)
-    return kept, sum(kept.pop("loss", {}).values()) + copies
+    # Only now: recomputation gives storages back after they were kept.
+    return [(name, chunk, storage.nbytes() if cast is None else cast) for name, chunk, storage, cast in found], copies
 
 
 def _follow(chunk: Any, inside: list[str]) -> None:

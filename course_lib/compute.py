@@ -16,6 +16,7 @@ from course_lib.common.config import Fields, changed
 from course_lib.common.project import DATA
 from course_lib.common.units import GB, MiB
 from course_lib.layout import Layout
+from course_lib.layout_stages import stage_layers
 from course_lib.parameters import mixers
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class Ceiling:
     """The best that one step could do.
 
     Attributes:
-        compute_seconds: Operations at the data sheet's rate, the pipeline bubble included.
+        compute_seconds: Operations of the slowest pipeline stage at the data sheet's rate, the bubble included.
         tensor_seconds: Messages inside the layers, which the layers wait for.
         data_seconds: Messages about gradients and weights, which hide behind the backward pass if they are shorter.
         tokens_per_second_per_gpu: What follows from them.
@@ -208,12 +209,26 @@ def ceiling(cfg: Any, *, ranks: int, gpu: Gpu, vocab_size: int) -> Ceiling:
     microbatches = cfg.train.global_batch_size / (cfg.train.micro_batch_size * layout.data_parallel_size)
     chunks = layout.virtual_pipeline_model_parallel_size or 1
     bubble = (layout.pipeline_model_parallel_size - 1) / (microbatches * chunks)
-    operations = (flops_per_token(cfg, vocab_size=vocab_size) + _repeated_flops_per_token(cfg)) * tokens
-    compute = operations / (ranks * gpu.flops_per_second) * (1 + bubble)
+    slowest = _slowest_stage_flops_per_token(cfg, vocab_size=vocab_size) * layout.pipeline_model_parallel_size
+    compute = slowest * tokens / (ranks * gpu.flops_per_second) * (1 + bubble)
     sent = sent_bytes(cfg, ranks=ranks)
     tensor = (sent["tensor"] + sent["pipeline"]) / gpu.link_bytes_per_second
     data = (sent["data"] + sent["context"]) / gpu.link_bytes_per_second
     return Ceiling(compute, tensor, data, tokens / (max(compute, data) + tensor) / ranks)
+
+
+def _slowest_stage_flops_per_token(cfg: Any, *, vocab_size: int) -> float:
+    """Operations of the pipeline stage that computes most, for which the others wait: often the last, with the output layer.
+
+    The layers are taken to cost alike; at PP=1 the one stage is the whole model.
+    """
+    layers = flops_per_token(cfg, vocab_size=0) + _repeated_flops_per_token(cfg)
+    output = flops_per_token(cfg, vocab_size=vocab_size) - flops_per_token(cfg, vocab_size=0)
+    if cfg.model.pipeline_model_parallel_size == 1:
+        return layers + output
+    counts = [sum(chunks) for chunks in stage_layers(cfg)]
+    each = layers / sum(counts)
+    return max(max(counts) * each, counts[-1] * each + output)
 
 
 def _repeated_flops_per_token(cfg: Any) -> float:

@@ -17,10 +17,27 @@ __all__ = ["FILE", "compute", "markdown", "read"]
 FILE = DATA / "plans_8_gpu.json"
 RANKS = 8
 VOCAB_SIZE = 128256  # ids of Llama 3's tokenizer
-LAYOUTS = ({"tp": 1, "cp": 1}, {"tp": 2, "cp": 1}, {"tp": 4, "cp": 1})
-PUBLISHED = {"8B": ({"tp": 1, "cp": 2},)}
-"""Layouts of one model besides: NVIDIA's recipe for 8B cuts its sequences."""
+LAYOUTS = ({"tp": 2}, {"tp": 1}, {"tp": 4})
+"""In the order in which they are tried."""
+OTHERS = {"8B": ({"pp": 2}, {"cp": 2})}
+"""Layouts of one model besides: a pipeline, and what NVIDIA's recipe for 8B does, which cuts its sequences."""
 RECIPES = {"1B": "llama32_1b_pretrain_config", "3B": "llama32_3b_pretrain_config", "8B": "llama3_8b_pretrain_config"}
+
+
+def models() -> dict[str, Any]:
+    """The recipes of `RECIPES` by model, with Llama 3's ids, 128 sequences a step, and sequences that are whole."""
+    from course_lib import recipes, stack
+
+    stack.prepare_imports()
+    from megatron.bridge.recipes import llama
+
+    found = {}
+    for model, recipe in RECIPES.items():
+        with recipes.offline():
+            found[model] = getattr(llama, recipe)()
+        found[model].tokenizer.vocab_size, found[model].train.global_batch_size = VOCAB_SIZE, 128
+        found[model].model.context_parallel_size = 1
+    return found
 
 
 def compute() -> dict[str, Any]:
@@ -29,23 +46,20 @@ def compute() -> dict[str, Any]:
     Returns:
         What stands in the file: settings, and one row a plan with bytes by component.
     """
-    from course_lib import memory, recipes, stack
-
-    stack.prepare_imports()
-    from megatron.bridge.recipes import llama
+    from course_lib import memory, stack, usable
 
     rows = []
-    for model, recipe in RECIPES.items():
-        with recipes.offline():
-            cfg = getattr(llama, recipe)()
-        cfg.tokenizer.vocab_size = VOCAB_SIZE
-        cfg.train.global_batch_size = 128
-        for sizes in (*LAYOUTS, *PUBLISHED.get(model, ())):
-            plan = memory.plan(memory.with_layout(cfg, **sizes, sequence_parallel=sizes["tp"] > 1), ranks=RANKS)
-            row = {"model": model, "recipe": recipe, "tp": sizes["tp"], "pp": 1, "cp": sizes["cp"]}
-            row["dp"] = RANKS // sizes["tp"] // sizes["cp"]
+    for model, cfg in models().items():
+        recipe = RECIPES[model]
+        for sizes in (*LAYOUTS, *OTHERS.get(model, ())):
+            cut = memory.with_layout(cfg, **sizes, sequence_parallel=sizes.get("tp", 1) > 1)
+            plan, room = memory.plan(cut, ranks=RANKS), usable.of(cut, ranks=RANKS)
+            row = {"model": model, "recipe": recipe} | {name: sizes.get(name, 1) for name in ("tp", "pp", "cp")}
+            row["dp"] = plan.layout.data_parallel_size
             row |= {"seq_length": cfg.model.seq_length, "micro_batch_size": cfg.train.micro_batch_size}
-            rows.append(row | {"bytes": plan.components, "total_bytes": plan.total_bytes})
+            rows.append(
+                row | {"bytes": plan.components, "total_bytes": plan.total_bytes, "usable_bytes": room.usable_bytes}
+            )
     versions = stack.versions()
     packages = ", ".join(f"{name} {versions[name]}" for name in ("megatron-bridge", "megatron-core"))
     return {
@@ -63,25 +77,24 @@ def read(path: Path = FILE) -> dict[str, Any]:
 
 
 def markdown(plans: dict[str, Any]) -> str:
-    """The plan as a table in GiB, the verdict for an 80 GB H100 beside each row: its share of the memory that the driver reports.
+    """The plan as a table in GiB, with what a plan may use of an 80 GB H100 beside each row, and what is left of it.
 
     Args:
         plans: What `read` or `compute` returned.
     """
-    from course_lib import compute as gpu_facts
     from course_lib.common.units import gib
 
-    gpu = gpu_facts.gpus()["H100 SXM 80GB"]
     parts = list(plans["plans"][0]["bytes"])
-    lines = [f"| model | layout | {' | '.join(parts)} | total, GiB | of an 80 GB H100 |"]
-    lines.append("|---|---|" + "--:|" * (len(parts) + 2))
+    lines = [f"| model | layout | {' | '.join(parts)} | total, GiB | usable | left |"]
+    lines.append("|---|---|" + "--:|" * (len(parts) + 3))
     for row in plans["plans"]:
-        share = row["total_bytes"] / gpu.memory_bytes
+        left = gib(row["usable_bytes"] - row["total_bytes"])
         sizes = " | ".join(f"{gib(size):.1f}" for size in row["bytes"].values())
         cut = f" CP={row['cp']}" if row["cp"] > 1 else ""
         layout = f"TP={row['tp']} PP={row['pp']}{cut} DP={row['dp']}"
-        verdict = f"{share:.0%}" + ("" if share < 1 else ", does not fit")
-        lines.append(f"| {row['model']} | {layout} | {sizes} | {gib(row['total_bytes']):.1f} | {verdict} |")
+        verdict = f"{left:.1f}" if left >= 0 else "does not fit"
+        total, room = gib(row["total_bytes"]), gib(row["usable_bytes"])
+        lines.append(f"| {row['model']} | {layout} | {sizes} | {total:.1f} | {room:.1f} | {verdict} |")
     return "\n".join(lines)
 
 

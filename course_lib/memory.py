@@ -35,6 +35,7 @@ __all__ = [
     "States",
     "activations",
     "bridge_estimate",
+    "moment_bytes",
     "plan",
     "states",
     "table",
@@ -43,7 +44,11 @@ __all__ = [
 
 COMPONENTS = ("weights", "gradients", "optimizer", "activations", "loss")
 
-_GATHERED = ((False,), "how many gathered layers live at once depends on the speed of their messages")
+_GATHERED = (
+    (False,),
+    "how many gathered layers live at once depends on the speed of their messages (`fully_sharded.states` counts Megatron "
+    "FSDP's states, and the most that can be gathered)",
+)
 _NOT_COUNTED = {
     "ddp.use_megatron_fsdp": _GATHERED,
     "ddp.use_custom_fsdp": _GATHERED,
@@ -179,6 +184,13 @@ _MOMENT_BYTES = {"adam": 8, "sgd": 4, "lion": 4}
 """Bytes of an optimizer's fp32 moments of one parameter; TE's SGD allocates its momentum whatever `sgd_momentum` is."""
 
 
+def moment_bytes(optimizer: Any) -> int:
+    """Bytes of the moments of one parameter, wherever they are; only a precision-aware optimizer stores them in other formats."""
+    if optimizer.use_precision_aware_optimizer and not optimizer.optimizer_cpu_offload:
+        return optimizer.exp_avg_dtype.itemsize + optimizer.exp_avg_sq_dtype.itemsize
+    return _MOMENT_BYTES[optimizer.optimizer]
+
+
 def _optimizer_bytes(optimizer: Any, *, weights: torch.dtype) -> float:
     """Bytes that the optimizer keeps on a GPU for a parameter that it steps, moments and copies of the weight.
 
@@ -196,9 +208,7 @@ def _optimizer_bytes(optimizer: Any, *, weights: torch.dtype) -> float:
     adam_has_it = aware and (
         offloads or optimizer.main_params_dtype != torch.float32 or optimizer.fp8_recipe in (None, "delayed")
     )
-    moments = _MOMENT_BYTES[optimizer.optimizer]
-    if aware and not offloads:
-        moments = optimizer.exp_avg_dtype.itemsize + optimizer.exp_avg_sq_dtype.itemsize
+    moments = moment_bytes(optimizer)
     if weights.itemsize == 4 or not (optimizer.use_distributed_optimizer or optimizer.bf16 or optimizer.fp16):
         copy = 0.0
     elif not adam_has_it:

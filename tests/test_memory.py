@@ -232,6 +232,20 @@ def test_kept_bytes_are_those_of_the_shapes(llama):
     assert kept.loss_bytes == 2 * 128_256 * tokens
 
 
+@pytest.mark.parametrize("tp", [1, 2])
+def test_one_layer_by_its_tensors(llama, tp):
+    """The named tensors of the first layer are a layer's share of what the model keeps; half of it at TP=2 with SP."""
+    cut = memory.with_layout(llama, tp=tp, sequence_parallel=tp > 1)
+    layer, kept = activations.one_layer(cut, ranks=8), memory.activations(cut, ranks=8)
+    tokens, hidden, wide = 8192, 4096, 14_336
+    assert layer["both halves before the gate"] == 2 * layer["product of the halves"] == 2 * 2 * wide * tokens / tp
+    assert layer["q, k, v, and attention's output"] == (2 * (2 * hidden + 2 * 1024) + 4 * 32) * tokens / tp
+    assert layer["input of the norm before attention"] == (2 * hidden + 4) * tokens / tp
+    outside = 2 * (2 * hidden) * tokens / tp  # the final norm's input and the output layer's
+    assert 32 * sum(layer.values()) + outside == pytest.approx(kept.total_bytes, rel=1e-4)
+    assert "self_attention" not in str(list(layer)) and "mlp" not in str(list(layer)), "every tensor has words"
+
+
 @pytest.mark.parametrize(
     ("pp", "vpp", "batch", "stage", "in_flight"),
     [
@@ -341,7 +355,8 @@ def test_a_ceiling_is_operations_bubble_and_messages(llama, fields, bubble, repe
     cfg = memory.with_layout(llama, **fields)
     found = compute.ceiling(cfg, ranks=8, gpu=gpu, vocab_size=128_256)
     layers, tokens = compute.flops_per_token(cfg, vocab_size=0), 128 * 8192
-    operations = layers + 6 * 4096 * 128_256 + repeated(layers)
+    output = 6 * 4096 * 128_256  # on the last stage alone, and the others wait for it
+    operations = layers + repeated(layers) + output * cfg.model.pipeline_model_parallel_size
     assert found.compute_seconds == pytest.approx(operations * tokens / 8e15 * (1 + bubble), rel=1e-9)
     sent = compute.sent_bytes(cfg, ranks=8)
     assert found.tensor_seconds == pytest.approx((sent["tensor"] + sent["pipeline"]) / 1e11, rel=1e-9)
