@@ -19,7 +19,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["VERSION", "stand_in", "standing_in", "unless_alone"]
 
@@ -235,8 +238,23 @@ def _classes() -> dict[str, type]:
             if v_channels is not None:
                 self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
 
-        def forward(self, *args: Any, num_splits: int | None = None, **options: Any) -> torch.Tensor:
-            return super().forward(*args, **options)
+        def forward(
+            self,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            attention_mask: torch.Tensor | None,
+            attn_mask_type: Any = None,
+            attention_bias: torch.Tensor | None = None,
+            packed_seq_params: Any = None,
+            num_splits: int | None = None,
+        ) -> torch.Tensor:
+            if packed_seq_params is None or packed_seq_params.qkv_format != "thd":
+                return super().forward(query, key, value, attention_mask, attn_mask_type, attention_bias)
+            kind = attn_mask_type or self.attn_mask_type
+            hidden = _other_sequences(packed_seq_params, len(query), len(key), causal="causal" in kind.name)
+            packed = (part.unsqueeze(1) for part in (query, key, value))  # [tokens, heads, width]: a batch of one
+            return super().forward(*packed, hidden[None, None], attn_mask_type, attention_bias).squeeze(1)
 
     class TECudaRNGStatesTracker(CudaRNGStatesTracker):
         """Core's own, whose states are generators."""
@@ -256,6 +274,34 @@ def _classes() -> dict[str, type]:
     for kind in kinds:
         kind.__module__, kind.__qualname__ = transformer_engine.__name__, kind.__name__
     return {kind.__name__: kind for kind in kinds}
+
+
+def _other_sequences(packed: Any, queries: int, keys: int, *, causal: bool) -> torch.Tensor:
+    """What a query of a packed batch must not see: other sequences, the padding behind its own, and what comes later.
+
+    Args:
+        packed: Megatron's `PackedSeqParams`: where each sequence begins, with and without padding.
+        queries: Number of tokens of the query.
+        keys: Number of tokens of the key.
+        causal: Whether a token sees only what stands before it in its sequence.
+
+    Returns:
+        A mask [queries, keys], True where a key is hidden.
+    """
+    import torch
+
+    def places(tokens: int, ends: torch.Tensor, padded: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """Of each token: its sequence, its place there, and whether it is padding."""
+        begins = ends if padded is None else padded
+        where = torch.arange(tokens, device=begins.device)
+        sequence = torch.searchsorted(begins[1:].contiguous(), where, right=True).clamp(max=len(begins) - 2)
+        place = where - begins[sequence]
+        return sequence, place, place >= ends.diff()[sequence]
+
+    of_query, at_query, _ = places(queries, packed.cu_seqlens_q, packed.cu_seqlens_q_padded)
+    of_key, at_key, nothing = places(keys, packed.cu_seqlens_kv, packed.cu_seqlens_kv_padded)
+    hidden = (of_query[:, None] != of_key) | nothing
+    return hidden | (at_query[:, None] < at_key) if causal else hidden
 
 
 def unless_alone(original: Callable) -> Callable:

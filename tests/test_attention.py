@@ -117,6 +117,53 @@ def test_attention_of_a_shared_sequence_equals_a_plain_computation(in_ranks, tmp
     in_ranks(rank_attention, tmp_path, ranks=2)
 
 
+def rank_packed(_: str) -> None:
+    """In one rank: sequences of 5, 1 and 4 tokens in a row, with and without padding behind each."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention
+    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.enums import AttnMaskType
+
+    dist.init_process_group("gloo")
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1)
+    ends = [0, 5, 6, 10]
+    for begins in (ends, [0, 6, 8, SEQUENCE]):
+        for window in (None, (2, 0)):
+            for kind in (AttnMaskType.causal, AttnMaskType.no_mask):
+                config = TransformerConfig(
+                    num_layers=1,
+                    hidden_size=HEADS * WIDTH,
+                    num_attention_heads=HEADS,
+                    num_query_groups=GROUPS,
+                    attention_dropout=0.0,
+                    window_size=window,
+                )
+                attention = TEDotProductAttention(config, 1, kind, "self")
+                tokens = begins[-1]
+                whole = [torch.randn(tokens, heads, WIDTH, requires_grad=True) for heads in (HEADS, GROUPS, GROUPS)]
+                real = [slice(begins[n], begins[n] + ends[n + 1] - ends[n]) for n in range(3)]
+                alone = [attention(*(part[s][:, None] for part in whole), None, kind)[:, 0] for s in real]
+                lengths, padded = torch.tensor(ends, dtype=torch.int32), torch.tensor(begins, dtype=torch.int32)
+                packed = PackedSeqParams("thd", lengths, lengths, *([padded, padded] if begins != ends else []))
+                out = attention(*whole, None, kind, packed_seq_params=packed)
+                back = torch.randn(tokens, HEADS * WIDTH)
+                together = torch.autograd.grad(sum((out[s] * back[s]).sum() for s in real), whole)
+                apart = torch.autograd.grad(sum((a * back[s]).sum() for a, s in zip(alone, real, strict=True)), whole)
+                for got, right in zip([*(out[s] for s in real), *together], [*alone, *apart], strict=True):
+                    torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-5)
+    dist.destroy_process_group()
+
+
+def test_packed_sequences_do_not_see_each_other(in_ranks, tmp_path: Path) -> None:
+    """Values and gradients of each sequence are those that it has alone, whatever stands beside it as padding."""
+    in_ranks(rank_packed, tmp_path)
+
+
 def rank_layers(_: str) -> None:
     """In one rank: a norm inside a layer, what LoRA is given of it, and the convolution of a gated delta net."""
     import torch
