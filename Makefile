@@ -1,5 +1,5 @@
 # Every command that runs something of the course sets the environment up first, a tenth of a second if nothing changed.
-# Python 3.8 or later is enough to start: course_lib/bootstrap.py finds Python 3.12 and uv.
+# Python 3.8 or later is enough to start: course_lib/machine/bootstrap.py finds Python 3.12 and uv.
 PYTHON ?= $(shell command -v python3 || command -v python || echo python3)
 COURSE := .venv/bin/course
 # Without bytecode each of the eight ranks would compile some 7,000 modules again.
@@ -14,7 +14,7 @@ help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 setup: ## find or install uv and Python packages into this folder, nothing else
-	@"$(PYTHON)" course_lib/bootstrap.py
+	@"$(PYTHON)" course_lib/machine/bootstrap.py
 
 run: setup ## train on 8 ranks: lesson 03 without a browser, on mock data, then on real text
 	@$(COURSE) lesson 03 --open-hint
@@ -42,8 +42,8 @@ doctor: setup ## say what this machine can run, and what to mend
 
 # The environment of this folder if there is one, else the node's own Python, with its own packages: no set-up, no network.
 gpu-check: ## on a node with a GPU: check the course on it, without a network (OPTIONS="--budget-seconds 500 --out DIR")
-	@if [ -x .venv/bin/python ]; then exec .venv/bin/python -m course_lib.gpu_check $(OPTIONS); \
-	  else exec "$(PYTHON)" -m course_lib.gpu_check $(OPTIONS); fi
+	@if [ -x .venv/bin/python ]; then exec .venv/bin/python -m course_lib.machine.gpu_check $(OPTIONS); \
+	  else exec "$(PYTHON)" -m course_lib.machine.gpu_check $(OPTIONS); fi
 
 lock-check: ## check that uv.lock fits pyproject.toml (needs uv)
 	@PATH="$(CURDIR)/.tools/bin:$$PATH" uv lock --check

@@ -17,7 +17,7 @@ def doctor(
     quick: Annotated[bool, typer.Option("--quick", help="Look for packages without importing any.")] = False,
 ) -> None:
     """Look at this machine: what runs live here, what does not, and how to mend it."""
-    from course_lib import doctor as module
+    from course_lib.machine import doctor as module
 
     raise typer.Exit(module.main(json=json, quick=quick))
 
@@ -32,13 +32,13 @@ def lesson(
     open_hint: Annotated[bool, typer.Option("--open-hint", help="End with the next step.")] = False,
 ) -> None:
     """Run a lesson without a browser and say where its results are."""
-    from course_lib import lessons
+    from course_lib.lesson import notebooks
 
     try:
-        done = lessons.execute(
+        done = notebooks.execute(
             number, parameters=_parameters(parameters or []) or None, output_directory=output_directory
         )
-    except (ValueError, lessons.LessonFailed) as error:
+    except (ValueError, notebooks.LessonFailed) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
     typer.echo(summary(done))
@@ -51,17 +51,18 @@ def book(
     archive: Annotated[bool, typer.Option("--archive", help="Pack the pages into one zip file as well.")] = False,
 ) -> None:
     """Build the book from the executed lessons, with no request to the network's pages."""
-    from course_lib import book as module
-    from course_lib import book_assets, book_facts, lessons
+    from book import builder as module
+    from book.builder import assets, facts
+    from course_lib.lesson import notebooks
 
     try:
         page = module.build()
-    except (module.BookError, book_assets.AssetError, book_facts.FactError, lessons.LessonFailed) as error:
+    except (module.BookError, assets.AssetError, facts.FactError, notebooks.LessonFailed) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
     typer.echo(f"book              {_shown(page)}")
     if archive:
-        from course_lib import book_archive
+        from book.builder import archive as book_archive
 
         packed = book_archive.pack(page.parent, page.parent.parent / f"{book_archive.FOLDER}-book.zip")
         typer.echo(f"archive           {_shown(packed)}   (unpack it and open index.html; no server, no network)")
@@ -73,7 +74,7 @@ def lab(
     options: Annotated[list[str] | None, typer.Option("--option", help="Handed on to JupyterLab.")] = None,
 ) -> None:
     """Open JupyterLab on a lesson, while the stack is imported for its first run."""
-    from course_lib import desk as module
+    from course_lib.machine import desk as module
 
     module.start(notebook, options=options or [])
 
@@ -86,8 +87,8 @@ def ledger(
     yes: Annotated[bool, typer.Option("--yes", help="Forget without a question.")] = False,
 ) -> None:
     """Show your predictions beside what was measured, and your exercises."""
-    from course_lib import ledger as module
-    from course_lib import ledger_page
+    from course_lib.lesson import ledger as module
+    from course_lib.lesson import ledger_page
 
     try:
         typer.echo(ledger_page.text(lesson=lesson, history=history))
@@ -105,7 +106,7 @@ def bench(
     ] = None,
 ) -> None:
     """Measure the engine and write the figures as JSON and as a table."""
-    from course_lib import bench as module
+    from tests import bench as module
 
     try:
         raise typer.Exit(module.main(only or ()))
@@ -140,7 +141,7 @@ def summary(done: object) -> str:
     """Where the results of an executed lesson are, one a line.
 
     Args:
-        done: A `lessons.Executed` with `path`, `figures` and `runs`.
+        done: A `notebooks.Executed` with `path`, `figures` and `runs`.
     """
     lines = ["", f"executed lesson   {_shown(done.path)}"]
     lines += [f"figure            {_shown(path)}" for path in done.figures]

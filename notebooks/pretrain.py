@@ -1,6 +1,7 @@
 import sys
 
-from course_lib import cpu, devices  # CPU
+from course_lib.ranks import cpu
+from course_lib.stack import devices  # CPU
 
 cpu.activate()  # CPU
 

@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
-pytest_plugins = ["lesson_runs", "small_book"]
+pytest_plugins = ["support.lesson_runs", "support.small_book"]
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def warm_engine():
     """One lease for the session: every launch of every test and notebook shares one warm fork server."""
-    from course_lib import warm
+    from course_lib.launch import forkserver
 
-    lease = warm.lease()
+    lease = forkserver.lease()
     yield lease
     lease.close()
 

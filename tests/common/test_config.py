@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-import small
 
 from course_lib.common import config
 from course_lib.common.config import Fields, UnknownField, changed
+from support import small
 
 
 @dataclass

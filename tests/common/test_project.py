@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from course_lib import doctor, machine, stack
+from course_lib import stack
 from course_lib.common import project
+from course_lib.machine import doctor, readings
 
 CODE = [*project.PROJECT.glob("*/**/*.py"), *project.PROJECT.glob("notebooks/*.ipynb"), project.PROJECT / "Makefile"]
 TEXT = {
@@ -67,7 +68,7 @@ def test_a_value_without_a_meaning_is_refused(
     monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=words):
         project.variable(name)
-    found = machine.settings()
+    found = readings.settings()
     assert found.status == "fail" and words in found.value
 
 

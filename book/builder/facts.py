@@ -1,0 +1,148 @@
+"""Tables of the book's pages that are made when the book is built: versions, sources of data,
+the eight-GPU plan, the sessions of a class.
+
+A page says `<!-- facts: NAME -->` where a table belongs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from book.builder import plan as eight_gpu_plan
+from course_lib.common.project import VARIABLES
+from course_lib.lesson import notebooks
+
+__all__ = ["FACTS", "FactError", "fill"]
+
+MARK = re.compile(r"^<!-- facts: (\w+) -->$", re.MULTILINE)
+GROUPS = {"dependencies": "the course runs on", "dev": "tests", "book": "the book"}
+
+SESSIONS = (
+    (("00", "01", "02"), "which of two contradicting sources is right"),
+    (("03", "04", "05"), "why a falling loss proves so little"),
+    (("06", "07"), "which layout they would pay for"),
+    (("08", "09"), "what counts as a difference"),
+    (("10", "11", "12"), "what survives a crash, and where the bytes go"),
+)
+
+
+class FactError(ValueError):
+    """A page asks for a table that nobody makes."""
+
+
+def fill(page: str, *, root: Path) -> str:
+    """Put the tables into a page.
+
+    Args:
+        page: The page's markdown.
+        root: The project, whose lock and data are read.
+
+    Raises:
+        FactError: There is no table of that name.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        if match.group(1) not in FACTS:
+            raise FactError(f"the page asks for the table {match.group(1)!r}; there are: {', '.join(FACTS)}.")
+        return FACTS[match.group(1)](root)
+
+    return MARK.sub(table, page)
+
+
+def sessions(_: Path) -> str:
+    """Which lessons a class takes together, how many minutes they name, and what the room should argue about."""
+    minutes = {lesson.number: lesson.minutes or 0 for lesson in notebooks.listing()}
+    lines = ["| session | lessons | minutes | what the room should argue about |", "|---|---|--:|---|"]
+    for number, (names, question) in enumerate(SESSIONS, start=1):
+        lines.append(f"| {number} | {', '.join(names)} | {sum(minutes[name] for name in names)} | {question} |")
+    return "\n".join(lines)
+
+
+def versions(root: Path) -> str:
+    """What the course names in `pyproject.toml`, at the version that `uv.lock` pins."""
+    lock = tomllib.loads((root / "uv.lock").read_text(encoding="utf-8"))
+    packages = {package["name"]: package for package in lock["package"]}
+    course = packages["nemotron-course"]
+    groups = {"dependencies": course["dependencies"], **course["dev-dependencies"]}
+    lines = ["| package | version | for |", "|---|---|---|"]
+    for group, purpose in GROUPS.items():
+        for name in sorted({entry["name"] for entry in groups[group]}):
+            lines.append(f"| {name} | {packages[name]['version']} | {purpose} |")
+    return "\n".join(lines)
+
+
+def count(root: Path) -> str:
+    """How many packages the lock holds in all."""
+    lock = tomllib.loads((root / "uv.lock").read_text(encoding="utf-8"))
+    others = [package for package in lock["package"] if "registry" in package["source"]]
+    return f"The lock file pins {len(others)} packages, with a checksum for each file."
+
+
+def provenance(root: Path) -> str:
+    """Every file of `data/` with the sources that its rows name, and the day they were read where a file says it."""
+    lines = ["| file | its facts were read from |", "|---|---|"]
+    for path in sorted((root / "data").rglob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        nested = content.get("source")
+        read_on = content.get("read_on") or (nested.get("read_on") if isinstance(nested, dict) else None)
+        text = "<br>".join(source.replace("|", "\\|") for source in dict.fromkeys(_sources(content)))
+        lines.append(
+            f"| `{path.relative_to(root).as_posix()}` | {text}{f'<br>(read on {read_on})' if read_on else ''} |"
+        )
+    return "\n".join(lines)
+
+
+def _sources(value: Any) -> Iterator[str]:
+    """Every place that a row names: under a key that begins with `source`, or as repository, path and version."""
+    if isinstance(value, list):
+        for part in value:
+            yield from _sources(part)
+    elif isinstance(value, dict):
+        if {"repository", "path", "version"} <= set(value):
+            commit = re.sub(r"commit ([0-9a-f]{7})[0-9a-f]+", r"\1", value["version"])
+            yield f"{value['repository']} {value['path']} @ {commit}"
+        for key, part in value.items():
+            texts = list(part.values()) if isinstance(part, dict) else part if isinstance(part, list) else [part]
+            if key.startswith("source") and all(isinstance(text, str) for text in texts):
+                yield from texts
+            else:
+                yield from _sources(part)
+
+
+def variables(_: Path) -> str:
+    """Every environment variable that the course reads."""
+    lines = ["| variable | without it | what it does |", "|---|---|---|"]
+    lines += [f"| `{row.name}` | {row.default} | {row.meaning} |" for row in VARIABLES.values()]
+    return "\n".join(lines)
+
+
+def plan(root: Path) -> str:
+    """The eight-GPU plan, from its row of data."""
+    return eight_gpu_plan.markdown(eight_gpu_plan.read(root / "data" / eight_gpu_plan.FILE.name))
+
+
+def recipe_families(root: Path) -> str:
+    """Which family of recipes trains on CPU ranks, by the rows that a test runs."""
+    rows = json.loads((root / "data" / "recipe_families.json").read_text(encoding="utf-8"))["rows"]
+    lines = ["| family | recipe | on CPU ranks |", "|---|---|---|"]
+    for row in rows:
+        because = row["because"].rpartition("cannot train here: ")[2]
+        verdict = "trains" if row["runs"] else "refused: " + re.sub("'([^']+)'", r"`\1`", because)
+        lines.append(f"| {row['family']} | `{row['recipe'].partition(':')[2]}` | {verdict} |")
+    return "\n".join(lines)
+
+
+FACTS: dict[str, Callable[[Path], str]] = {
+    "versions": versions,
+    "variables": variables,
+    "count": count,
+    "provenance": provenance,
+    "eight_gpu_plan": plan,
+    "recipe_families": recipe_families,
+    "sessions": sessions,
+}

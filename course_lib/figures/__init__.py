@@ -1,0 +1,1 @@
+"""Every drawing, and the live view."""

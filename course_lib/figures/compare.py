@@ -1,0 +1,121 @@
+"""Figures that compare runs: signs of trouble, memory over time, and what a change did beside its noise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from course_lib.figures import plots, style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from course_lib.experiments.sweep import Comparison
+    from course_lib.runs import Run
+
+__all__ = ["curves", "effects", "memory_by_step", "seeds"]
+
+
+def curves(runs: Mapping[str, Run], column: str, *, ax: Axes, unit: str, title: str = "") -> Axes:
+    """Draw one column of `metrics` against the step for several runs.
+
+    Args:
+        runs: Name to run; at most four.
+        column: Such as `"loss"` or `"grad_norm"`.
+        ax: The axis to draw on.
+        unit: Unit of the column; empty if it has none.
+        title: What the picture shows.
+
+    Returns:
+        The axis.
+    """
+    ends = []
+    for name, run in runs.items():
+        ax.plot(run.metrics["step"], run.metrics[column], label=name)
+        ends.append(f"{name} goes from {run.metrics[column].iloc[0]:.3g} to at most {run.metrics[column].max():.3g}")
+    words = column.replace("_", " ")
+    plots.finish(ax, x="step", y=f"{words} ({unit})" if unit else words, title=title, sentences=ends)
+    ax.legend()
+    return ax
+
+
+def memory_by_step(run: Run, *, ax: Axes, highlight: int | None = None, title: str = "") -> Axes:
+    """Draw the memory of every rank against the step.
+
+    Args:
+        run: A run with `memory`.
+        ax: The axis to draw on.
+        highlight: A rank to draw in colour.
+        title: What the picture shows.
+
+    Returns:
+        The axis, in MiB below one GiB and in GiB above.
+    """
+    unit, unit_bytes = plots.memory_unit(float(run.memory["memory_bytes"].max()))
+    name = "ranks" if highlight is None else "other ranks"
+    for rank, one in run.memory.groupby("rank"):
+        if rank == highlight:
+            look = {"color": style.COLOURS["vermilion"], "linestyle": "-", "label": f"rank {rank}", "zorder": 3}
+        else:
+            look = {"color": style.INK, "linestyle": "-", "linewidth": 1, "label": name}
+            name = None  # one entry in the legend for all of them
+        ax.plot(one["step"], one["memory_bytes"] / unit_bytes, **look)
+    last = run.memory.groupby("rank")["memory_bytes"].last() / unit_bytes
+    sentences = [f"At the end the ranks hold between {last.min():.3g} and {last.max():.3g} {unit}"]
+    plots.finish(ax, x="step", y=f"memory ({unit})", title=title, sentences=sentences)
+    ax.set_ylim(bottom=0)
+    ax.legend()
+    return ax
+
+
+def seeds(groups: Mapping[str, Sequence[float]], *, ax: Axes, title: str = "") -> Axes:
+    """Draw the held-out loss of every seed as a dot, one row a configuration; a band spans the first one.
+
+    Args:
+        groups: Name to losses in nats per token; the first is what the others are compared with.
+        ax: The axis to draw on.
+        title: What the picture shows.
+
+    Returns:
+        The axis.
+    """
+    names, base = list(groups), next(iter(groups.values()))
+    ax.axvspan(min(base), max(base), color=style.INK, alpha=0.25, linewidth=0)
+    for row, losses in enumerate(groups.values()):
+        ax.plot(losses, [row] * len(losses), "o", markersize=7, color=style.COLOURS["blue"])
+    _rows(ax, names)
+    sentences = [f"{name}: {min(losses):.3f} to {max(losses):.3f}" for name, losses in groups.items()]
+    plots.finish(ax, x="held-out loss (nats per token)", y="", title=title, sentences=sentences, whole_x=False)
+    return ax
+
+
+def effects(comparisons: Mapping[str, Comparison], *, ax: Axes, title: str = "") -> Axes:
+    """Draw what each change did: the difference, its 95% interval, and the line of no difference.
+
+    Args:
+        comparisons: Name to comparison.
+        ax: The axis to draw on.
+        title: What the picture shows.
+
+    Returns:
+        The axis.
+    """
+    ax.axvline(0, color=style.INK, linewidth=1.5, dashes=[6, 3])
+    for row, one in enumerate(comparisons.values()):
+        inside = one.verdict.startswith("no")
+        look = {"color": style.COLOURS["blue" if inside else "vermilion"], "fmt": "o" if inside else "D"}
+        ax.errorbar(one.difference, row, xerr=one.noise, capsize=5, markersize=7, linewidth=2, linestyle="none", **look)
+    _rows(ax, list(comparisons))
+    sentences = [
+        f"{name}: {one.difference:+.3f} +- {one.noise:.3f}, {one.verdict}" for name, one in comparisons.items()
+    ]
+    plots.finish(
+        ax, x="change of held-out loss (nats per token)", y="", title=title, sentences=sentences, whole_x=False
+    )
+    return ax
+
+
+def _rows(ax: Axes, names: Sequence[str]) -> None:
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    ax.grid(axis="y", visible=False)

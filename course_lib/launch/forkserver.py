@@ -1,0 +1,253 @@
+"""A warm launcher: ranks start in a fraction of a second because somebody imported the stack before.
+
+Who is who, all of them ordinary processes of the learner:
+
+    notebook kernel, pytest, ...      clients; each holds one connection, its lease
+      └─ server                       one per user and course version; imports nothing heavy; ends with its last lease
+           └─ fork server             Python's own (multiprocessing.forkserver); imported the stack once
+                ├─ agent              one per launch: torch.distributed.launcher's elastic_launch
+                └─ ranks 0..N-1       forks of the fork server, asked for by the agent
+
+Every link notices when the next one up goes away, so nothing outlives the learner: a client that dies drops its lease,
+the server stops that client's agents, an agent stops its ranks, a rank whose agent is gone ends itself.  This module is
+the client; `warm_server` is the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from course_lib.common.project import PROJECT, untested_allowed
+
+__all__ = ["Launched", "Lease", "WarmError", "lease", "rank_code"]
+
+
+START_SECONDS = 60.0
+"""How long a server may take to listen: it imports little, but this machine may be busy."""
+
+
+SOCKET_PATH_BYTES = 107
+"""How long the path of a socket may be; a temporary directory of a batch system is sometimes longer.
+
+Source: Linux `unix(7)`, `sun_path`
+"""
+
+
+class WarmError(RuntimeError):
+    """The warm launcher could not be reached or started."""
+
+
+RANK_CODE = (
+    *("common/*.py", "cpu/*.py", "layout*.py", "warm*.py"),
+    *("checkpoints.py", "configuration.py", "credentials.py"),
+    *(
+        "deferred.py",
+        "devices.py",
+        "failures.py",
+        "foreign_code.py",
+        "imports.py",
+        "local_layers.py",
+        "memory_meter.py",
+    ),
+    *("preload.py", "runs.py", "stack.py", "train.py"),
+)
+"""Files whose change makes a running server out of date: a new one is started then."""
+
+
+def rank_code(course_lib: Path = Path(__file__).parent) -> list[Path]:
+    """The files of this project that a rank executes, in a fixed order."""
+    return sorted(file for pattern in RANK_CODE for file in course_lib.glob(pattern))
+
+
+class Lease:
+    """A connection to the server; while it is open, the server lives."""
+
+    def __init__(self, path: Path, connection: socket.socket) -> None:
+        self.path = path
+        self._connection = connection
+
+    def launch(
+        self, target: str, argument: str, *, ranks: int, log: Path, env: dict[str, str], prepare: str | None = None
+    ) -> Launched:
+        """Start `target(argument)` in so many ranks, without waiting for them.
+
+        Args:
+            target: A function as `module:name`, importable, taking one string.
+            argument: The string.
+            ranks: Number of ranks on this machine.
+            log: File for what the agent writes.
+            env: Environment variables to set in the ranks.
+            prepare: A function that is called once with the string, before the ranks start; what it returns is each
+                rank's second argument.  If it raises, that is `None`, and the ranks meet the error themselves.
+        """
+        request = {
+            "target": target,
+            "prepare": prepare,
+            "argument": argument,
+            "ranks": ranks,
+            "log": str(log),
+            "env": env,
+            "cwd": os.getcwd(),
+            "path": [os.path.abspath(entry) for entry in sys.path],
+        }
+        job = _try(self.path)
+        if job is None:
+            raise WarmError(f"the warm launcher is gone; see {self.path.with_suffix('.log')}, then run the cell again")
+        job.sendall((json.dumps(request) + "\n").encode())
+        return Launched(job)
+
+    def keep_when_replaced(self) -> None:
+        """Let the lease live on in the program that replaces this one by `exec`; its own children do not get it."""
+        self._connection.set_inheritable(True)
+
+    def close(self) -> None:
+        """End the lease."""
+        self._connection.close()
+
+
+class Launched:
+    """One launch under way.  Its connection is its life: closing it stops the agent and its ranks."""
+
+    def __init__(self, job: socket.socket) -> None:
+        self._job = job
+        self._text = b""
+
+    def wait(self, seconds: float) -> dict | None:
+        """What the agent reported at its end, or `None` if it still runs after so many seconds."""
+        self._job.settimeout(max(seconds, 1e-3))
+        try:
+            part = self._job.recv(65536)
+        except (TimeoutError, BlockingIOError):
+            return None
+        except OSError:
+            part = b""
+        self._text += part
+        if part and not self._text.endswith(b"\n"):
+            return None
+        try:
+            return json.loads(self._text)
+        except ValueError:
+            return {"error": "the launcher was killed: its server, which all notebooks share, is gone"}
+
+    def wait_for(self, seconds: float) -> dict:
+        """Wait for the end, at most so many seconds.
+
+        Raises:
+            TimeoutError: If the launch still runs; it goes on until `stop()` or `close()`.
+        """
+        end = time.monotonic() + seconds
+        while (report := self.wait(end - time.monotonic())) is None:
+            if time.monotonic() > end:
+                raise TimeoutError(f"the launch still ran after {seconds:.0f} s")
+        return report
+
+    def stop(self) -> None:
+        """Ask for the end of all ranks; `wait()` says when they are gone."""
+        with contextlib.suppress(OSError):
+            self._job.sendall(b"stop\n")
+
+    def close(self) -> None:
+        """Let go; what still runs is stopped."""
+        self._job.close()
+
+
+def address() -> Path:
+    """The server's socket: one per user, Python environment and state of the code that ranks run."""
+    marks = [sys.prefix, str(untested_allowed())]
+    marks += [f"{p}:{p.stat().st_mtime_ns}:{p.stat().st_size}" for p in rank_code()]
+    key = hashlib.sha256("\n".join(marks).encode()).hexdigest()[:16]
+    home = Path(tempfile.gettempdir()) / f"course-{os.getuid()}"
+    if len(os.fsencode(home / f"{key}.socket")) > SOCKET_PATH_BYTES:
+        home = Path("/tmp") / home.name
+    home.mkdir(mode=0o700, exist_ok=True)
+    if home.stat().st_uid != os.getuid():
+        raise WarmError(f"{home} belongs to another user; remove it or set TMPDIR to a directory of your own")
+    return home / f"{key}.socket"
+
+
+@functools.lru_cache(maxsize=1)
+def _lease_of(process: int, path: Path) -> Lease:
+    return _connect(path)
+
+
+def lease() -> Lease:
+    """This process's lease: the first call starts the server if there is none, and returns at once.
+
+    The server imports the stack in the background; a launch waits for that.
+
+    Raises:
+        WarmError: If the server does not come up; its log is named.
+    """
+    path = address()
+    found = _lease_of(os.getpid(), path)
+    if _alive(path):
+        return found
+    _lease_of.cache_clear()  # the server was killed
+    return _lease_of(os.getpid(), path)
+
+
+def _alive(path: Path) -> bool:
+    connection = _try(path)
+    if connection is not None:
+        connection.close()
+    return connection is not None
+
+
+def _connect(path: Path) -> Lease:
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two notebooks that start at once share one server
+        connection = _try(path)
+        if connection is None:
+            server = _start_server(path)
+            end = time.monotonic() + START_SECONDS
+            while (connection := _try(path)) is None:
+                if server.poll() is not None or time.monotonic() > end:
+                    raise WarmError(f"the warm launcher did not start; see {path.with_suffix('.log')}")
+                time.sleep(0.02)
+    connection.sendall(b'{"lease": true}\n')
+    return Lease(path, connection)
+
+
+def _try(path: Path) -> socket.socket | None:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.connect(str(path))
+        return connection
+    except OSError:
+        connection.close()
+        return None
+
+
+def _start_server(path: Path) -> subprocess.Popen:
+    path.unlink(missing_ok=True)
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONDONTWRITEBYTECODE", "RANK", "WORLD_SIZE")}
+    environment["OMP_NUM_THREADS"] = "1"
+    environment["OMP_WAIT_POLICY"] = "passive"  # a thread that waits for another must not keep the core it waits for
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in (str(PROJECT), os.environ.get("PYTHONPATH")) if p)
+    with open(path.with_suffix(".log"), "w") as log:
+        return subprocess.Popen(
+            # -c, not -m: the children of a fork server re-import a main module that has a name
+            [
+                sys.executable,
+                "-c",
+                "import sys; from course_lib.ranks import server; server.serve(sys.argv[1])",
+                str(path),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            cwd="/",
+            start_new_session=True,  # the learner's Ctrl-C is not for the server
+        )

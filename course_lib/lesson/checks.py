@@ -1,0 +1,188 @@
+"""Checks that a learner meets: claims, exercises, expected errors, and the ledger's three functions.
+
+A claim that holds prints one line; a claim that fails raises with a message that teaches.
+An attempt at an exercise never fails a notebook: ``answer = None`` and a wrong answer both get a friendly line.
+Predictions and attempts go to the learner's ledger, see ``course_lib.lesson.ledger``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from course_lib.common.units import format_number
+from course_lib.lesson.ledger import LedgerError, attempted, measured, predict, reset, table
+
+__all__ = [
+    "ClaimFailed",
+    "LedgerError",
+    "claim",
+    "close",
+    "exercise",
+    "expect_error",
+    "ledger",
+    "measured",
+    "predict",
+    "reset_ledger",
+    "solved",
+]
+
+ledger, reset_ledger = table, reset  # the names that read well behind `checks.`
+
+
+class ClaimFailed(AssertionError):
+    """A claim of a lesson, or the answer to an exercise, does not hold."""
+
+
+def claim(condition: object, message: str, *, otherwise: str = "") -> None:
+    """Prove a sentence of the lesson, or stop with an explanation.
+
+    Args:
+        condition: What has to be true.
+        message: The claim as a sentence, with numbers and units.
+        otherwise: What it means if the claim does not hold, and where to look.
+
+    Raises:
+        ClaimFailed: The condition is false; the message repeats the claim and says ``otherwise``.
+
+    Example:
+        >>> claim(2 + 2 == 4, "two and two are four")
+        holds: two and two are four
+    """
+    if not bool(condition):
+        raise ClaimFailed(f"does not hold: {message}" + (f"\n{otherwise}" if otherwise else ""))
+    print(f"holds: {message}")
+
+
+def close(
+    measured: float,
+    expected: float,
+    *,
+    what: str,
+    unit: str,
+    rtol: float = 0.0,
+    atol: float = 0.0,
+    otherwise: str = "",
+) -> None:
+    """Prove that a measured value is as expected, within a tolerance that you state.
+
+    Args:
+        measured: The value that a run or a cell gave, in ``unit``.
+        expected: The value that it should have, in ``unit``.
+        what: What was measured ("loss at step 1").
+        unit: Its unit ("nats/token").
+        rtol: Tolerance as a share of ``expected``.
+        atol: Tolerance in ``unit``; the larger of the two counts.
+        otherwise: What it means if the values differ, and where to look.
+
+    Raises:
+        ValueError: No tolerance was given.
+        ClaimFailed: The values differ by more than the tolerance, or the measured value is not a number.
+
+    Example:
+        >>> close(6.95, 6.93, atol=0.05, what="loss at step 1", unit="nats/token")
+        holds: loss at step 1 is 6.95 nats/token, expected 6.93 within 0.05 nats/token
+    """
+    if rtol <= 0 and atol <= 0:
+        raise ValueError(
+            "close() was given no tolerance: pass atol=... in the unit, or rtol=... as a share of expected."
+        )
+    measured, expected = float(measured), float(expected)
+    tolerance = max(atol, rtol * abs(expected))
+    shown = f"{what} is {format_number(measured)} {unit}, "
+    shown += f"expected {format_number(expected)} within {format_number(tolerance)} {unit}"
+    difference = abs(measured - expected)
+    if not difference <= tolerance:  # written this way round, so that NaN fails
+        raise ClaimFailed(
+            f"does not hold: {shown} (they differ by {format_number(difference)} {unit})"
+            + (f"\n{otherwise}" if otherwise else "")
+        )
+    print(f"holds: {shown}")
+
+
+def exercise(answer: object, check: Callable[[Any], object]) -> bool:
+    """Look at a learner's attempt without ever failing the notebook, and enter the result in the ledger.
+
+    Args:
+        answer: What the learner wrote; ``None`` means that nothing was tried yet.
+        check: A function of the answer. It returns False, or raises ``ClaimFailed``, when the answer is wrong.
+
+    Returns:
+        Whether the answer is right.
+
+    Example:
+        >>> exercise(None, lambda answer: claim(answer == 4, "TP=2 leaves DP=4"))
+        not attempted yet: replace None with your answer and run the cell again
+        False
+        >>> exercise(2, lambda answer: claim(answer == 4, "TP=2 leaves DP=4", otherwise="8 ranks / 2 = 4."))
+        not yet: does not hold: TP=2 leaves DP=4
+        8 ranks / 2 = 4.
+        False
+    """
+    if answer is None:
+        print("not attempted yet: replace None with your answer and run the cell again")
+        return False
+    try:
+        solved(answer, check)
+    except ClaimFailed as error:
+        print(f"not yet: {error}")
+        right = False
+    else:
+        print("right")
+        right = True
+    try:
+        attempted(right)
+    except LedgerError as error:  # the answer was judged; that it is not remembered is worth a line, and no more
+        print(error)
+    return right
+
+
+def solved(answer: object, check: Callable[[Any], object]) -> None:
+    """Prove that an answer is right; for the solution cell, which must fail if it is not.
+
+    Raises:
+        ClaimFailed: The answer is missing or wrong, or the check cannot work with an answer of this kind.
+    """
+    if answer is None:
+        raise ClaimFailed("there is no answer to check: the solution is None")
+    try:
+        verdict = check(answer)
+        # numpy's own False is no singleton, and a check that only asserts returns None.
+        wrong = verdict is not None and not bool(verdict)
+    except ClaimFailed:
+        raise
+    except AssertionError as error:
+        raise ClaimFailed(str(error) or f"the answer {answer!r} does not pass") from error
+    except Exception as error:  # an attempt may be of any kind: a string where a number was meant, say
+        kinds = f"a {type(answer).__name__} ({type(error).__name__}: {error})"
+        raise ClaimFailed(f"the check cannot work with the answer {answer!r}, {kinds}") from error
+    if wrong:
+        raise ClaimFailed(f"the answer {answer!r} is not right")
+
+
+@contextmanager
+def expect_error(kind: type[Exception], *, contains: str = "") -> Iterator[None]:
+    """Show an error on purpose: run the block, print the error's message, and go on.
+
+    Args:
+        kind: The class of the expected error.
+        contains: Words that its message must contain.
+
+    Raises:
+        ClaimFailed: The block raised nothing, or an error with another message.
+
+    Example:
+        >>> with expect_error(ZeroDivisionError):
+        ...     1 / 0
+        expected ZeroDivisionError: division by zero
+    """
+    try:
+        yield
+    except kind as error:
+        if contains not in str(error):
+            message = f"{kind.__name__} was raised, but its message has no {contains!r}: {error}"
+            raise ClaimFailed(message) from error
+        print(f"expected {type(error).__name__}: {error}")
+    else:
+        raise ClaimFailed(f"{kind.__name__} was expected, but the block raised no error")

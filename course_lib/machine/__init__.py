@@ -1,0 +1,1 @@
+"""This computer: set-up, doctor, JupyterLab, map of the stack."""

@@ -1,0 +1,19 @@
+"""What the process imports that the checks' processes are forked from; it never touches a GPU.
+
+Configurations are built and planned there as on a laptop: the kernels of a GPU are hidden, so that nothing reaches CUDA
+before a rank does.  Ranks are processes of their own, which see everything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+__all__: list[str] = []
+
+with contextlib.suppress(Exception):  # a check that needs it says why it does not import
+    from course_lib import stack  # noqa: F401
+    from course_lib.machine import gpu_checks  # noqa: F401
+
+    stack.hide_gpu_packages()
+    stack.prepare_imports()
+    import megatron.bridge.recipes.llama  # noqa: F401

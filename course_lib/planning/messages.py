@@ -1,0 +1,244 @@
+"""What a training step sends, by closed form: tensor, pipeline, context and data parallelism of a Llama-shaped model.
+
+`course_lib.reading.collectives` holds it against what a run recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import ceil, lcm
+from typing import TYPE_CHECKING, Any
+
+from course_lib.common.config import Fields
+from course_lib.planning.closed_forms import layer_weights
+from course_lib.planning.layout import embedding_rows, stage_layers
+from course_lib.planning.layout.sizes import Layout
+from course_lib.planning.layout.stages import interleaves_unsaid
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["KEY", "NotCounted", "expected"]
+
+KEY = ["phase", "operation", "group", "group_size", "bytes"]
+"""What tells one kind of operation from another."""
+
+
+class NotCounted(ValueError):
+    """The closed form does not cover this model."""
+
+
+def expected(
+    cfg: Any,
+    *,
+    ranks: int,
+    rank: int = 0,
+    element_bytes: int = 4,
+    gradient_bytes: int = 4,
+    loss_fusion: str | None = None,
+) -> pd.DataFrame:
+    """What one rank takes part in during one step, the first excepted, by closed form.
+
+    Let A = sequence / CP x micro batch x hidden x `element_bytes`, the size of the residual stream.  For every layer and
+    microbatch, tensor parallelism all-reduces A twice forward and twice backward; the embedding and the output layer add
+    one each, and the loss three small ones.  With sequence parallelism each becomes a reduce-scatter and an all-gather,
+    and backward gathers the inputs of the column-parallel layers once more.
+
+    Context parallelism gathers keys and values of the whole sequence once a layer and microbatch, and scatters the sums
+    of their gradients; on GPUs Transformer Engine gathers them again for the backward pass instead of keeping them, which
+    is not counted.  In its first step the optimizer asks once more whether every rank has a gradient norm.
+
+    Args:
+        cfg: A Bridge `ConfigContainer`, or `config.yaml` read back (`run.config`).
+        ranks: World size.
+        rank: Global rank.
+        element_bytes: Bytes of an activation or parameter: 4 in fp32, 2 in bf16.
+        gradient_bytes: Bytes of a gradient where it is reduced.
+        loss_fusion: What the loss runs as: None for separate operations, which is what a CPU rank does whatever the recipe
+            says, or the recipe's `cross_entropy_fusion_impl` for a GPU, `"te"` or `"native"`.
+
+    Returns:
+        Rows `phase, operation, group, group_size, bytes, count, why`: `bytes` is the size of one operation.
+
+    Raises:
+        NotCounted: For experts, recomputation, other layers than Llama's, a `cp_comm_type` other than `"all_gather"`, which
+            is what a CPU rank does, or an optimizer whose state is divided into several instances.
+
+    Source: megatron-core tensor_parallel/layers.py, mappings.py, cross_entropy.py, distributed/finalize_model_grads.py,
+    pipeline_parallel/schedules.py @ 0.19.2; for keys and values course_lib/ranks/cpu/context.py.
+    """
+    import pandas as pd
+
+    layout = Layout.from_config(cfg, ranks=ranks)
+    fields = Fields.of(cfg)
+    _refuse_what_is_not_counted(fields, layout)
+    rows = [
+        row for row in _rows(fields, layout, rank, element_bytes, gradient_bytes, loss_fusion) if row[3] > 1 and row[5]
+    ]
+    return pd.DataFrame(rows, columns=[*KEY, "count", "why"])
+
+
+def _loss(tokens_bytes: int, tp: int, fusion: str | None) -> list[tuple[str, int, int, str]]:
+    """Operation, bytes, times and reason of what one loss sends, for an fp32 number a token of `tokens_bytes`.
+
+    Source: megatron-core tensor_parallel/cross_entropy.py and fusions/fused_cross_entropy.py @ 0.19.2;
+    transformer_engine/pytorch/triton/cross_entropy.py (three numbers a token from every rank).
+    """
+    ways = {
+        None: [("all_reduce", tokens_bytes, 3, "maximum, target logit, sum")],
+        "native": [
+            ("all_reduce", tokens_bytes, 1, "maximum"),
+            ("all_reduce", 2 * tokens_bytes, 1, "target logit and sum in one"),
+        ],
+        "te": [("all_gather", 3 * tp * tokens_bytes, 1, "maximum, sum and target logit of every rank")],
+    }
+    if fusion not in ways:
+        raise NotCounted(f"loss_fusion={fusion!r}: the kernels that are counted are None, 'native' and 'te'")
+    return ways[fusion]
+
+
+def _refuse_what_is_not_counted(fields: Fields, layout: Layout) -> None:
+    wanted = {
+        "num_moe_experts": None,
+        "recompute_granularity": None,
+        "add_bias_linear": False,
+        "normalization": "RMSNorm",
+        "position_embedding_type": "rope",
+        "multi_latent_attention": False,
+        "qk_layernorm": False,
+    }
+    if layout.context_parallel_size > 1 and (kind := fields.model("cp_comm_type", None)) not in (None, "all_gather"):
+        raise NotCounted(f"cp_comm_type={kind!r} runs inside Transformer Engine, which no CPU rank can record")
+    if (instances := fields.get("ddp", "num_distributed_optimizer_instances", 1)) != 1:
+        raise NotCounted(f"num_distributed_optimizer_instances={instances} divides the optimizer's state twice")
+    if interleaves_unsaid(fields):
+        raise NotCounted("the pipeline plan interleaves: set virtual_pipeline_model_parallel_size as well")
+    defaults = {"add_bias_linear": True, "normalization": "LayerNorm", "position_embedding_type": "learned_absolute"}
+    for name, value in wanted.items():
+        found = fields.model(name, defaults.get(name, value))
+        if found != value:
+            raise NotCounted(f"{name}={found!r} sends other things than this closed form counts (it wants {value!r})")
+
+
+def _rows(
+    fields: Fields, layout: Layout, rank: int, element_bytes: int, gradient_bytes: int, loss_fusion: str | None
+) -> Iterator[tuple]:
+    """Rows (phase, operation, group, group size, bytes, count, why); those without partners are left in."""
+    tp, pp, cp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.context_parallel_size
+    sequence, micro = fields.model("seq_length") // cp, fields.get("train", "micro_batch_size")
+    hidden = fields.model("hidden_size")
+    stage = rank * pp // layout.world_size
+    layers = sum(stage_layers(fields)[stage])
+    first, last = int(stage == 0), int(stage == pp - 1)
+    m = fields.get("train", "global_batch_size") // (micro * layout.data_parallel_size)
+    stream = sequence * micro * hidden * element_bytes
+    split_in, split_out = 2 * layers + last, 2 * layers + first  # column-parallel inputs, row-parallel outputs
+    if layout.sequence_parallel:
+        yield "forward", "reduce_scatter", "tp", tp, stream, m * split_out, "row-parallel outputs and the embedding"
+        yield "forward", "all_gather", "tp", tp, stream, m * split_in, "column-parallel inputs"
+        both = m * (split_in + split_out)
+        yield "backward", "all_gather", "tp", tp, stream, both, "inputs again, and gradients of the outputs"
+        yield "backward", "reduce_scatter", "tp", tp, stream, m * split_in, "gradients of column-parallel inputs"
+        norms = gradient_bytes * hidden * (2 * layers + last)
+        yield (
+            "update",
+            "all_reduce",
+            "tp",
+            tp,
+            norms,
+            1,
+            "gradients of the norms, which saw a part of the sequence each",
+        )
+    else:
+        yield "forward", "all_reduce", "tp", tp, stream, m * split_out, "row-parallel outputs and the embedding"
+        yield "backward", "all_reduce", "tp", tp, stream, m * split_in, "gradients of column-parallel inputs"
+    for operation, size_bytes, times, why in _loss(4 * sequence * micro, tp, loss_fusion):
+        yield "forward", operation, "tp", tp, size_bytes, times * m * last, f"loss: {why}"
+    heads = fields.model("num_attention_heads")
+    groups = fields.model("num_query_groups", heads)
+    channels = fields.head_channels
+    keys = cp * sequence * micro * groups * channels // tp * element_bytes
+    yield "forward", "all_gather", "cp", cp, keys, 2 * m * layers, "keys, and values, of the whole sequence"
+    yield "backward", "reduce_scatter", "cp", cp, keys, 2 * m * layers, "their gradients, to the rank that has them"
+    yield from _pipeline_rows(layout, stage, m, stream // (tp if layout.sequence_parallel else 1))
+    yield from _update_rows(fields, layout, stage, element_bytes, gradient_bytes)
+
+
+def _pipeline_rows(layout: Layout, stage: int, m: int, size_bytes: int) -> Iterator[tuple]:
+    pp, chunks = layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size or 1
+    entries = m * (chunks - (stage == 0))  # chunks of this stage that another stage feeds
+    exits = m * (chunks - (stage == pp - 1))
+    yield "forward", "send", "pp", pp, size_bytes, exits, "activations to the next stage"
+    yield "forward", "recv", "pp", pp, size_bytes, entries, "activations from the previous stage"
+    yield "backward", "send", "pp", pp, size_bytes, entries, "gradients to the previous stage"
+    yield "backward", "recv", "pp", pp, size_bytes, exits, "gradients from the next stage"
+
+
+def _update_rows(
+    fields: Fields, layout: Layout, stage: int, element_bytes: int, gradient_bytes: int
+) -> Iterator[tuple]:
+    tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
+    dp = layout.data_parallel_size * layout.context_parallel_size  # ranks that hold the same weights
+    sharded = bool(fields.get("ddp", "use_distributed_optimizer", False))
+    tied = bool(fields.model("share_embeddings_and_output_weights", True))
+    for count in _buckets(fields, layout, stage, sharded=sharded):
+        if sharded:
+            count = ceil(count / lcm(dp, 128)) * lcm(dp, 128)  # equal shards, aligned for NCCL
+            yield (
+                "update",
+                "reduce_scatter",
+                "dp-cp",
+                dp,
+                gradient_bytes * count,
+                1,
+                "gradients, to the rank that steps",
+            )
+            yield "update", "all_gather", "dp-cp", dp, element_bytes * count, 1, "parameters, back to everybody"
+        else:
+            yield "update", "all_reduce", "dp-cp", dp, gradient_bytes * count, 1, "gradients"
+    if tied and pp > 1 and stage in (0, pp - 1):
+        size_bytes = gradient_bytes * _table(fields, layout)
+        yield "update", "all_reduce", "embedding", 2, size_bytes, 1, "the tied embedding, kept on two stages"
+    if sharded:
+        yield "update", "all_reduce", "optimizer", layout.world_size, 4, 1, "norm of the gradient"
+    yield (
+        "update",
+        "all_reduce",
+        "tp-pp",
+        tp * pp,
+        4,
+        2 if sharded else 3,
+        "norm of the gradient, and whether all is well",
+    )
+    yield "update", "all_reduce", "dp-cp", dp, 8, int(stage == pp - 1), "sum of losses and number of tokens"
+
+
+def _buckets(fields: Fields, layout: Layout, stage: int, *, sharded: bool) -> Iterator[int]:
+    """Parameters of each buffer that is reduced at once, for one rank of a stage."""
+    pp, chunks = layout.pipeline_model_parallel_size, len(stage_layers(fields)[stage])
+    tied = bool(fields.model("share_embeddings_and_output_weights", True))
+    table = _table(fields, layout)
+    for chunk in range(chunks):
+        count = _parameters(fields, layout, stage, chunk)
+        shared = (stage == 0 and chunk == 0) or (stage == pp - 1 and chunk == chunks - 1)
+        if sharded and tied and pp > 1 and shared:  # a bucket of its own, so that both copies are cut alike
+            yield table
+            count -= table
+        yield count
+
+
+def _table(fields: Fields, layout: Layout) -> int:
+    """Weights of the embedding on one rank."""
+    return embedding_rows(fields) // layout.tensor_model_parallel_size * fields.model("hidden_size")
+
+
+def _parameters(fields: Fields, layout: Layout, stage: int, chunk: int) -> int:
+    """Parameters of one model chunk on one rank."""
+    tp, chunks = layout.tensor_model_parallel_size, stage_layers(fields)[stage]
+    hidden = fields.model("hidden_size")
+    begins = stage == 0 and chunk == 0
+    ends = stage == layout.pipeline_model_parallel_size - 1 and chunk == len(chunks) - 1
+    tied = fields.model("share_embeddings_and_output_weights", True)
+    tables = 1 if begins and ends and tied else int(begins) + int(ends)
+    norms = hidden * (2 * chunks[chunk] + int(ends))
+    return chunks[chunk] * layer_weights(fields) // tp + norms + tables * _table(fields, layout)

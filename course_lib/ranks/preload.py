@@ -1,0 +1,48 @@
+"""Imported once by the fork server; every CPU rank is a fork of that process.
+
+This is the one module that does something when it is imported: it is what a fork server preloads.  Rules for what
+happens here: nothing that starts threads, one torch thread, and no garbage collector that walks again and again what stays:
+none runs meanwhile, and what stands at the end is frozen, so that the ranks' collectors neither walk nor copy it.  How
+long it took stays in `import_seconds`, which every fork inherits.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+import traceback
+
+__all__ = ["import_seconds"]
+
+_begin = time.monotonic()
+gc.disable()
+os.environ.update(TORCHDYNAMO_DISABLE="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+try:
+    from course_lib import runs  # noqa: F401
+    from course_lib.common.project import untested_allowed
+    from course_lib.planning import layout  # noqa: F401
+    from course_lib.ranks import cpu, train  # noqa: F401
+    from course_lib.runs import failures  # noqa: F401
+    from course_lib.stack import devices  # noqa: F401
+
+    cpu.activate(allow_untested=untested_allowed())
+    import torch
+
+    torch.set_num_threads(1)
+    import torch.distributed.launcher.api
+    from megatron.bridge.training.finetune import finetune  # noqa: F401
+    from megatron.bridge.training.gpt_step import forward_step  # noqa: F401
+    from megatron.bridge.training.pretrain import pretrain  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+except Exception:
+    # The fork server swallows an ImportError; a rank will meet it again and report it, and this line says it early.
+    traceback.print_exc()
+
+gc.enable()
+import_seconds = time.monotonic() - _begin

@@ -1,0 +1,284 @@
+"""In a rank: write down every collective and every point-to-point transfer of a training step, and when work was done.
+
+Every function of `torch.distributed` ends in a method of `ProcessGroup`, under whatever name a library imported it.  So
+the recorder wraps those methods and nothing else, and works with gloo and NCCL alike.  A run that does not ask for it
+runs upstream's code untouched.
+
+Times are the process's own: on a GPU they say when work was launched, not when the GPU did it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from course_lib.common import files
+from course_lib.ranks.process_groups import GROUPS, METHODS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from megatron.bridge.training.callbacks import Callback
+
+__all__ = ["Recorder", "callback"]
+
+
+class Recorder:
+    """What one rank sends, and when it computes.
+
+    Attributes:
+        path: The run directory; `collectives.jsonl` and `timeline.jsonl` are appended there after each step.
+        rank: Global rank.
+        step: The step under way; `None` between steps, when nothing is recorded.
+        phase: `"forward"`, `"backward"`, or `"update"` for the rest of a step.
+    """
+
+    def __init__(self, path: Path, rank: int) -> None:
+        self.path, self.rank = path, rank
+        self.step: int | None = None
+        self.phase = "update"
+        self.sent: list[tuple] = []
+        self.worked: list[tuple] = []
+        self.kinds: dict[str, str] = {}
+        self.groups: dict[int, tuple[Any, str, int]] = {}
+        self.callers: dict[Any, str | None] = {}
+        self.texts: dict[tuple, str] = {}
+        self.directions: dict[int, str] = {}
+        self.microbatches: dict[int, tuple[int, int]] = {}
+        self.chunks: dict[int, int] = {}
+        self.modules: dict[int, str] = {}
+        self.stack: list[str] = []
+        self.undo: list[Callable[[], object]] = []
+
+    # ------------------------------------------------------------------------------------------------- what is called
+
+    def install(self) -> None:
+        """Wrap torch's process groups and Megatron's forward, backward and transfer functions in this process."""
+        import torch
+        from megatron.core.pipeline_parallel import p2p_communication, schedules
+
+        group = torch.distributed.ProcessGroup
+        for name, (operation, whole) in METHODS.items():
+            if hasattr(group, name):
+                self._replace(group, name, self._noted(getattr(group, name), operation, whole))
+        self._replace(schedules, "forward_step", self._timed_forward(schedules.forward_step))
+        self._replace(schedules, "backward_step", self._timed_backward(schedules.backward_step))
+        for name in ("_batched_p2p_ops", "_p2p_ops"):
+            self._replace(p2p_communication, name, self._with_directions(getattr(p2p_communication, name)))
+        self._node = torch._C._current_autograd_node
+
+    def _replace(self, owner: Any, name: str, new: object) -> None:
+        before = vars(owner)[name]  # as it lies there: getattr would give a method of C++ without its binding
+        self.undo.append(functools.partial(setattr, owner, name, before))
+        setattr(owner, name, new)
+
+    def remove(self) -> None:
+        """Put back what `install` and `know` changed."""
+        while self.undo:
+            self.undo.pop()()
+
+    def _noted(self, original: Callable, operation: str, whole: Callable[[tuple], list[list]]) -> Callable:
+        @functools.wraps(original)
+        def method(group: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.step is not None:
+                known = self.groups.get(id(group)) or self._group(group)
+                if known[2] > 1:
+                    self._note(known, operation, whole(args), args)
+            return original(group, *args, **kwargs)
+
+        return method
+
+    def _group(self, group: Any) -> tuple[Any, str, int]:
+        """A group with its name and size; kept, so that no other gets its id."""
+        known = self.groups[id(group)] = (group, group.group_name, group.size())
+        return known
+
+    def _note(self, known: tuple[Any, str, int], operation: str, messages: list[list], args: tuple) -> None:
+        """Remember one call.  This is on the path of every message: what can wait is done in `write`."""
+        now = time.time()
+        phase, peer = self.phase, None
+        if operation in ("send", "recv"):
+            peer = args[1]
+            phase = self.directions.get(id(messages[0][0]), phase)
+        node = self._node()
+        module = (self.stack[-1] if self.stack else "") if node is None else node.metadata.get("module", "")
+        caller = self._caller(sys._getframe(2))
+        for tensors in messages:
+            size_bytes, dtype = 0, None
+            for tensor in tensors:
+                size_bytes += tensor.nbytes
+                dtype = tensor.dtype
+            self.sent.append((now, (phase, operation, known, dtype, size_bytes, peer, module, caller)))
+
+    def _caller(self, frame: Any) -> str:
+        """The function outside torch and this course that asked for the operation, as `module.function`."""
+        callers = self.callers
+        while frame is not None:
+            code = frame.f_code
+            if code not in callers:
+                module = frame.f_globals.get("__name__", "")
+                own = module.startswith(("torch.", "course_lib.", "contextlib", "typing_extensions"))
+                callers[code] = None if own else f"{module}.{code.co_qualname}"
+            if (name := callers[code]) is not None:
+                return name
+            frame = frame.f_back
+        return ""
+
+    def _with_directions(self, original: Callable) -> Callable:
+        """Activations travel to the next stage and gradients to the previous one, also where both are the same rank."""
+
+        @functools.wraps(original)
+        def transfer(**kwargs: Any) -> Any:
+            forward = (kwargs["tensor_send_next"], kwargs["tensor_recv_prev"])
+            backward = (kwargs["tensor_send_prev"], kwargs["tensor_recv_next"])
+            self.directions = {id(t): "forward" for t in forward if t is not None}
+            self.directions |= {id(t): "backward" for t in backward if t is not None}
+            return original(**kwargs)
+
+        return transfer
+
+    # -------------------------------------------------------------------------------------------------- when work is done
+
+    def _timed_forward(self, original: Callable) -> Callable:
+        @functools.wraps(original)
+        def forward_step(forward_step_func: Any, data_iterator: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.step is None:
+                return original(forward_step_func, data_iterator, model, *args, **kwargs)
+            chunk = self.chunks.get(id(model), 0)
+            microbatch = kwargs.get("current_microbatch") or 0
+            with self._working("forward", microbatch, chunk):
+                output, tokens = original(forward_step_func, data_iterator, model, *args, **kwargs)
+            self.microbatches[id(output)] = (microbatch, chunk)
+            return output, tokens
+
+        return forward_step
+
+    def _timed_backward(self, original: Callable) -> Callable:
+        @functools.wraps(original)
+        def backward_step(input_tensor: Any, output_tensor: Any, *args: Any) -> Any:
+            microbatch, chunk = self.microbatches.pop(id(output_tensor), (0, 0))
+            with self._working("backward", microbatch, chunk):
+                return original(input_tensor, output_tensor, *args)
+
+        return backward_step
+
+    @contextmanager
+    def _working(self, kind: str, microbatch: int, chunk: int) -> Iterator[None]:
+        self.phase = kind
+        begin, busy = time.time(), time.thread_time()
+        yield
+        self.worked.append((kind, microbatch, chunk, begin, time.time(), time.thread_time() - busy))
+        self.phase = "update"
+
+    # ----------------------------------------------------------------------------------------------------- names of things
+
+    def know(self, model: list) -> None:
+        """Learn the names of groups and modules, once the model is built.
+
+        Args:
+            model: The model chunks of this rank.
+        """
+        import torch
+        from megatron.core import parallel_state
+
+        for kind, variable in reversed(GROUPS):
+            groups = getattr(parallel_state, variable, None)
+            for group in groups if isinstance(groups, list) else [groups]:
+                if isinstance(group, torch.distributed.ProcessGroup):
+                    self.kinds[group.group_name] = kind
+        self.kinds[torch.distributed.group.WORLD.group_name] = "world"
+        for number, chunk in enumerate(model):
+            self.chunks[id(chunk)] = number
+            for name, module in chunk.named_modules():
+                if _sends(module):
+                    self.modules[id(module)] = ".".join(part for part in name.split(".") if part != "module")
+                    hooks = module.register_forward_pre_hook(self._enter), module.register_forward_hook(self._leave)
+                    self.undo += [hook.remove for hook in hooks]
+
+    def _enter(self, module: Any, _: Any) -> None:
+        self.stack.append(self.modules[id(module)])
+
+    def _leave(self, module: Any, _: Any, output: Any) -> None:
+        """Mark the graph node of a module's output, so that its backward can be told apart."""
+        name = self.stack.pop()
+        first = output[0] if isinstance(output, tuple) and output else output
+        node = getattr(first, "grad_fn", None)
+        if node is not None:
+            node.metadata.setdefault("module", name)
+
+    # ------------------------------------------------------------------------------------------------------------- writing
+
+    def write(self) -> None:
+        """Append the step's rows; one call each, so that ranks do not cut each other's lines."""
+        head = f'{{"rank": {self.rank}, "step": {self.step}, '
+        texts = self.texts
+        rows = [f'{head}"time": {now!r}, {texts.get(what) or self._text(what)}}}' for now, what in self.sent]
+        files.append_lines(self.path / "collectives.jsonl", rows)
+        columns = "kind microbatch chunk begin end busy_seconds".split()
+        common = {"rank": self.rank, "step": self.step}
+        rows = [json.dumps(common | dict(zip(columns, row, strict=True))) for row in self.worked]
+        files.append_lines(self.path / "timeline.jsonl", rows)
+        self.sent.clear()
+        self.worked.clear()
+        self.microbatches.clear()
+
+    def _text(self, what: tuple) -> str:
+        """The part of a line that many calls share, made once: all but rank, step and time."""
+        from torch.distributed import get_global_rank
+
+        phase, operation, (group, name, size), dtype, size_bytes, peer, module, caller = what
+        row = {
+            "phase": phase,
+            "operation": operation,
+            "group": self.kinds.get(name, name),
+            "group_size": size,
+            "dtype": str(dtype).removeprefix("torch.") if dtype else "",
+            "bytes": size_bytes,
+            "peer": None if peer is None else get_global_rank(group, peer),
+            "module": module,
+            "caller": caller,
+        }
+        text = self.texts[what] = json.dumps(row)[1:-1]
+        return text
+
+
+def _sends(module: Any) -> bool:
+    """True for a module that may send: one with a matrix of its own, or attention that shares a sequence.
+
+    Hooks on all modules would cost more than all the rest of the recorder.
+    """
+    if any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
+        return True
+    return hasattr(module, "scale_mask_softmax") and module.config.context_parallel_size > 1
+
+
+def callback(path: Path, rank: int) -> Callback:
+    """A Bridge callback that records the training steps of this rank.
+
+    Args:
+        path: The run directory.
+        rank: Global rank.
+    """
+    from megatron.bridge.training.callbacks import Callback
+
+    recorder = Recorder(path, rank)
+    recorder.install()
+
+    class Recording(Callback):
+        def on_train_start(self, context: Any) -> None:
+            recorder.know(context.model)
+
+        def on_train_step_start(self, context: Any) -> None:
+            recorder.step = context.state.train_state.step + 1
+
+        def on_train_step_end(self, context: Any) -> None:
+            recorder.write()
+            recorder.step = None
+
+    return Recording()

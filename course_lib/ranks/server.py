@@ -1,0 +1,270 @@
+"""The warm launcher's other side: the server, the agent of one launch, and what a forked rank does first.
+
+Who is who stands in `course_lib.launch.forkserver`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from course_lib.launch.forkserver import WarmError
+from course_lib.runs import failures
+
+__all__ = ["rank_process", "serve"]
+
+LINGER_SECONDS = 20.0
+"""How long the server waits for a new lease after the last one ended: a restarted kernel finds it warm."""
+
+TORCH_PATIENCE_SECONDS = 25.0
+"""A rank that does not end on SIGTERM gets SIGKILL from torch; a bit less than its 30 s."""
+
+
+def serve(path: str) -> None:
+    """The server's main loop; returns when the last lease has ended and nobody came back."""
+    import multiprocessing
+    import tempfile
+    from multiprocessing import forkserver
+
+    tempfile.tempdir = str(Path(path).parent)  # short enough for the fork server's socket, too
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(path)
+    os.chmod(path, 0o600)
+    listener.listen(64)
+    listener.settimeout(1.0)
+    multiprocessing.set_forkserver_preload(["course_lib.ranks.preload"])
+    forkserver.ensure_running()  # imports begin now, in the fork server; this process stays light
+    open_connections: set[socket.socket] = set()
+    idle_since = time.monotonic()
+    try:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except TimeoutError:
+                idle_since = time.monotonic() if open_connections else idle_since
+                if time.monotonic() - idle_since > LINGER_SECONDS:
+                    return
+                continue
+            open_connections.add(connection)
+            threading.Thread(target=_serve_one, args=(connection, open_connections.discard), daemon=True).start()
+    finally:
+        Path(path).unlink(missing_ok=True)
+
+
+def _serve_one(connection: socket.socket, finished: Callable[[socket.socket], None]) -> None:
+    """Serve one connection: a lease lasts until its end; a request becomes an agent that the connection controls."""
+    try:
+        with connection, connection.makefile("r", encoding="utf-8") as lines:
+            request = json.loads(lines.readline() or "{}")
+            if "target" not in request:
+                lines.readline()  # a lease: returns when the client goes away
+                return
+            connection.sendall((json.dumps(_supervise(request, lines)) + "\n").encode())
+    except (OSError, ValueError):
+        pass
+    finally:
+        finished(connection)
+
+
+def _supervise(request: dict, lines: object) -> dict:
+    """Start an agent and wait for its end, or for the client's word or disappearance."""
+    import multiprocessing
+
+    context = multiprocessing.get_context("forkserver")
+    reader, writer = context.Pipe(duplex=False)
+    agent = context.Process(target=_agent, args=(request, writer), daemon=False)
+    agent.start()
+    writer.close()
+    ended, abandoned = threading.Event(), threading.Event()
+
+    def watch_client() -> None:
+        word = lines.readline()  # "stop", or the end of the connection
+        if not ended.is_set() and agent.is_alive():
+            if not word:
+                abandoned.set()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(agent.pid, signal.SIGTERM)
+
+    threading.Thread(target=watch_client, daemon=True).start()
+    try:
+        report = reader.recv()
+    except EOFError:
+        report = None
+    agent.join(timeout=10)
+    if agent.is_alive():
+        agent.kill()
+        agent.join()
+    ended.set()
+    if abandoned.is_set():
+        failures.abandon(Path(request["argument"]))
+    if report is None:
+        by = f" by {failures.signal_name(agent.exitcode)}" if agent.exitcode < 0 else ""
+        report = {"error": f"the launcher was killed{by}: its agent, which watches the ranks of this run, is gone"}
+    return report
+
+
+def _agent(request: dict, writer: object) -> None:
+    """One launch: torch's elastic launcher on top of the fork server that this process came from."""
+    os.setsid()
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    _end_with_parent()
+    _use_the_fork_server_of_my_parent()
+    _do_not_stagger_the_only_node()
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    sys.path.extend(entry for entry in request["path"] if entry not in sys.path)
+    if request["prepare"]:
+        with contextlib.suppress(Exception):  # the ranks will meet the error, and say which rank they are
+            request["prepared"] = _function(request["prepare"])(request["argument"])
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=request["ranks"],
+        run_id=f"course-{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",  # a free port each time
+        local_addr="localhost",
+        start_method="forkserver",
+        max_restarts=0,
+        monitor_interval=0.02,
+    )
+    report: dict = {"dead": {}}
+    fork_server, exits = os.getppid(), _Exits()
+    try:
+        elastic_launch(config, rank_process)(request)
+    except ChildFailedError:
+        report["dead"] = exits.codes()
+        if os.getppid() != fork_server:  # whose children the ranks are: it alone could have told how they ended
+            report = {"error": "the launcher was killed: the fork server, the parent of all ranks, is gone"}
+    except SignalException as asked:
+        report = {"dead": exits.seen, "error": f"the launcher was ended by {asked.sigval.name}"}
+    except BaseException as error:  # whatever it is, the client must hear of it
+        import traceback
+
+        traceback.print_exc()
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        report["error"] = f"the launcher failed: {type(error).__name__}: {error} (in {place.filename}, {place.name})"
+    writer.send(report)
+    writer.close()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # nothing is left to do, and taking the imported stack apart would take longer than a step
+
+
+class _Exits:
+    """How the ranks ended: what this process saw before it ended others, and what it cannot have done to them.
+
+    torch's context looks at its processes in turn and calls the first dead one the cause; when a busy machine let
+    several die between two looks, that is the one with the lowest number.  It also takes exit code 0 for success, and
+    waits forever for a rank that left without an error.
+
+    Source: torch/multiprocessing/spawn.py, torch/distributed/elastic/multiprocessing/api.py @ 2.13.0
+    """
+
+    def __init__(self) -> None:
+        from multiprocessing.connection import wait
+
+        from torch.distributed.elastic.multiprocessing import api
+        from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+        self.seen: dict[int, int] = {}
+        self._processes: list = []
+        self._ending_since = float("inf")
+        poll = api.MultiprocessContext._poll
+
+        def look(context: api.MultiprocessContext) -> api.RunProcsResult | None:
+            self._processes = context._pc.processes
+            if not wait(context._pc.sentinels, 0):
+                return poll(context)
+            self.seen |= {rank: p.exitcode for rank, p in enumerate(self._processes) if p.exitcode is not None}
+            self._ending_since = time.monotonic()
+            returned = context._return_values
+            left = [rank for rank, code in self.seen.items() if code == 0 and rank not in returned]
+            left = [rank for rank in left if context._ret_vals[rank].empty()]
+            if not left or any(self.seen.values()):
+                return poll(context)
+            context.close()
+            failure = ProcessFailure(left[0], self._processes[left[0]].pid, 0, context.error_files[left[0]])
+            return api.RunProcsResult(failures={left[0]: failure}, stdouts=context.stdouts, stderrs=context.stderrs)
+
+        api.MultiprocessContext._poll = look
+
+    def codes(self) -> dict[int, int]:
+        """Exit codes by rank, negative for a signal, without those that this process caused."""
+        mine = {-signal.SIGTERM}
+        if time.monotonic() - self._ending_since > TORCH_PATIENCE_SECONDS:
+            mine.add(-signal.SIGKILL)
+        later = {rank: p.exitcode for rank, p in enumerate(self._processes) if p.exitcode is not None}
+        return {rank: code for rank, code in later.items() if code not in mine} | self.seen
+
+
+def _function(name: str) -> Callable:
+    """The function of `module:name`."""
+    import importlib
+
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _use_the_fork_server_of_my_parent() -> None:
+    """Let this process ask for forks of the process that it was forked from.
+
+    Python would start another, cold fork server: it knows the address of the old one, but checks that the server is its
+    own child, which it is not.
+    """
+    from multiprocessing import forkserver
+
+    if not forkserver._forkserver._forkserver_address:
+        raise WarmError("this Python's multiprocessing.forkserver keeps its address elsewhere; use launcher='torchrun'")
+    forkserver._forkserver.ensure_running = lambda: None
+
+
+def _do_not_stagger_the_only_node() -> None:
+    """Leave out the random wait, up to 0.3 s, that keeps many nodes from asking the rendezvous at once."""
+    from torch.distributed.elastic.rendezvous import dynamic_rendezvous
+
+    delay = dynamic_rendezvous._delay
+    dynamic_rendezvous._delay = lambda seconds: None if isinstance(seconds, tuple) else delay(seconds)
+
+
+def rank_process(request: dict) -> None:
+    """What a rank does first: a session of its own, the client's environment, then the target."""
+    import gc
+
+    from course_lib.ranks.cpu import cores
+
+    os.setsid()
+    cores.share(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
+    _end_with_parent()
+    os.environ.update(request["env"])
+    os.chdir(request["cwd"])
+    sys.path.extend(entry for entry in request["path"] if entry not in sys.path)
+    gc.freeze()
+    arguments = (request["argument"], request.get("prepared")) if request["prepare"] else (request["argument"],)
+    _function(request["target"])(*arguments)
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that asked for it is gone, however that happened."""
+    import multiprocessing
+    from multiprocessing.connection import wait
+
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True, name="end-with-parent").start()

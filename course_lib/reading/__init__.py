@@ -1,0 +1,1 @@
+"""After a run: what its numbers say."""

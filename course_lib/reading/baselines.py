@@ -1,0 +1,232 @@
+"""How good a trained model is: baselines to beat, and text to look at."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import types
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from course_lib import launch, runs, stack
+from course_lib.common.project import DATA
+from course_lib.runs import checkpoints
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["bigram_loss", "first_loss", "generate", "known_first_losses", "pairs", "unigram_loss"]
+
+
+def first_loss(vocab_size: int, hidden_size: int, init_std: float) -> float:
+    """The loss to expect of a model with fresh weights: ln V + h s^2 / 2.
+
+    The last norm gives each hidden vector the length sqrt(h), so the logits are normal with the variance h s^2, and
+    the logarithm of the sum of V of their exponentials is ln V + h s^2 / 2; the right token's own logit is 0 on average.
+
+    Args:
+        vocab_size: Rows of the output layer; padded rows count, because they take part in the softmax.
+        hidden_size: Width of the model.
+        init_std: Standard deviation of the first output weights, Megatron's `init_method_std`.
+
+    Returns:
+        Nats per token.
+
+    Example:
+        >>> round(first_loss(131072, 3136, 0.02), 3)  # Nemotron 3 Nano 4B; NVIDIA measured 12.4325
+        12.411
+    """
+    return math.log(vocab_size) + hidden_size * init_std**2 / 2
+
+
+def known_first_losses() -> dict[str, list[dict[str, Any]]]:
+    """The rows of `data/first_loss.json`: first losses that NVIDIA `published`, and those that the tests `measured`."""
+    data = json.loads((DATA / "first_loss.json").read_text(encoding="utf-8"))
+    return {"measured": data["measured"], "published": data["published"]}
+
+
+def unigram_loss(train: Sequence[int], validation: Sequence[int], *, vocab_size: int) -> float:
+    """The loss of a model that knows how often each token occurs and nothing else.
+
+    Counts come from the training ids, one is added to each (Laplace), the loss is that of the validation ids.
+
+    Args:
+        train: Token ids to count.
+        validation: Token ids to judge on.
+        vocab_size: Number of ids.
+
+    Returns:
+        Mean negative log likelihood, nats per token.
+
+    Example:
+        >>> round(unigram_loss([0, 1] * 5000, [0, 1], vocab_size=2), 4) == round(math.log(2), 4)
+        True
+    """
+    counts, total = Counter(train), len(train) + vocab_size
+    return -sum(math.log((counts[token] + 1) / total) for token in validation) / len(validation)
+
+
+def pairs(samples: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """What a trainer asks of these samples: each token, and the label that is to be predicted from it.
+
+    Args:
+        samples: Items of Megatron's `GPTDataset` or `BlendedDataset`, with `tokens` and `labels` of `seq_length` ids.
+
+    Returns:
+        Shape (samples x seq_length, 2).
+
+    Example:
+        >>> import numpy as np
+        >>> pairs([{"tokens": np.array([5, 6]), "labels": np.array([6, 7])}]).tolist()
+        [[5, 6], [6, 7]]
+    """
+    import numpy as np
+
+    columns = [np.concatenate([np.asarray(sample[name]) for sample in samples]) for name in ("tokens", "labels")]
+    return np.stack(columns, axis=1).astype(np.int64)
+
+
+def bigram_loss(train: np.ndarray, validation: np.ndarray, *, vocab_size: int) -> float:
+    """The loss of a model that knows the token before, and how often each token followed it.
+
+    Witten and Bell's smoothing, which has nothing to tune: a token that was seen `n` times before `t` different ones
+    leaves `t / (n + t)` of its chances to the unigram model, and so a pair that never occurred costs something finite.
+
+    Args:
+        train: Pairs to count, shape (pairs, 2): a token, and the one after it.
+        validation: Pairs to judge on, of the same form.
+        vocab_size: Number of ids.
+
+    Returns:
+        Mean negative log likelihood, nats per token.
+
+    Raises:
+        ValueError: If there is nothing to count or to judge on, or an id is outside the vocabulary.
+
+    Source: Witten and Bell, "The zero-frequency problem", IEEE Transactions on Information Theory 37 (4), 1991, method C.
+
+    Example:
+        >>> import numpy as np
+        >>> alternating = np.array([[0, 1], [1, 0]] * 5000)
+        >>> bigram_loss(alternating, alternating, vocab_size=2) < 0.001
+        True
+    """
+    import numpy as np
+
+    for name, given in (("train", train), ("validation", validation)):
+        if given.ndim != 2 or given.shape[1] != 2 or not len(given):
+            raise ValueError(f"{name} has shape {given.shape}, needed (pairs, 2) with at least one pair")
+        if given.min() < 0 or given.max() >= vocab_size:
+            raise ValueError(
+                f"{name} has ids from {given.min()} to {given.max()}, outside a vocabulary of {vocab_size}"
+            )
+    unigram = np.bincount(train[:, 1], minlength=vocab_size) + 1.0
+    unigram /= unigram.sum()
+    known, times = np.unique(train[:, 0] * vocab_size + train[:, 1], return_counts=True)
+    seen = np.bincount(train[:, 0], minlength=vocab_size)
+    followers = np.bincount(known // vocab_size, minlength=vocab_size)
+
+    asked = validation[:, 0] * vocab_size + validation[:, 1]
+    place = np.searchsorted(known, asked).clip(max=len(known) - 1)
+    count = np.where(known[place] == asked, times[place], 0)
+    before, after = validation[:, 0], unigram[validation[:, 1]]
+    total = np.maximum(seen[before] + followers[before], 1)
+    chance = np.where(seen[before] > 0, (count + followers[before] * after) / total, after)
+    return float(-np.log(chance).mean())
+
+
+def generate(
+    run: runs.Run,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 60,
+    temperature: float = 0.7,
+    seed: int = 1234,
+    wait_seconds: float = 300.0,
+) -> list[str]:
+    """Continue prompts with the run's last checkpoint, on one rank.
+
+    The checkpoint may come from any layout: Megatron reshards it to TP=1 while loading.
+
+    Args:
+        run: A run that was launched with `save=True` and a Hugging Face tokenizer.
+        prompts: Texts to continue.
+        max_new_tokens: Tokens to add to each.
+        temperature: Below 1 is more cautious; 0 always takes the likeliest token.
+        seed: Seed of the sampling.
+        wait_seconds: Give up after so long.
+
+    Returns:
+        Prompt and continuation, one text for each prompt.
+
+    Raises:
+        NoCheckpoint: If the run has no checkpoint.
+        WrongCheckpoint: If it is torn, or reading it could run code.
+        RunFailed: If the rank fails; names the cause.
+    """
+    request = {
+        "run": str(run.path),
+        "checkpoint": str(checkpoints.require(run).path),
+        "prompts": list(prompts),
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "seed": seed,
+    }
+    # What CPU ranks trained is read where no GPU is needed for it, and GPU ranks' work on the CPU if there is none here.
+    device = "cpu" if run.launch.get("device") == "cpu" else stack.device(1)
+    (texts,) = launch.call(
+        "course_lib.reading.baselines:generate_rank", request, ranks=1, device=device, limit_seconds=wait_seconds
+    )
+    return texts
+
+
+def generate_rank(request: dict) -> list[str]:
+    """What the one rank does: load the checkpoint at TP=1, and sample."""
+    import torch
+    from megatron.bridge.training.model_load_save import (
+        load_megatron_model,
+        load_model_config,
+        temporary_distributed_context,
+    )
+
+    from course_lib.stack import devices
+    from course_lib.text import tokenizers
+
+    run, device = runs.Run(Path(request["run"])), stack.device(1)
+    tokenizer = tokenizers.load(Path(run.config["tokenizer"]["tokenizer_model"]))
+    length = run.config["dataset"]["seq_length"]
+    end = tokenizers.end_of_document(tokenizer)
+    generator = torch.Generator().manual_seed(request["seed"])
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    saved = types.SimpleNamespace(model=load_model_config(request["checkpoint"])[0])
+    fields = {row.field.removeprefix("model."): row.in_ranks for row in devices.differences(saved, device)}
+    with temporary_distributed_context(backend="nccl" if device == "cuda" else "gloo"):
+        model = load_megatron_model(
+            request["checkpoint"], use_cpu_init=device == "cpu", skip_temp_dist_context=True, mp_overrides=fields
+        )
+        model = (model[0] if isinstance(model, list) else model).eval()
+        texts = []
+        for prompt in request["prompts"]:
+            ids = tokenizer.encode(prompt).ids
+            for _ in range(request["max_new_tokens"]):
+                window = torch.tensor([ids[-length:]], device="cuda")
+                places = torch.arange(window.shape[1], device="cuda")[None]
+                with torch.no_grad():
+                    logits = model(window, places, None)[0, -1, : tokenizer.get_vocab_size()]
+                ids.append(_sample(logits.float().cpu(), request["temperature"], generator))
+                if ids[-1] == end:
+                    break
+            texts.append(tokenizer.decode(ids))
+    return texts
+
+
+def _sample(logits: object, temperature: float, generator: object) -> int:
+    import torch
+
+    if temperature == 0:
+        return int(logits.argmax())
+    chances = torch.softmax(logits / temperature, dim=-1)
+    return int(torch.multinomial(chances, 1, generator=generator))

@@ -1,0 +1,290 @@
+"""Import less of the stack before it is needed.
+
+Importing Megatron-Bridge 0.6.2 the plain way loads every model family, three experiment trackers, a grammar compiler and
+TorchInductor: about eight times the work of `import torch`.  A training rank uses almost none of it.  `defer()` puts a
+finder in front of Python's own that changes *when* a module's body runs, not what it does: the body of a deferred
+package runs the first time somebody asks the package for a name.
+
+Nothing here is about CUDA.  `course_lib.stack` decides which process uses it and says so.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.metadata
+import importlib.util
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import ModuleType
+
+from course_lib.stack.deferred import DEFERRED, Deferred
+
+__all__ = ["DEFERRED", "Deferred", "after", "defer", "load_bridges", "ready"]
+
+
+def _no_dynamo(fn: Callable | None = None, recursive: bool = True, **_: object) -> Callable:
+    """What `torch._dynamo.disable` and `allow_in_graph` mean where dynamo is off: the function itself."""
+    return fn if fn is not None else (lambda inner: inner)
+
+
+def _late_function(module: ModuleType, name: str) -> Callable:
+    """A function that runs its module's body when it is called."""
+    if name in ("graph_break", "clear_lru_cache"):
+        return lambda *_, **__: None  # a compiler that never runs has no graph to break and has cached nothing
+    if module.__name__ == "torch._dynamo":
+        return _no_dynamo
+    if module.__name__.startswith("modelopt."):
+        return _unless_modelopt_was_used(module, name)
+
+    def late(*args: object, **kwargs: object) -> object:
+        return getattr(_run_body(module), name)(*args, **kwargs)
+
+    late.__name__ = late.__qualname__ = name
+    return late
+
+
+def _unless_modelopt_was_used(module: ModuleType, name: str) -> Callable:
+    """ModelOpt's hooks do nothing for a model that ModelOpt never changed, and only its own code changes one."""
+
+    def hook(*args: object, **kwargs: object) -> object:
+        in_checkpoint = any(isinstance(a, dict) and any(str(k).startswith("modelopt_state") for k in a) for a in args)
+        used = in_checkpoint or "modelopt.torch.opt.conversion" in sys.modules
+        return getattr(_run_body(module), name)(*args, **kwargs) if used else None
+
+    hook.__name__ = hook.__qualname__ = name
+    return hook
+
+
+def _run_body(module: ModuleType) -> ModuleType:
+    """Run the postponed body of a deferred module once."""
+    loader = module.__spec__.loader
+    if isinstance(loader, _LateLoader):
+        loader.run(module)
+    return module
+
+
+class _LateLoader(importlib.abc.Loader):
+    """Creates the module at once and runs its body when a name is missing."""
+
+    def __init__(self, real: importlib.machinery.SourceFileLoader, rule: Deferred) -> None:
+        self.real, self.rule, self.done = real, rule, False
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        names, stars = _re_exported(self.real, module.__name__) if self.rule.re_exports else ({}, [])
+        if self.rule.re_exports and not names and not stars:
+            self.run(module)  # upstream changed: this package now does more than re-export
+            return
+
+        def missing(name: str) -> object:
+            if name in self.rule.functions:
+                value = _late_function(module, name)
+            elif name in names:
+                source, original = names[name]
+                value = getattr(importlib.import_module(source), original)
+            elif name.startswith("__") and name not in ("__all__", "__version__"):
+                raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+            elif (child := self.child(module, name)) is not None:
+                value = importlib.import_module(child)
+            else:
+                for source in stars:
+                    found = importlib.import_module(source)
+                    if name in getattr(found, "__all__", ()):
+                        return getattr(found, name)
+                self.run(module)
+                if name not in module.__dict__:
+                    raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+                return module.__dict__[name]
+            module.__dict__[name] = value
+            return value
+
+        module.__getattr__ = missing
+
+    def child(self, module: ModuleType, name: str) -> str | None:
+        """The full name of a submodule that may be imported while its parent's body still waits."""
+        full = f"{module.__name__}.{name}"
+        if not hasattr(module, "__path__") or not (self.rule.re_exports or any(r.module == full for r in DEFERRED)):
+            return None
+        return full if importlib.util.find_spec(full) else None
+
+    def run(self, module: ModuleType) -> None:
+        """Run the body now, once, and keep what others have set on the module meanwhile."""
+        if not self.done:
+            self.run_parent(module.__name__.rpartition(".")[0])
+        if self.done:
+            return  # before, or by the parent's body
+        self.done = True
+        late = ("__getattr__", *self.rule.functions)
+        waiting = {name: module.__dict__.pop(name) for name in late if name in module.__dict__}
+        set_by_others = {k: v for k, v in module.__dict__.items() if not k.startswith("__")}
+        try:
+            self.real.exec_module(module)
+        except BaseException:  # wait again: the next one who asks shall see why, too
+            self.done = False
+            set_by_others |= waiting
+            raise
+        finally:
+            module.__dict__.update(set_by_others)
+
+    def run_parent(self, name: str) -> None:
+        """A parent's body runs first, as in a plain import: modules that import each other in circles rely on it."""
+        parent = sys.modules.get(name)
+        loader = getattr(getattr(parent, "__spec__", None), "loader", None)
+        if isinstance(loader, _LateLoader) and not loader.rule.re_exports:
+            loader.run(parent)
+
+    def __getattr__(self, name: str) -> object:  # get_source, get_filename, ... for tracebacks and inspect
+        return getattr(self.real, name)
+
+
+def _re_exported(loader: importlib.machinery.SourceFileLoader, package: str) -> tuple[dict, list[str]]:
+    """Which names a package's file imports from where; empty if the file does anything else."""
+    names: dict[str, tuple[str, str]] = {}
+    stars: list[str] = []
+    for node in ast.parse(loader.get_data(loader.path)).body:
+        if isinstance(node, ast.ImportFrom):
+            source = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            for alias in node.names:
+                if alias.name == "*":
+                    stars.append(source)
+                else:
+                    names[alias.asname or alias.name] = (source, alias.name)
+        elif not isinstance(node, (ast.Import, ast.Assign, ast.Expr)):
+            return {}, []
+    return names, stars
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Answers for deferred modules, and runs a hook after a few others are imported."""
+
+    def __init__(self, rules: Iterable[Deferred]) -> None:
+        self.rules = {rule.module: rule for rule in rules}
+        self.hooks = {"megatron.bridge.models.conversion.auto_bridge": _load_bridges_on_demand}
+
+    def find_spec(self, name: str, path: object, target: object = None) -> importlib.machinery.ModuleSpec | None:
+        rule, hook = self.rules.get(name), self.hooks.get(name)
+        parent = self.rules.get(name.rpartition(".")[0])
+        if rule is None and parent is not None and not parent.re_exports and parent.module in sys.modules:
+            _run_body(sys.modules[parent.module])  # its other children may rely on it
+        if rule is None and hook is None:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+            spec.loader = _LateLoader(spec.loader, rule) if rule else _HookedLoader(spec.loader, hook)
+        return spec
+
+
+class _HookedLoader(importlib.abc.Loader):
+    """Runs a module's body and then a hook."""
+
+    def __init__(self, real: importlib.machinery.SourceFileLoader, hook: Callable[[ModuleType], None]) -> None:
+        self.real, self.hook = real, hook
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.real.exec_module(module)
+        self.hook(module)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.real, name)
+
+
+def _load_bridges_on_demand(module: ModuleType) -> None:
+    """Importing a model family registers its bridge, so AutoBridge must find the family it is asked for."""
+    bridge = module.AutoBridge
+    supports, listing = bridge.supports.__func__, bridge.list_supported_models.__func__
+
+    def supports_after_loading(cls: type, config: object) -> bool:
+        load_bridges(getattr(config, "architectures", None) or [])
+        return supports(cls, config)
+
+    def list_after_loading(cls: type) -> list[str]:
+        load_bridges(None)
+        return listing(cls)
+
+    bridge.supports = classmethod(supports_after_loading)
+    bridge.list_supported_models = classmethod(list_after_loading)
+
+
+def load_bridges(architectures: Iterable[str] | None) -> None:
+    """Import the modules that register a bridge for these Hugging Face architectures, or all of them.
+
+    Args:
+        architectures: Class names such as `LlamaForCausalLM`; `None`, or a name that no file registers, loads all.
+    """
+    from megatron.bridge import models
+
+    root = Path(models.__path__[0])
+    wanted = None
+    if architectures:
+        pattern = re.compile(rf"register_bridge\([^)]*?source\s*=\s*\"?(?:\w+\.)?({'|'.join(architectures)})\b")
+        wanted = [p for p in root.rglob("*_bridge.py") if pattern.search(p.read_text())]
+    if wanted:
+        for path in wanted:
+            importlib.import_module(".".join((models.__name__, *path.relative_to(root).with_suffix("").parts)))
+        return
+    _run_body(models)
+    _run_body(importlib.import_module("megatron.bridge.diffusion.models"))
+
+
+class _QuickDistributions(dict):
+    """`importlib.metadata.packages_distributions()` that scans every installed package only when it has to."""
+
+    def __missing__(self, package: str) -> list[str]:
+        try:
+            names = [importlib.metadata.distribution(package).metadata["Name"]]
+        except importlib.metadata.PackageNotFoundError:
+            self.update(importlib.metadata.packages_distributions())
+            if package not in self:
+                raise KeyError(package) from None
+            return self[package]
+        self[package] = names
+        return names
+
+
+def _import_transformers_quickly() -> None:
+    """transformers scans the metadata of all 300 installed packages at import; answer it one package at a time."""
+    scan = importlib.metadata.packages_distributions
+    importlib.metadata.packages_distributions = _QuickDistributions
+    try:
+        importlib.import_module("transformers.utils.import_utils")
+    finally:
+        importlib.metadata.packages_distributions = scan
+
+
+def _finder() -> _Finder | None:
+    return next((finder for finder in sys.meta_path if isinstance(finder, _Finder)), None)
+
+
+def ready() -> bool:
+    """True if `defer()` was called in this process."""
+    return _finder() is not None
+
+
+def after(module: str, hook: Callable[[ModuleType], None]) -> None:
+    """Call `hook(module)` once somebody imports the module of this name; `defer()` must have been called before."""
+    before = _finder().hooks.get(module, lambda _: None)
+    _finder().hooks[module] = lambda loaded: (before(loaded), hook(loaded))
+
+
+def defer(*, compiler: bool = False) -> None:
+    """Postpone the bodies of the modules in `DEFERRED` from now on; calling it again changes nothing.
+
+    Modules that are already imported stay as they are.
+
+    Args:
+        compiler: Leave torch's compiler out of it: this process will use it.
+    """
+    if ready():
+        return
+    sys.meta_path.insert(0, _Finder(r for r in DEFERRED if not (compiler and r.module.startswith("torch._dynamo"))))
+    _import_transformers_quickly()

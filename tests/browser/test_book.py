@@ -1,0 +1,123 @@
+"""The built book in a real browser: search finds, a page without a kernel says so, nothing runs off a phone's screen."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from support.lab import PATIENCE_MS, PROJECT, QUIET, browser
+
+SHOTS = PROJECT / "book" / "_build" / "screenshots"
+
+
+@pytest.fixture(scope="module")
+def site(built: Path):
+    """The book behind a web server of this machine."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args: object) -> None: ...
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=os.fspath(built)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """One browser for all tests of this file."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=browser(), args=list(QUIET))
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def page(chromium, site: str):
+    """A page that fails the test if it asks another machine for anything."""
+    opened = chromium.new_page(viewport={"width": 1300, "height": 900})
+    opened.set_default_timeout(PATIENCE_MS)
+    elsewhere: list[str] = []
+    own = (site, "data:", "blob:")
+    opened.on("request", lambda request: None if request.url.startswith(own) else elsewhere.append(request.url))
+    yield opened
+    opened.close()
+    assert elsewhere == []
+
+
+def test_search_finds_a_page(page, site: str) -> None:
+    """A word of the glossary is found from the search page, with a link that leads there."""
+    page.goto(f"{site}/search.html?q=microbatches")
+    page.wait_for_selector("#search-results li a")
+    targets = [link.get_attribute("href") for link in page.locator("#search-results li a").all()]
+    assert any("glossary" in target for target in targets)
+    page.screenshot(path=str(_shot("book_search.png")))
+
+
+def test_a_control_without_a_kernel_says_so(page, site: str) -> None:
+    """A widget is drawn, cannot be turned in vain, and a sentence says where it works; in the dark theme it is readable."""
+    page.goto(f"{site}/lessons/07_small.html")
+    page.wait_for_selector(".widget-dropdown select")
+    page.wait_for_selector(".needs-a-kernel >> text=Run this lesson")
+    assert page.locator(".widget-dropdown select").is_disabled() and page.locator(".needs-a-kernel").count() == 1
+    page.evaluate("document.documentElement.dataset.theme = 'dark'")
+    label = page.locator(".widget-dropdown label")
+    colour = label.evaluate("label => getComputedStyle(label).color")
+    assert min(map(int, colour.removeprefix("rgb(").split(")")[0].split(",")[:3])) > 150, "dark words on a dark page"
+    page.screenshot(path=str(_shot("book_widget_dark.png")))
+
+
+@pytest.mark.parametrize("name", ["index", "eight_gpu_plan", "troubleshooting", "lessons/07_small"])
+def test_a_phone_shows_the_whole_width(page, site: str, name: str) -> None:
+    """At 390 pixels no page is wider than the screen."""
+    page.set_viewport_size({"width": 390, "height": 800})
+    page.goto(f"{site}/{name}.html")
+    page.wait_for_timeout(500)
+    root = "document.documentElement"
+    assert page.evaluate(f"{root}.scrollWidth - {root}.clientWidth") == 0
+    page.screenshot(path=str(_shot(f"book_phone_{name.replace('/', '_')}.png")))
+
+
+def test_a_wide_table_fits(page, site: str) -> None:
+    """Long names go on below in their cells: nobody scrolls sideways to find a column, and no number is cut in two."""
+    page.goto(f"{site}/lessons/07_small.html")
+    table = page.locator("div.cell_output table")
+    width, room = table.evaluate("table => [table.scrollWidth, table.closest('.output').clientWidth]")
+    assert width <= room
+    number = table.locator("td", has_text="3e-05")
+    lines = number.evaluate(
+        "cell => { const words = document.createRange(); words.selectNodeContents(cell);"
+        " return words.getClientRects().length }"
+    )
+    assert lines == 1
+
+
+def test_paper_shows_the_article_alone(page, site: str) -> None:
+    """In print sidebars and folded solutions are gone, and the page stays black on white even from the dark theme."""
+    page.goto(f"{site}/eight_gpu_plan.html")
+    page.evaluate("document.documentElement.dataset.theme = 'dark'")
+    page.emulate_media(media="print")
+    assert not page.locator(".bd-sidebar-primary").is_visible()
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    printed = page.pdf(path=str(_shot("eight_gpu_plan.pdf")), format="A4")
+    assert b"/Count 1\n" in printed, "the plan on one page prints on one page"
+
+    page.emulate_media(media="screen")
+    page.goto(f"{site}/lessons/07_small.html")
+    solution = page.locator("details.hide")
+    assert solution.is_visible()
+    page.emulate_media(media="print")
+    assert not solution.is_visible()
+
+
+def _shot(name: str) -> Path:
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    return SHOTS / name

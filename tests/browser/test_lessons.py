@@ -1,0 +1,215 @@
+"""The lessons as a learner meets them: JupyterLab in a real browser."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+from test_book import copy_book
+
+from book import builder
+from course_lib import runs
+from course_lib.machine import desk as course_desk
+from course_lib.planning import ceiling, memory
+from course_lib.planning import controls as planner
+from course_lib.planning.layout import Layout
+from support.lab import PROJECT, QUIET, browser, lab
+from support.notebooks_made_here import clean, code, write
+
+SHOTS = PROJECT / "book" / "_build" / "screenshots"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def chromium():
+    """A browser, installed if need be; what that takes is not part of a test."""
+    return browser()
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch):
+    """JupyterLab on copies of the lessons, so that a save does not touch the sources."""
+    shutil.copytree(PROJECT / "notebooks", tmp_path / "notebooks", ignore=shutil.ignore_patterns(".*"))
+    (tmp_path / "book").symlink_to(PROJECT / "book")
+    monkeypatch.setenv("COURSE_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")])))
+    with lab(tmp_path, tmp_path / "runs") as page:
+        yield page
+
+
+def saved(desk, name: str) -> list[dict]:
+    """The code cells of a notebook after JupyterLab saved it."""
+    desk.save()
+    content = json.loads((desk.root / "notebooks" / name).read_text())
+    return [cell for cell in content["cells"] if cell["cell_type"] == "code"]
+
+
+PICTURE = ".jp-OutputArea img"
+
+
+def outputs(cells: list[dict]) -> list[dict]:
+    """The data of every output."""
+    return [output.get("data", {}) for cell in cells for output in cell["outputs"]]
+
+
+def without_words(cells: list[dict]) -> list[str]:
+    """Cells that show a picture without alternative text."""
+    return [
+        cell["id"]
+        for cell in cells
+        for output in cell["outputs"]
+        if "image/png" in output.get("data", {}) and not output["metadata"].get("image/png", {}).get("alt")
+    ]
+
+
+def look(desk, name: str) -> None:
+    """Take a picture of the last figure in both themes; nothing was asked of any other machine."""
+    desk.show(PICTURE)
+    desk.shot(SHOTS / f"{name[:2]}_light.png")
+    desk.dark(f"notebooks/{name}")
+    desk.show(PICTURE)
+    desk.shot(SHOTS / f"{name[:2]}_dark.png")
+    assert desk.elsewhere == []
+
+
+def errors(cells: list[dict]) -> list[str]:
+    """Names of the errors that cells ended with."""
+    return [output["ename"] for cell in cells for output in cell["outputs"] if output["output_type"] == "error"]
+
+
+def test_lesson_00_runs_in_the_browser(desk):
+    """It opens with its table of contents, Run All ends without an error, figures have words, nothing goes elsewhere."""
+    name = "00_check_your_setup.ipynb"
+    course_desk.prepare_workspace(desk.root / "workspaces", f"notebooks/{name}")
+    desk.open(f"notebooks/{name}", reset=False)
+    desk.page.wait_for_selector(".jp-TableOfContents-content >> text=What the doctor sees")
+    desk.shot(SHOTS / "00_open.png")
+    desk.run_all()
+    desk.wait(seconds=300)
+    cells = saved(desk, name)
+    assert all(cell["execution_count"] for cell in cells) and not errors(cells)
+    assert without_words(cells) == [] and any("image/png" in data for data in outputs(cells))
+    look(desk, name)
+
+
+def test_lesson_03_goes_on_after_an_interrupt_to_its_end(desk):
+    """The stop button ends all ranks; the next cell works, and so does the rest of lesson 03 in the same kernel."""
+    name = "03_smoke_test_with_mock_data.ipynb"
+    path = desk.root / "notebooks" / name
+    content = json.loads(path.read_text())
+    place = [cell["id"] for cell in content["cells"]].index("run")
+    source = "cfg_long = copy.deepcopy(cfg)\ncfg_long.train.train_iters = 2000\n"
+    source += 'launch.run(cfg_long, ranks=8, name="long")'
+    content["cells"].insert(place, {**content["cells"][place], "id": "long", "source": source})
+    path.write_text(json.dumps(content))
+
+    desk.open(f"notebooks/{name}")
+    desk.run_all()
+    pids = wait_for_training(desk.root / "runs" / "long")
+    desk.show(PICTURE)
+    desk.shot(SHOTS / "03_training.png")
+    desk.menu("Kernel", "Interrupt Kernel")
+    desk.wait(seconds=180)
+    assert not [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
+    assert runs.Run(desk.root / "runs" / "long").outcome.status == "interrupted"
+    assert errors(saved(desk, name)) == ["RunInterrupted"]
+
+    desk.select(place + 1)
+    desk.menu("Run", "Run Selected Cell and All Below")
+    wait_for_training(desk.root / "runs" / "smoke")
+    desk.wait(seconds=600)
+    cells = saved(desk, name)
+    assert errors(cells) == ["RunInterrupted"] and all(cell["execution_count"] for cell in cells)
+    assert without_words(cells) == []
+    look(desk, name)
+
+
+def wait_for_training(path: Path, *, seconds: float = 240.0) -> list[int]:
+    """Wait until a run has three steps, and return its ranks' process ids."""
+    end = time.monotonic() + seconds
+    while not (path / "config.yaml").exists() or len(runs.Run(path).metrics) < 3:
+        assert time.monotonic() < end, f"no training in {path}"
+        time.sleep(0.2)
+    return [entry["pid"] for entry in runs.Run(path).ranks().values()]
+
+
+def test_lesson_06_runs_and_its_planner_answers(desk):
+    """Run All ends without an error, and another tensor parallel size draws another picture without running a cell."""
+    name = "06_plan_an_8_gpu_run.ipynb"
+    desk.open(f"notebooks/{name}")
+    desk.run_all()
+    desk.wait(seconds=400)
+    cells = saved(desk, name)
+    assert not errors(cells) and all(cell["execution_count"] for cell in cells) and without_words(cells) == []
+    controls = desk.page.locator(".jp-OutputArea", has=desk.page.locator(".widget-dropdown"))
+    picture = controls.locator("img.widget-image, .jupyter-widgets img").first
+    picture.scroll_into_view_if_needed()
+    before = picture.get_attribute("src")
+    desk.page.locator(".widget-dropdown", has_text="TP").first.locator("select").select_option("4")
+    end = time.monotonic() + 60
+    while picture.get_attribute("src") == before:
+        assert time.monotonic() < end, "the picture stayed the same"
+        time.sleep(0.2)
+    look(desk, name)
+
+
+def planned(tp: int) -> tuple[Any, memory.Plan]:
+    """A configuration and a plan of a model that nobody built, to draw."""
+    fields = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": 1, "context_parallel_size": 1}
+    model = SimpleNamespace(**fields, sequence_parallel=tp > 1, seq_length=8192, recompute_granularity=None)
+    train = SimpleNamespace(micro_batch_size=1, global_batch_size=128)
+    size = 2**36 // tp
+    plan = memory.Plan(
+        Layout(world_size=8, tensor_model_parallel_size=tp),
+        memory.States(0, size, 0, size, size // 4, size // 8),
+        memory.Activations(size // 2, 0, 1.0, 0, {}),
+    )
+    tokenizer = SimpleNamespace(vocab_size=128256)
+    return SimpleNamespace(model=model, train=train, tokenizer=tokenizer, mixed_precision="bf16_mixed"), plan
+
+
+def test_the_planners_frames_move_in_the_book(tmp_path):
+    """A reader of the built book steps from one planned layout to the next, without a kernel."""
+    from ipywidgets import Widget
+    from playwright.sync_api import sync_playwright
+
+    both = {f"TP={tp}": planned(tp) for tp in (1, 2)}
+    choices = {label: ("llama3_8b_pretrain_config", cfg) for label, (cfg, _) in both.items()}
+    plans = {label: plan for label, (_, plan) in both.items()}
+    panel = planner.frames(choices, plans, gpu=ceiling.gpus()["H100 SXM 80GB"])
+    lesson = clean()
+    lesson["cells"].insert(3, code("frames", "panel"))
+    root = copy_book(tmp_path)
+    write(root / "notebooks" / "07_small.ipynb", lesson)
+    view = {"model_id": panel.model_id, "version_major": 2, "version_minor": 0}
+    lesson["cells"][3] |= {
+        "execution_count": 1,
+        "outputs": [
+            {"output_type": "display_data", "data": {"application/vnd.jupyter.widget-view+json": view}, "metadata": {}}
+        ],
+    }
+    lesson["metadata"]["widgets"] = {"application/vnd.jupyter.widget-state+json": Widget.get_manager_state()}
+    executed = write(root / "book" / "lessons" / "07_small.ipynb", lesson)
+    os.utime(executed, (time.time() + 5,) * 2)
+    html = builder.build(root=root, execute=False).parent / "lessons" / "07_small.html"
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=browser(), args=list(QUIET))
+        page = chromium.new_page(viewport={"width": 1400, "height": 1000})
+        page.goto(html.as_uri())
+        frame = page.locator(".jupyter-widgets img")
+        frame.locator("visible=true").first.wait_for(timeout=60_000)
+        first = frame.locator("visible=true").first.get_attribute("alt")
+        page.locator(".widget-toggle-button", has_text="TP=2").click()
+        page.locator('.jupyter-widgets img[alt*="TP=2"]').wait_for(state="visible", timeout=10_000)
+        shown = frame.locator("visible=true")
+        assert "TP=1" in first and shown.count() == 1 and "TP=2" in shown.get_attribute("alt")
+        page.locator(".widget-toggle-button", has_text="TP=1").scroll_into_view_if_needed()
+        SHOTS.mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=str(SHOTS / "06_frames.png"))
+        chromium.close()

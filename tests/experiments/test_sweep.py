@@ -1,0 +1,171 @@
+"""A sweep that was stopped goes on where it stopped, and its wait is not silent."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from course_lib import launch, runs
+from course_lib.common import screen
+from course_lib.experiments import finished, sweep
+from course_lib.text import indexed
+from support.small import config
+
+
+def test_an_interrupted_run_is_trained_again_and_a_finished_one_is_not(bridge, runs_directory, capsys):
+    """Real ranks, stopped in the middle of the second seed: the first is kept, the second begins anew."""
+
+    def stop_in_the_second(run: runs.Run) -> None:
+        if "seed2" in run.name and len(run.metrics):
+            raise KeyboardInterrupt
+
+    cfg = config(train_iters=4, validation__eval_iters=1)
+    with pytest.raises(launch.RunInterrupted):
+        sweep.repeat(cfg, seeds=[1, 2], name="base", ranks=2, watch=stop_in_the_second)
+    capsys.readouterr()
+    one, two = sweep.repeat(cfg, seeds=[1, 2], name="base", ranks=2)
+    assert [run.name for run in (one, two)] == ["base-seed1", "base-seed2-2"]
+    assert [runs.read(name).outcome.status for name in ("base-seed2", two.name)] == ["interrupted", "succeeded"]
+    assert len(two.metrics) == 4 and sweep.held_out(one) != sweep.held_out(two)
+    words = capsys.readouterr().out
+    assert "base, finished before: seed 1 " in words and "seed 2: trained as base-seed2-2" in words
+
+
+def trained(name: str) -> runs.Run:
+    """A run directory as a finished run leaves it."""
+    path = runs.create(name)
+    (path / "config.yaml").write_text("train: {}\n")
+    (path / "validation.jsonl").write_text('{"step": 1, "time": 0, "loss": 5.0}\n')
+    return runs.Run(path)
+
+
+def test_a_failed_run_is_trained_again(bridge, runs_directory, monkeypatch):
+    """What ended before the error is kept; the seed that failed, and those after it, are trained."""
+    started: list[str] = []
+
+    def train(cfg: object, *, name: str, **options: object) -> runs.Run:
+        run = trained(name)
+        started.append(run.name)
+        if run.name == "base-seed2":
+            raise launch.RunFailed(run, runs.Outcome("failed", rank=3, cause="out of memory"))
+        return run
+
+    monkeypatch.setattr(sweep.launch, "run", train)
+    with pytest.raises(launch.RunFailed):
+        sweep.repeat(config(), seeds=[1, 2, 3], name="base")
+    found = sweep.repeat(config(), seeds=[1, 2, 3], name="base")
+    assert started == ["base-seed1", "base-seed2", "base-seed2-2", "base-seed3"]
+    assert [run.name for run in found] == ["base-seed1", "base-seed2-2", "base-seed3"], "in the order of the seeds"
+
+
+def test_a_run_without_held_out_loss_is_not_called_finished(bridge, runs_directory, monkeypatch):
+    """It could not be compared, so the next attempt trains it again."""
+
+    def train(cfg: object, *, name: str, **options: object) -> runs.Run:
+        run = trained(name)
+        (run.path / "validation.jsonl").unlink()
+        return run
+
+    monkeypatch.setattr(sweep.launch, "run", train)
+    with pytest.raises(ValueError, match="eval_iters"):
+        sweep.repeat(config(), seeds=[1], name="base")
+    assert not list(runs_directory.glob("*/sweep.json"))
+
+
+def test_the_same_data_written_again_is_the_same_data(bridge, tmp_path, monkeypatch):
+    """A notebook that is run again writes its text again: contents count; only of large files size and time."""
+    cfg = config(tokenizer__tokenizer_model=str(tmp_path / "text"))
+    digests = []
+    for ids, age in (([1, 2], 100), ([1, 2], 200), ([1, 3], 200)):
+        prefix = indexed.write([ids], tmp_path / "text", vocab_size=10, end_of_document=0).prefix
+        os.utime(f"{prefix}.bin", (age, age))
+        digests.append(finished.digest(cfg, 8))
+    assert digests[0] == digests[1] != digests[2]
+    before = finished.digest(cfg, 8)
+    (tmp_path / "text" / "cache").mkdir(parents=True)
+    (tmp_path / "text" / "cache" / "shuffle_index.npy").write_bytes(b"what Megatron makes of the data")
+    assert finished.digest(cfg, 8) == before, "a first run leaves its indices beside the data"
+    cfg.checkpoint.pretrained_checkpoint = str(tmp_path)
+    before = finished.digest(cfg, 8)
+    (tmp_path / "iter_0000002").mkdir()
+    (tmp_path / "iter_0000002" / "weights.distcp").write_bytes(b"other weights")
+    assert finished.digest(cfg, 8) != before, "files below a directory count as well"
+    monkeypatch.chdir(tmp_path)
+    cfg.tokenizer.tokenizer_model, cfg.checkpoint.pretrained_checkpoint = "text", "x" * 5000
+    before = finished.digest(cfg, 8)
+    (tmp_path / "text.idx").write_bytes(b"other")
+    assert finished.digest(cfg, 8) != before, "a path without a slash is one, and a long text is none"
+    cfg.tokenizer.tokenizer_model = str(tmp_path / "text")
+    monkeypatch.setattr(finished, "MOST_BYTES_READ", 1)
+    before = finished.digest(cfg, 8)
+    os.utime(f"{prefix}.bin", (300, 300))
+    assert finished.digest(cfg, 8) != before
+
+
+class Clock:
+    """Time that passes when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def told(monkeypatch, capsys):
+    """What a terminal would show: a function that returns the lines so far."""
+    monkeypatch.setattr(screen, "where", lambda: "terminal")
+    return lambda: capsys.readouterr().err.replace("\x1b[K", "").split("\r")
+
+
+def test_the_wait_says_which_run_and_how_long(told, monkeypatch):
+    """Run of how many, seed, step; no estimate before a run has ended, then the mean of those that have."""
+    clock = Clock()
+    for module in (sweep, screen):
+        monkeypatch.setattr(module, "time", clock)
+    waiting = sweep._Waiting("base", missing=3)
+    run = SimpleNamespace(metrics=range(12), launch={"train_iters": 30}, stage=lambda: "training")
+    for seed, seconds in ((1, 10), (2, 20)):
+        waiting.begins(seed)
+        clock.now += seconds / 2
+        waiting.watch(run)
+        clock.now += seconds / 2
+        waiting.ends("one more")
+    waiting.begins(3)
+    clock.now += 5
+    waiting.watch(run)
+    clock.now += 20
+    waiting.watch(run)
+    waiting.ends("the last")
+    waiting.close()
+    assert [line.strip() for line in told()[1:]] == [
+        "base: run 1 of 3 (seed 1), starting ranks, time left not known yet",
+        "base: run 1 of 3 (seed 1), step 12 of 30, time left not known yet",
+        "base: run 2 of 3 (seed 2), starting ranks, about 20 s left",
+        "base: run 2 of 3 (seed 2), step 12 of 30, about 10 s left",
+        "base: run 3 of 3 (seed 3), starting ranks, about 15 s left",
+        "base: run 3 of 3 (seed 3), step 12 of 30, about 10 s left",
+        "base: run 3 of 3 (seed 3), step 12 of 30, longer than the others",
+        "base: 3 of 3 runs trained in 55 s",
+    ]
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_change_that_diverges_is_no_equal(loss: float) -> None:
+    """A loss that is no number is not within the noise."""
+    change = sweep.Change("optimizer.lr", 1e-3, 10.0)
+    assert sweep.Comparison.of(change, [5.0, 5.1, 5.2], [loss, 5.1, loss]).verdict == "diverged"
+
+
+def test_another_engine_is_another_run(tmp_path: Path) -> None:
+    """A changed file of what a rank executes makes a finished run stale; the same files elsewhere do not."""
+    shutil.copytree(Path(finished.__file__).parent, tmp_path, dirs_exist_ok=True)
+    assert finished._engine(tmp_path) == finished._engine()
+    with open(tmp_path / "cpu" / "fused.py", "a") as file:
+        file.write("# changed\n")
+    assert finished._engine(tmp_path) != finished._engine()

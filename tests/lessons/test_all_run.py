@@ -1,0 +1,64 @@
+"""Every lesson runs from top to bottom; what was executed here is what the book shows.  And every lesson can fail."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from course_lib import runs
+from course_lib.lesson import notebooks
+
+PROJECT_LESSONS = [lesson.number for lesson in notebooks.listing()]
+
+BROKEN = {
+    "00": ({"seconds_limit": 0.0}, "a warm start takes less than 0 s"),
+    "01": ({"engine": "NeMo Run"}, "NeMo Run is an engine"),
+    "02": ({"layers_published": 32}, "which source did you believe"),
+    "03": ({"learning_rate": 0.0}, "Is the learning rate zero?"),
+    "04": ({"blend_weights": [0.3, 0.7]}, "Are the weights in the order of the prefixes"),
+    "05": ({"special_ids": 999}, "Off by one?"),
+    "08": ({"published_seq_length": 4096}, "Attention grows with it"),
+    "09": ({"changed_learning_rate": 4e-3}, "Nothing differs, or too much"),
+    "11": ({"tolerance": 0.0}, "the same features must be cut out of both"),
+    "12": ({"tolerance": 0.0}, "Is the gradient averaged"),
+    "06": ({"moment_bytes": 4}, "Is moment_bytes 8?"),
+    "07": ({"torchrun_learning_rate": 5e-4}, "The launcher changed what was trained"),
+    "10": ({"resumed_steps": 30}, "a longer run is another run"),
+}
+"""For each lesson one parameter that breaks a claim, and the words of the check that must notice."""
+
+
+def test_no_cell_reads_a_path_that_depends_on_where_it_runs():
+    """A lesson that was copied elsewhere, or runs in an editor with another working directory, finds its files."""
+    for lesson in notebooks.listing():
+        for cell in json.loads(lesson.path.read_text(encoding="utf-8"))["cells"]:
+            source = "".join(cell["source"]) if cell["cell_type"] == "code" else ""
+            assert not re.search(r"""["']\.\.?/""", source), (lesson.number, cell["id"])
+
+
+@pytest.mark.parametrize("number", PROJECT_LESSONS)
+def test_the_lesson_runs(number):
+    """papermill executes the lesson on the real stack; its runs succeeded, and the copy stands in book/lessons."""
+    done = notebooks.execute(number)
+    assert done.path.exists() and done.path.parent.name == "lessons"
+    assert done.runs or number in ("00", "01", "02"), "every lesson that trains names its run"
+    assert all(runs.Run(path).outcome.status == "succeeded" for path in done.runs)
+    assert done.figures or "<svg" in done.path.read_text(), "every lesson shows at least one figure"
+
+
+@pytest.mark.parametrize("number", PROJECT_LESSONS)
+def test_a_broken_claim_is_caught(number, tmp_path):
+    """With one parameter wrong, the lesson stops at its own check, with a message that teaches."""
+    parameters, words = BROKEN[number]
+    with pytest.raises(notebooks.LessonFailed, match="does not hold"):
+        notebooks.execute(number, parameters=parameters, output_directory=tmp_path)
+    (failed,) = tmp_path.glob("*.failed.ipynb")
+    raised = [
+        output["evalue"]
+        for cell in json.loads(failed.read_text())["cells"]
+        for output in cell.get("outputs", ())
+        if output["output_type"] == "error"
+    ]
+    assert len(raised) == 1 and words in raised[0]

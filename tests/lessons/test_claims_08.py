@@ -1,0 +1,158 @@
+"""Every check of lesson 08 can fail: its cell alone, with the numbers of a good run, and with one of them wrong."""
+
+from __future__ import annotations
+
+import re
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from course_lib.common import units
+from course_lib.experiments import faults
+from course_lib.lesson import checks
+from support.lesson_cells import Sample, cells, execute
+
+NAMES = ("loss at step 1", "work per token", "weight and optimizer by Bridge")
+STEPS = pd.DataFrame({"step": range(1, 11), "loss": 5.0, "grad_norm": 0.7, "elapsed_ms": 100.0})
+LOG = pd.DataFrame({"loss": [5.0, 5.0], "grad_norm": 0.7, "skipped": 0, "nan": 0, "elapsed_ms": 101.0})
+
+
+def evaluated(*losses: float) -> SimpleNamespace:
+    """A run with these held-out losses."""
+    return SimpleNamespace(validation=pd.DataFrame({"loss": losses}))
+
+
+def counted(causal_flops: float, whole_flops: float) -> SimpleNamespace:
+    """An accounting with these FLOPs per token, with the masked half left out and with the whole square."""
+    return SimpleNamespace(flops_per_token=lambda model, *, causal, **_: causal_flops if causal else whole_flops)
+
+
+def signs(verdict: str, *, skipped: int = 0) -> pd.DataFrame:
+    """Symptoms with one verdict."""
+    names = ["loss, average of 10, above its lowest", "steps skipped or not a number"]
+    return pd.DataFrame({"verdict": [verdict, verdict], "measured": [0, skipped]}, index=names)
+
+
+def ended(*losses: float) -> SimpleNamespace:
+    """A run with these losses."""
+    return SimpleNamespace(metrics=pd.DataFrame({"loss": losses}))
+
+
+def ill(*, rank: int = faults.RANK, mib: float = 16.0, hot: str = "look", skipped: int = 0) -> SimpleNamespace:
+    """What `health` says of the sick runs: the rank that grows, and by how much."""
+    grown = pd.Series([mib * units.MiB if each == rank else 0.0 for each in range(8)])
+    growth = pd.DataFrame({"bytes_per_step": grown})
+    return SimpleNamespace(symptoms=lambda run, **_: signs(hot, skipped=skipped), memory_growth=lambda run: growth)
+
+
+def memory(printed_mib: float, peak_mib: float) -> dict[str, Any]:
+    """A run whose log prints so much state, and whose ranks peak there."""
+    rows = pd.DataFrame({"rank": [0, 1], "peak_memory_bytes": peak_mib * units.MiB})
+    drawn = SimpleNamespace(figure=lambda *_, **__: nullcontext((None, None)), throughput=lambda *_, **__: None)
+    return {
+        "run": SimpleNamespace(memory=rows),
+        "throughput": SimpleNamespace(bridge_state_bytes=lambda run: printed_mib * units.MiB),
+        "plots": drawn,
+        "compare": SimpleNamespace(memory_by_step=lambda *_, **__: None),
+    }
+
+
+def width(hidden_size: int) -> SimpleNamespace:
+    """A configuration with nothing but a width."""
+    return SimpleNamespace(model=SimpleNamespace(hidden_size=hidden_size))
+
+
+GOOD: dict[str, dict[str, Any]] = {
+    "check-published": {
+        "said": {
+            **{"NeMo 24.12, FP8": 57.9, "Megatron-LM, spring 2025, FP8": 57.9},
+            **{"Megatron-Bridge 25.09, FP8": 51.5, "Megatron-Bridge 25.11, FP8": 51.5},
+        },
+        "both": {"whole square": 57.9, "masked half left out": 51.5},
+    },
+    "check-order": {"train": Sample(lambda labels: labels), "unigram": 6.8, "bigram": 5.2},
+    "check-formula": {
+        "throughput": counted(1e7, 1.1e7), "cfg": SimpleNamespace(model=None), "vocab_size": 8192,
+        "flops_per_step": 1e10, "tokens_per_step": 1e3,
+    },
+    "check-work": {
+        "cfg": width(128), "vocab_size": 8192, "per_token": {True: 1e7}, "flops_per_step": 1e10, "steps": 10,
+    },
+    "check-baselines": {"run": evaluated(5.3, 5.0, 4.9), "unigram": 6.8, "bigram": 5.2},
+    "which-loss": {
+        "run": SimpleNamespace(metrics=STEPS.assign(loss=9.0), validation=pd.DataFrame({"loss": [5.0, 4.9]})),
+        "health": SimpleNamespace(smoothed=lambda values: values), "first_loss": 9.02,
+    },
+    "check-log": {"run": SimpleNamespace(metrics=STEPS), "log": LOG},
+    "check-speed": {
+        "whole": SimpleNamespace(mean_of_rates=1100.0, tokens_per_second=1000.0),
+        "per_token": {True: 10.0, False: 11.0}, "shares": {True: 0.4, False: 0.44},
+    },
+    "check-memory": memory(12.0, 90.0) | {"state_bytes": 12.0 * units.MiB},
+    "check-healthy": {"run": None, "vocab_size": 8192, "health": SimpleNamespace(symptoms=lambda run, **_: signs("ok"))},
+    "check-sick": {
+        "hot": ended(9.0, 10.4), "run": ended(9.0, 8.3, 7.0), "sick_steps": 2, "vocab_size": 8192, "health": ill(),
+    },
+    "check-leak": {"leaking": None, "vocab_size": 8192, "health": ill()},
+}  # fmt: skip
+"""Cell, and what it reads where all is well."""
+
+BROKEN: list[tuple[str, str, dict[str, Any], str]] = [
+    ("check-published", "sequences of another length", {"both": {"whole square": 54.7, "masked half left out": 51.5}},
+     "Attention grows with it"),
+    ("check-order", "labels in another order", {"train": Sample(np.flip)}, "the label of a token is the next token"),
+    ("check-order", "shuffled targets", {"bigram": 6.79}, "the labels are shuffled"),
+    ("check-formula", "another rule", {"flops_per_step": 1.1e10}, "Bridge counts by another rule"),
+    ("check-work", "a narrow output layer", {"cfg": width(64)}, "the output layer is 31% of the work"),
+    ("check-baselines", "a run that learned nothing", {"run": evaluated(6.9, 6.9)}, "far below the unigram model"),
+    ("check-baselines", "a short run", {"run": evaluated(5.4, 5.3, 5.2)}, "A short run does not beat a table of pairs"),
+    ("which-loss", "another vocabulary", {"first_loss": 6.98}, "loss at step 1"),
+    ("check-log", "a loss of other steps", {"log": LOG.assign(loss=5.1)}, "Bridge's last loss"),
+    ("check-log", "a norm of another step", {"log": LOG.assign(grad_norm=0.9)}, "its gradient norm"),
+    ("check-log", "a skipped step", {"log": LOG.assign(skipped=1)}, "no step was skipped"),
+    ("check-speed", "rates mixed up", {"whole": SimpleNamespace(mean_of_rates=900.0, tokens_per_second=1000.0)},
+     "never below all tokens / all seconds"),
+    ("check-speed", "one accounting twice", {"per_token": {True: 10.0, False: 10.0}}, "moves FLOP/s"),
+    ("check-speed", "a ceiling on a busy machine", {"shares": {True: 1.2, False: 1.3}}, "was the machine busy"),
+    ("check-memory", "another data-parallel size", {"state_bytes": 9.0 * units.MiB}, "Bridge's estimate"),
+    ("check-memory", "less than its own state", memory(12.0, 10.0), "every rank holds more"),
+    ("check-healthy", "a symptom", {"health": SimpleNamespace(symptoms=lambda run, **_: signs("look"))},
+     "the healthy run shows no symptom"),
+    ("check-sick", "a tame learning rate", {"health": ill(hot="ok")}, "shows as a loss spike"),
+    ("check-sick", "a skipped step", {"health": ill(skipped=1)}, "no step of the hot run was skipped"),
+    ("check-sick", "a hot run that learned", {"hot": ended(9.0, 8.0)}, "where the healthy run had 8.3"),
+    ("check-leak", "another rank", {"health": ill(rank=5)}, f"rank {faults.RANK} of the other sick run grows fastest"),
+    ("check-leak", "half the leak", {"health": ill(mib=8.0)}, "growth of rank"),
+]  # fmt: skip
+"""Cell, what is wrong, the names that are, and the words of the check."""
+
+
+@pytest.fixture(autouse=True)
+def ledger(tmp_path, monkeypatch):
+    """A ledger of the test's own, in which everything that the cells measure was predicted."""
+    monkeypatch.setenv("COURSE_LEDGER", str(tmp_path / "ledger.json"))
+    for name in NAMES:
+        checks.predict("08", name, 1.0, "unit")
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_a_check_holds_for_a_good_run(name):
+    """The stand-ins are good enough: with nothing wrong, the cell passes."""
+    execute("08", name, {"units": units, "faults": faults} | GOOD[name])
+
+
+@pytest.mark.parametrize(("name", "what", "wrong", "words"), BROKEN, ids=[" ".join(row[:2]) for row in BROKEN])
+def test_a_check_names_what_is_wrong(name, what, wrong, words):
+    """One wrong thing, and the same cell raises a claim that says so."""
+    with pytest.raises(checks.ClaimFailed, match=re.escape(words)):
+        execute("08", name, {"units": units, "faults": faults} | GOOD[name] | wrong)
+
+
+def test_every_check_of_lesson_08_is_broken_at_least_once():
+    """No cell that proves something is without a test that makes it fail."""
+    proving = {name for name, (source, tags) in cells("08").items() if "check" in tags or "checks.close(" in source}
+    assert proving == set(GOOD) == {row[0] for row in BROKEN}

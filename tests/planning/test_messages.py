@@ -1,0 +1,136 @@
+"""What a run really sends equals the closed form, whatever the layout."""
+
+from __future__ import annotations
+
+import pytest
+
+from course_lib import launch
+from course_lib.planning.layout import Layout
+from course_lib.reading import collectives
+from support.small import config
+
+SHARDED = {"ddp__use_distributed_optimizer": True, "optimizer__use_distributed_optimizer": True}
+LAYOUTS = {
+    "TP=2 DP=4": (8, {"tp": 2}),
+    "TP=4 DP=2": (8, {"tp": 4}),
+    "TP=4 DP=2, sequence parallel": (8, {"tp": 4, "model__sequence_parallel": True}),
+    "TP=2 PP=2 DP=2": (8, {"tp": 2, "pp": 2}),
+    "TP=2 PP=2 DP=2, sequence parallel, sharded": (8, {"tp": 2, "pp": 2, "model__sequence_parallel": True, **SHARDED}),
+    "DP=8, distributed optimizer": (8, {"tp": 1, **SHARDED}),
+    "TP=2 DP=4, distributed optimizer": (8, {"tp": 2, **SHARDED}),
+    "PP=2 interleaved": (2, {"tp": 1, "pp": 2, "model__virtual_pipeline_model_parallel_size": 2}),
+    "PP=4 DP=2": (8, {"tp": 1, "pp": 4}),
+    "TP=2 CP=2 DP=2": (8, {"tp": 2, "model__context_parallel_size": 2}),
+    "TP=2 PP=2 CP=2, sequence parallel, sharded": (
+        8,
+        {"tp": 2, "pp": 2, "model__context_parallel_size": 2, "model__sequence_parallel": True, **SHARDED},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_recorded_equals_closed_form(name, bridge, runs_directory):
+    """Every operation of every rank: its phase, group, group size, bytes and count are as the closed form says."""
+    ranks, fields = LAYOUTS[name]
+    run = launch.run(config(train_iters=2, **fields), ranks=ranks, show=None, record=True)
+    for rank in range(ranks):
+        table = collectives.compare(run, rank=rank)
+        wrong = table[table.expected != table.recorded]
+        assert wrong.empty, f"rank {rank}:\n{wrong.to_string()}"
+    assert set(run.collectives.step) == {1, 2}
+    passes = run.timeline[run.timeline.step == 2].groupby(["rank", "kind"]).size()
+    assert passes.nunique() == 1 and len(passes) == 2 * ranks
+
+
+@pytest.mark.parametrize(
+    ("fusion", "sent"),
+    [
+        (None, [("all_reduce", 256, 24)]),
+        ("native", [("all_reduce", 256, 8), ("all_reduce", 512, 8)]),
+        ("te", [("all_gather", 1536, 8)]),
+    ],
+)
+def test_a_fused_loss_sends_other_messages(bridge, fusion, sent):
+    """64 tokens a micro-batch and 8 of them a step: three numbers a token, however the kernel packs them."""
+    rows = collectives.expected(config(), ranks=2, loss_fusion=fusion)
+    loss = rows[rows.why.str.startswith("loss:")]
+    assert list(loss[["operation", "bytes", "count"]].itertuples(index=False, name=None)) == sent
+    with pytest.raises(collectives.NotCounted, match="loss_fusion='apex'"):
+        collectives.expected(config(), ranks=2, loss_fusion="apex")
+
+
+def test_a_wrong_closed_form_is_noticed(bridge, runs_directory):
+    """The comparison fails for a run of another shape, and says which rows."""
+    run = launch.run(config(train_iters=2), ranks=2, show=None, record=True)
+    run.config["model"]["num_layers"] = 6
+    table = collectives.compare(run)
+    assert set(table[table.expected != table.recorded].group) == {"tp"}
+
+
+def test_backward_is_attributed_to_modules(bridge, runs_directory):
+    """An operation names the module that asked for it, forward and backward, and the function that made the call."""
+    run = launch.run(config(train_iters=2), ranks=2, show=None, record=True)
+    rows = run.collectives[(run.collectives["rank"] == 0) & (run.collectives.bytes > 1000)]
+    assert "decoder.layers.0.mlp.linear_fc2" in set(rows[rows.phase == "forward"].module)
+    assert "decoder.layers.0.mlp.linear_fc1" in set(rows[rows.phase == "backward"].module)
+    assert rows.caller.str.startswith("megatron.").all()
+
+
+def test_a_recorder_that_is_taken_off_leaves_nothing(bridge, tmp_path):
+    """What it replaced in torch's process groups and Megatron's schedule lies there again."""
+    import torch
+    from megatron.core.pipeline_parallel import schedules
+
+    from course_lib.ranks import recording
+
+    def methods():
+        return [vars(torch.distributed.ProcessGroup).get(name) for name in recording.METHODS] + [schedules.forward_step]
+
+    before, recorder = methods(), recording.Recorder(tmp_path, 0)
+    recorder.install()
+    assert all(one is not other or one is None for one, other in zip(methods(), before, strict=True))
+    recorder.remove()
+    assert all(one is other for one, other in zip(methods(), before, strict=True))
+
+
+def test_nothing_is_recorded_unless_asked(bridge, runs_directory):
+    """A run without `record=True` leaves no such files, and reading it says what to do."""
+    run = launch.run(config(train_iters=1), ranks=2, show=None)
+    assert not (run.path / "collectives.jsonl").exists() and not (run.path / "timeline.jsonl").exists()
+    with pytest.raises(ValueError, match="record=True"):
+        collectives.recorded(run)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_moe_experts", 4),
+        ("recompute_granularity", "full"),
+        ("cp_comm_type", "p2p"),
+        ("add_bias_linear", True),
+    ],
+)
+def test_what_is_not_counted_is_refused(field, value, bridge):
+    """The closed form does not answer for a model that sends other things."""
+    cfg = config(model__context_parallel_size=2)
+    assert len(collectives.expected(cfg, ranks=8))
+    setattr(cfg.model, field, value)
+    with pytest.raises(collectives.NotCounted):
+        collectives.expected(cfg, ranks=8)
+
+
+def test_picture_shows_every_rank_and_group(bridge):
+    """The picture names the groups, their number and their bytes."""
+    from course_lib.figures import plots
+
+    layout = Layout(world_size=8, tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    with plots.figure() as ax:
+        collectives.picture(layout, {"tp": 2**20, "dp-cp": 2**10, "pp": 512}, ax=ax)
+    text = ax.get_label()
+    assert (
+        "tp: 4 groups of 2, 1.0 MiB" in text and "dp-cp: 4 groups of 2" in text and "pp: 4 groups of 2, 512 B" in text
+    )
+    assert {label.get_text() for label in ax.texts} >= {str(rank) for rank in range(8)}
+    with plots.figure() as ax:
+        collectives.picture(Layout(world_size=8, context_parallel_size=2), {"cp": 2**10, "dp-cp": 2**20}, ax=ax)
+    assert "cp: 4 groups of 2, 1.0 KiB" in ax.get_label() and "dp-cp: 1 group of 8" in ax.get_label()

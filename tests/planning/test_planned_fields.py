@@ -1,0 +1,120 @@
+"""Every field of the model, the optimizer and the gradient buffers is counted, without effect on memory, or refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from typing import Any
+
+import pytest
+
+from course_lib.planning import memory
+from support import small
+from support.planned_fields import COUNTED, EXPERTS, NO_EFFECT, NOT_TRIED, REFUSED, STAGES, VALUES
+
+GROUPS = {reason: names.split() for reason, names in NO_EFFECT.items()}
+
+
+def config(fields: dict[str, Any]) -> Any:
+    """A small bf16 model at TP=2, with these fields; names of dtypes, functions and backends stand for them."""
+    import torch
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.transformer.enums import AttnBackend
+
+    block = functools.partial(get_gpt_decoder_block_spec, use_transformer_engine=True)
+    stands_for = {"relu": torch.relu, "unfused": AttnBackend.unfused, "decoder block": block}
+    cfg = small.config(tp=2)
+    cfg.mixed_precision = None
+    base = {"model.bf16": True, "optimizer.bf16": True, "ddp.grad_reduce_in_fp32": True, "train.global_batch_size": 32}
+    base |= {"ddp.use_distributed_optimizer": True, "optimizer.use_distributed_optimizer": True}
+    for path, value in (base | fields).items():
+        section, name = path.split(".")
+        if name.endswith("_dtype") and isinstance(value, str) and hasattr(torch, value):
+            value = getattr(torch, value)
+        value = stands_for.get(value, value) if isinstance(value, str) else value
+        setattr(getattr(cfg, section), name, value)
+    return cfg
+
+
+def plan(fields: dict[str, Any]) -> dict[str, Any]:
+    """What is planned: bytes by component and by part, and the parameters."""
+    found = memory.plan(config(fields), ranks=8)
+    return found.components | found.activations.by_part | {"parameters": found.states.parameters}
+
+
+def another(path: str, cfg: Any) -> Any:
+    """Another value of a field's type."""
+    import torch
+
+    if path in VALUES:
+        return VALUES[path]
+    section, name = path.split(".")
+    holder = getattr(cfg, section)
+    now, kind = getattr(holder, name), str({one.name: one.type for one in dataclasses.fields(holder)}[name])
+    if isinstance(now, bool):
+        return not now
+    if isinstance(now, int | float):
+        return now + 1
+    if isinstance(now, torch.dtype):
+        return torch.float16
+    if literals := [one for one in re.findall(r"'([^']+)'", kind) if one != now]:
+        return literals[0]
+    return 2 if "int" in kind else 0.5 if "float" in kind else "x"
+
+
+@pytest.fixture(scope="module")
+def bases(bridge: Any) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """A dense model of two stages and one with experts, and their plans."""
+    return [(fields, plan(fields)) for fields in (STAGES, EXPERTS)]
+
+
+def test_every_field_has_one_verdict(bridge: Any) -> None:
+    """An upgrade that adds a field, or takes one away, stops here until the table says what it does to memory."""
+    from megatron.bridge.models.gpt_provider import GPTModelProvider
+    from megatron.bridge.training.config import DistributedDataParallelConfig, OptimizerConfig
+
+    kinds = {"model": GPTModelProvider, "optimizer": OptimizerConfig, "ddp": DistributedDataParallelConfig}
+    installed = [f"{section}.{field.name}" for section, kind in kinds.items() for field in dataclasses.fields(kind)]
+    said = [*COUNTED, *REFUSED, *(name for names in GROUPS.values() for name in names)]
+    assert sorted(said) == sorted(installed)
+
+
+@pytest.mark.parametrize("path", COUNTED)
+def test_a_counted_field_changes_the_plan(bridge: Any, path: str) -> None:
+    """Everything else stays as it is."""
+    value, beside = COUNTED[path]
+    without = {name: other for name, other in beside.items() if name != path}
+    if path == "model.num_moe_experts":
+        without = {}
+    elif path in EXPERTS and beside is EXPERTS:
+        without[path] = EXPERTS[path]
+    elif path.startswith("model.account_for"):
+        other = {"embedding": "loss", "loss": "embedding"}[path.split("_")[2]]
+        without[f"model.account_for_{other}_in_pipeline_split"] = True
+    elif path == "model.seq_length":
+        without = {}
+    if path.endswith("use_distributed_optimizer"):
+        without = {}
+    elif path.startswith("model.recompute_"):
+        without[path] = beside.get(path)
+    assert plan(beside | {path: value}) != plan({name: other for name, other in without.items() if other is not None})
+
+
+@pytest.mark.parametrize("path", REFUSED)
+def test_a_refused_field_is_named_with_what_to_do(bridge: Any, path: str) -> None:
+    """Before anything is counted, or where upstream wants a GPU to build the layer."""
+    value, beside = REFUSED[path]
+    with pytest.raises(memory.NotPlanned) as caught:
+        memory.plan(config(beside | {path: value}), ranks=8)
+    assert path.split(".")[1] in str(caught.value) or "without a GPU" in str(caught.value)
+    assert re.search(r"Set .* to plan without it|measure", str(caught.value))
+
+
+@pytest.mark.parametrize("reason", GROUPS)
+def test_fields_without_effect_leave_the_plan_alone(bases: list[Any], reason: str) -> None:
+    """All fields of a reason at once, on a pipeline and on a model with experts."""
+    for fields, wanted in bases:
+        cfg = config(fields)
+        tried = {path: another(path, cfg) for path in GROUPS[reason] if path not in NOT_TRIED}
+        assert plan(tried | fields) == wanted

@@ -1,0 +1,285 @@
+"""What makes a CPU rank faster gives the numbers of what it replaces, and is seen to save what it says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from course_lib.common.project import PROJECT
+
+SEQUENCE, BATCH, WIDTH, HEADS = 12, 3, 32, 4
+
+
+def gradients(function, *inputs):
+    """The value of a function, and what each of its inputs gets back."""
+    import torch
+
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    out = function(*leaves)
+    out.backward(torch.linspace(-1, 1, out.numel()).view_as(out))
+    return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def the_same(one, other) -> None:
+    """All tensors agree to the last few bits."""
+    import torch
+
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+
+
+@pytest.fixture(scope="module")
+def torch(bridge):
+    import torch
+
+    torch.manual_seed(1)
+    return torch
+
+
+def test_the_norm_gives_torchs_numbers(torch):
+    """Values and gradients of input and weight; without a weight or an epsilon it is torch's own."""
+    from course_lib.ranks.cpu import fused
+
+    original = torch.nn.functional.rms_norm
+    mine = fused._rms_norm(original)
+    x, weight = torch.randn(SEQUENCE, BATCH, WIDTH), 1 + 0.1 * torch.randn(WIDTH)
+    the_same(
+        gradients(lambda x, w: original(x, [WIDTH], w, 1e-5), x, weight),
+        gradients(lambda x, w: mine(x, [WIDTH], w, 1e-5), x, weight),
+    )
+    sliced = x[:, :, :16]  # not contiguous
+    the_same(
+        gradients(lambda x, w: original(x[..., :16], [16], w[:16], 1e-5), x, weight),
+        gradients(lambda x, w: mine(x[..., :16], [16], w[:16], 1e-5), x, weight),
+    )
+    assert torch.equal(mine(sliced, [16]), original(sliced, [16]))
+    assert torch.equal(
+        mine(x.double(), [WIDTH], weight.double(), 1e-5), original(x.double(), [WIDTH], weight.double(), 1e-5)
+    )
+
+
+STRIDES = {
+    "contiguous": lambda torch, *shape: torch.randn(shape),
+    "transposed": lambda torch, *shape: torch.randn(shape[1], shape[0], *shape[2:]).transpose(0, 1),
+    "every second": lambda torch, *shape: torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2],
+    "last dimension outermost": lambda torch, *shape: torch.randn(shape[-1], *shape[:-1]).movedim(0, -1),
+    "one row for all": lambda torch, *shape: torch.randn(1, *shape[1:]).expand(shape),
+    "one number for all": lambda torch, *shape: torch.ones(()).expand(shape),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_fast_functions_take_any_strides(torch, dtype):
+    """Values and gradients for every layout of input and gradient in memory, in each dtype.
+
+    A norm of queries gets the transposed gradient that attention hands back; a sum hands back one number for all.
+    """
+    from itertools import product
+
+    from megatron.core.fusions import fused_bias_swiglu
+    from megatron.core.models.common.embeddings import rope_utils
+
+    from course_lib.ranks.cpu import fused
+
+    dtype = getattr(torch, dtype)
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 2e-5, "atol": 2e-6}
+    shape, weight, angles = (6, 2, 4, 16), torch.randn(16, dtype=dtype), torch.randn(6, 1, 1, 16)
+    norm, rotate = torch.nn.functional.rms_norm, rope_utils._apply_rotary_pos_emb_bshd
+    swiglu_back = fused_bias_swiglu.swiglu_back
+    functions = {
+        fused._rms_norm: (norm, lambda f, x, w: f(x, [16], w, 1e-6), (weight,)),
+        fused._rotate: (rotate, lambda f, x: f(x, angles), ()),
+    }
+    for (wrap, (original, call, others)), one, two in product(functions.items(), STRIDES.values(), STRIDES.values()):
+        x, grad = (make(torch, *shape).to(dtype) for make in (one, two))
+        results = []
+        for function in (original, wrap(original)):
+            leaves = [tensor.detach().requires_grad_() for tensor in (x, *others)]
+            out = call(function, *leaves)
+            results.append([out, *torch.autograd.grad(out, leaves, grad)])
+        for expected, got in zip(*results, strict=True):
+            torch.testing.assert_close(got, expected, **tolerance)
+    for one, two, finer in product(STRIDES.values(), STRIDES.values(), (dtype, torch.float32)):
+        y, g = one(torch, 6, 4, 16).to(dtype), two(torch, 6, 4, 8).to(finer)
+        torch.testing.assert_close(fused._swiglu_back(swiglu_back)(g, y), swiglu_back(g, y), **tolerance)
+
+
+def test_a_norm_keeps_one_tensor(torch):
+    """The planner counts on it: the normal form and one number a token, and no second copy of the input."""
+    from course_lib.ranks.cpu import fused
+
+    x = torch.randn(SEQUENCE, BATCH, WIDTH, requires_grad=True)
+    weight = torch.ones(WIDTH, requires_grad=True)
+
+    def kept(function) -> int:
+        sizes = {}
+
+        def pack(tensor):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = function(x, [WIDTH], weight, 1e-5)
+        del out
+        return sum(sizes.values())
+
+    tokens = SEQUENCE * BATCH
+    assert kept(fused._rms_norm(torch.nn.functional.rms_norm)) == 4 * (tokens * WIDTH + tokens + WIDTH)
+    assert kept(torch.nn.functional.rms_norm) > 4 * 2 * tokens * WIDTH
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.3])
+def test_rotary_embedding_gives_megatrons_numbers(torch, scale):
+    """Plain rotation, with different angles in the two halves as well, on a slice of a larger tensor."""
+    from megatron.core.models.common.embeddings import rope_utils
+
+    from course_lib.ranks.cpu import fused
+
+    original = rope_utils._apply_rotary_pos_emb_bshd
+    mine = fused._rotate(original)
+    angles = torch.randn(SEQUENCE, 1, 1, 8)
+    t = torch.randn(SEQUENCE, BATCH, 3 * HEADS, 8)
+    the_same(
+        gradients(lambda t: original(t[:, :, :HEADS], angles, mscale=scale), t),
+        gradients(lambda t: mine(t[:, :, :HEADS], angles, mscale=scale), t),
+    )
+
+
+@pytest.mark.parametrize("options", [{"rotary_interleaved": True}, {"mla_rotary_interleaved": True}, {"narrow": True}])
+def test_other_rotations_are_megatrons_own(torch, options):
+    """Interleaved pairs, latent attention, and a rotation of a part of each head go the way they always went."""
+    from megatron.core.models.common.embeddings import rope_utils
+
+    from course_lib.ranks.cpu import fused
+
+    original = rope_utils._apply_rotary_pos_emb_bshd
+    narrow = options.pop("narrow", False)
+    angles, t = torch.randn(SEQUENCE, 1, 1, 4 if narrow else 8), torch.randn(SEQUENCE, BATCH, HEADS, 8)
+    assert torch.equal(fused._rotate(original)(t, angles, **options), original(t, angles, **options))
+
+
+def test_the_gradient_of_swiglu_is_megatrons(torch):
+    """The formula upstream writes out is the one torch has."""
+    from megatron.core.fusions import fused_bias_swiglu
+
+    from course_lib.ranks.cpu import fused
+
+    original = fused_bias_swiglu.swiglu_back
+    original = getattr(original, "__wrapped__", original)
+    g, y = torch.randn(SEQUENCE, BATCH, WIDTH), torch.randn(SEQUENCE, BATCH, 2 * WIDTH)
+    the_same([original(g, y)], [fused._swiglu_back(original)(g, y)])
+
+
+def test_the_largest_logit_is_the_largest(torch):
+    """The same maximum, and the same tensor of logits."""
+    from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy
+
+    from course_lib.ranks.cpu import fused
+
+    original = VocabParallelCrossEntropy.calculate_logits_max
+    logits = torch.randn(SEQUENCE, BATCH, 50)
+    mine = fused._logits_max(original).__func__(logits)
+    assert mine[0] is logits and torch.equal(mine[1], original(logits)[1])
+
+
+def rank_shards(_: str) -> None:
+    """In each of four ranks: both collectives against what they must give, and other reductions as torch does them."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core.distributed.param_and_grad_buffer import dist_reduce_scatter_func as distributed_optimizers_own
+    from torch.distributed.distributed_c10d import _coalescing_manager
+
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    group, alone = dist.group.WORLD, dist.new_group([rank], use_local_synchronization=True)
+    whole = torch.arange(8.0) * 10**rank
+    ones = sum(10**r for r in range(size))
+    expected = torch.arange(8.0)[2 * rank : 2 * rank + 2] * ones
+
+    apart = torch.full((2,), -1.0)
+    for output in (apart, whole[2 * rank : 2 * rank + 2]):  # the last one lies within its own input
+        with _coalescing_manager(group):
+            dist.reduce_scatter_tensor(output, whole, group=group)
+        assert torch.equal(output, expected), (output, expected)
+    mean = torch.zeros(2)
+    with _coalescing_manager(group):
+        distributed_optimizers_own(mean, torch.arange(8.0) * 10**rank, op=dist.ReduceOp.AVG, group=group)
+    assert torch.equal(mean, expected / size), mean
+    gathered = torch.zeros(8)
+    for target in (gathered, whole):
+        with _coalescing_manager(group):
+            dist.all_gather_into_tensor(target, expected.clone(), group=group)
+        assert torch.equal(target, torch.arange(8.0) * ones), target
+
+    largest = torch.zeros(2)
+    with _coalescing_manager(group):
+        dist.reduce_scatter_tensor(largest, torch.arange(8.0) + rank, op=dist.ReduceOp.MAX, group=group)
+    assert torch.equal(largest, torch.arange(8.0)[2 * rank : 2 * rank + 2] + size - 1), largest
+
+    mine, copy = torch.arange(4.0), torch.zeros(4)
+    with _coalescing_manager(alone):
+        dist.reduce_scatter_tensor(copy, mine, group=alone)
+    assert torch.equal(copy, mine)
+    dist.destroy_process_group()
+
+
+def test_shards_go_straight_to_where_they_belong(in_ranks, tmp_path: Path):
+    """Sums and gathers are exact, within their own buffer too; a maximum and a group of one work as before."""
+    in_ranks(rank_shards, tmp_path, ranks=4)
+
+
+def rank_groups(_: str) -> None:
+    """In each of two ranks: many groups work, keep their own limit of time, and wake one thread."""
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    def loops() -> int:
+        names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+        return sum(name.startswith("gloo_tcp_loop") for name in names)
+
+    dist.init_process_group("gloo")
+    groups = [dist.new_group([0, 1], timeout=timedelta(seconds=60 + number)) for number in range(5)]
+    for number, group in enumerate(groups):
+        gathered = [torch.zeros(1) for _ in range(2)]
+        dist.all_gather(gathered, torch.tensor([float(dist.get_rank())]), group=group)
+        assert gathered == [torch.zeros(1), torch.ones(1)]
+        options = group._get_backend(torch.device("cpu")).options
+        assert options._timeout == timedelta(seconds=60 + number)
+    assert loops() == 1, loops()
+    dist.destroy_process_group()
+
+
+def test_groups_share_one_thread_that_watches(in_ranks, tmp_path: Path):
+    """gloo would start one for each group, and each would wake up a hundred times a second."""
+    in_ranks(rank_groups, tmp_path, ranks=2)
+
+
+PAGES = """
+import resource
+import torch
+from course_lib.ranks.cpu import heap
+
+def pages(rounds):
+    for _ in range(rounds):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        made = [torch.zeros(2**22) for _ in range(8)] + [torch.zeros(2**24)]
+        del made
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+by_default = pages(6)
+heap.keep()
+print(by_default, pages(10))
+"""
+
+
+def test_a_tensor_of_the_next_step_takes_the_place_of_the_last():
+    """By default a tensor of 64 MiB gets pages that the kernel clears first; kept, a step's tensors get the old ones."""
+    ran = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, cwd=PROJECT, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    by_default, kept = map(int, ran.stdout.split())
+    assert by_default > 10 * max(kept, 1), (by_default, kept)

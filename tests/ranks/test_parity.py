@@ -1,0 +1,88 @@
+"""Every layout trains the same model: from one checkpoint, the losses and gradient norms of one rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from course_lib import launch, runs
+from support import small
+
+DENSE = {
+    "model__num_layers": 8,  # four stages of two chunks
+    "model__hidden_size": 64,
+    "model__ffn_hidden_size": 128,
+    "model__seq_length": 32,
+    "dataset__seq_length": 32,
+    "tokenizer__vocab_size": 1024,  # Megatron pads to a multiple of 128 times TP, and the loss counts padded rows
+    "scheduler__lr_decay_iters": 10,
+    "checkpoint__load_rng": False,  # upstream keeps a generator for each expert-parallel rank, and wants as many back
+    "checkpoint__load_optim": False,  # and refuses Adam's state at another EP
+}
+EXPERTS = DENSE | {
+    "model__num_layers": 4,
+    "model__num_moe_experts": 8,
+    "model__moe_router_topk": 2,
+    "model__moe_ffn_hidden_size": 64,
+    "model__moe_router_load_balancing_type": "aux_loss",
+    "model__moe_aux_loss_coeff": 0.01,
+    "model__moe_token_dispatcher_type": "alltoall",
+}
+MODELS = {"dense": DENSE, "experts": EXPERTS}
+SIZES = {
+    "TP": "model__tensor_model_parallel_size",
+    "PP": "model__pipeline_model_parallel_size",
+    "VP": "model__virtual_pipeline_model_parallel_size",
+    "CP": "model__context_parallel_size",
+    "EP": "model__expert_model_parallel_size",
+}
+OVERLAP = {"model__overlap_p2p_comm": True, "model__batch_p2p_comm": False}
+SHAPES = {"model__variable_seq_lengths": True}
+
+
+def layout(text: str) -> dict[str, Any]:
+    """The fields of a layout such as `TP2 CP2 SP`."""
+    sizes = {SIZES[part[:2]]: int(part[2:]) for part in text.split() if part != "SP"}
+    return sizes | ({"model__sequence_parallel": True} if "SP" in text.split() else {})
+
+
+@pytest.fixture(scope="module")
+def started(bridge, tmp_path_factory):
+    """By kind of model: a checkpoint of one rank, and one rank's run from it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COURSE_RUNS", str(tmp_path_factory.mktemp("runs")))
+        begun = {}
+        for name, fields in MODELS.items():
+            start = launch.run(small.config(tp=1, train_iters=1, **fields), ranks=1, name=name, save=True, show=None)
+            begun[name] = start, launch.run(small.config(tp=1, **fields), ranks=1, name=name, load=start, show=None)
+        yield begun
+
+
+@pytest.mark.parametrize(
+    ("ranks", "kind", "text", "more"),
+    [
+        (8, "dense", "TP8", {}),
+        (8, "dense", "TP8 SP", {}),
+        (2, "dense", "CP2", {}),
+        (4, "dense", "TP2 CP2 SP", {}),
+        (4, "dense", "PP4 VP2", {}),
+        (2, "dense", "PP2 VP2", {}),
+        (2, "dense", "PP2 VP2", OVERLAP),
+        (2, "experts", "PP2 VP2", SHAPES),
+        (8, "dense", "TP2 PP2 VP2 CP2 SP", {}),
+        (4, "experts", "EP1", {}),
+        (4, "experts", "EP4", {}),
+        (8, "experts", "EP8", {}),
+        (8, "experts", "TP2 EP4 SP", {}),
+        (8, "experts", "PP2 EP4", {}),
+        (8, "experts", "TP2 PP2 VP2 EP2 SP", {}),
+    ],
+)
+def test_every_layout_trains_the_same_model(started, runs_directory, ranks, kind, text, more):
+    """Two steps after the checkpoint: losses and gradient norms of one rank, to 1e-5."""
+    start, alone = started[kind]
+    fields = {"tp": 1} | MODELS[kind] | layout(text) | more
+    run = launch.run(small.config(**fields), ranks=ranks, load=start, show=None)
+    assert run.metrics.step.tolist() == [2, 3] == alone.metrics.step.tolist()
+    assert runs.difference(run, alone) < 1e-5

@@ -1,0 +1,187 @@
+"""Files of others are data: a configuration that names foreign code is refused by name, and never runs it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from course_lib import launch, runs
+from course_lib.ranks import train
+from course_lib.runs import failures, foreign_code
+from support import small
+
+
+@pytest.fixture(scope="module")
+def written(bridge, tmp_path_factory):
+    """What Bridge writes for the small model, as nested dicts."""
+    path = tmp_path_factory.mktemp("written") / "config.yaml"
+    small.config().to_yaml(str(path))
+    return yaml.safe_load(path.read_text())
+
+
+TOUCH = "touch PWNED"
+LAYER = "megatron.core.transformer.spec_utils.ModuleSpec"
+FOREIGN = {
+    "a module that torch imports": ("profiling", {"_target_": "torch.os.system", "command": TOUCH}),
+    "a module that Megatron imports": (
+        "profiling",
+        {"_target_": "megatron.core.package_info._subprocess.run", "_args_": [["touch", "PWNED"]]},
+    ),
+    "a builtin": ("profiling", {"_target_": "builtins.exec", "_args_": ["import os; os.system('touch PWNED')"]}),
+    "torch's own loader": (
+        "profiling",
+        {"_target_": "torch.serialization.load", "f": "evil.pt", "weights_only": False},
+    ),
+    "Megatron's own importer": (
+        "model.transformer_layer_spec",
+        {"_target_": "megatron.bridge.utils.import_utils.safe_import", "_partial_": True, "_args_": ["evil"]},
+    ),
+    "a function to be called later": ("model.activation_func", {"_target_": "torch.os.system", "_call_": False}),
+    "a function under another name": (
+        "model.activation_func",
+        {"_target_": "torch.nn.functional.boolean_dispatch", "_call_": False},
+    ),
+    "inside a list": ("dataset.blend", [["a"], [{"_target_": "torch.os.system", "command": TOUCH}]]),
+    "inside a plain mapping": (
+        "tokenizer.hf_tokenizer_kwargs",
+        {"a": {"_target_": "torch.os.system", "command": TOUCH}},
+    ),
+    "inside a partial": (
+        "model.transformer_layer_spec",
+        {
+            "_target_": "megatron.bridge.models.gpt_provider.local_layer_spec",
+            "_partial_": True,
+            "_args_": [{"_target_": "torch.os.system", "command": TOUCH}],
+        },
+    ),
+    "a dataclass of another field": ("profiling", {"_target_": "megatron.bridge.training.config.LoggerConfig"}),
+    "a method of Hugging Face": ("model", {"_target_": "transformers.AutoModel.from_pretrained", "_args_": ["evil"]}),
+    "a layer by name": ("model.transformer_layer_spec", {"_target_": LAYER, "module": ["os", "system"], "params": {}}),
+    "a builder of models": ("model._builder_", "torch.os.system"),
+    "a manager of checkpoints": ("checkpoint.custom_manager_class", "torch.os.system"),
+    "a quantizer": ("model.fp8_quantizer_factory", "os.system"),
+    "code of a tokenizer": ("tokenizer.trust_remote_code", True),
+    "a value of the environment": ("logger.wandb_project", "${oc.env:HOME}"),
+    "a value to be filled in": ("logger.wandb_project", "???"),
+    "no text": ("profiling", {"_target_": ["torch", "os"]}),
+    "no truth": ("profiling", {"_target_": "megatron.bridge.training.config.ProfilingConfig", "_call_": "False"}),
+}
+
+
+def with_field(written, field, value):
+    """The content with one field changed."""
+    content = copy.deepcopy(written)
+    holder = content
+    *parents, last = field.split(".")
+    for parent in parents:
+        holder = holder[parent]
+    holder[last] = value
+    return content
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_foreign_code_in_a_configuration_is_named_and_never_runs(
+    written, kind, tmp_path, monkeypatch, runs_directory
+) -> None:
+    """The launcher and a rank's reading both name file and field; nothing ran, and no run directory is left."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil.py").write_text("open('PWNED', 'w')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    field, value = FOREIGN[kind]
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(with_field(written, field, value)))
+    named = f"{file}, field {field.removesuffix('._builder_')}"
+    for read in (train.read_config, lambda path: launch.prepare(path, ranks=2)):
+        with pytest.raises(launch.ConfigError) as caught:
+            read(file)
+        assert str(caught.value).startswith(named)
+    assert not (tmp_path / "PWNED").exists() and not runs_directory.exists()
+
+
+def test_tags_of_yaml_build_nothing(bridge, tmp_path, monkeypatch, runs_directory) -> None:
+    """A tag that names Python is no YAML here."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text("train: !!python/object/apply:os.system ['touch PWNED']\n")
+    for read in (train.read_config, lambda path: launch.prepare(path, ranks=2)):
+        with pytest.raises(launch.ConfigError, match="is not valid YAML"):
+            read(tmp_path / "config.yaml")
+    assert not (tmp_path / "PWNED").exists()
+
+
+def test_what_bridge_writes_passes(written, tmp_path) -> None:
+    """The small model, and a configuration with a partial, a specification of layers and an enumeration, come back."""
+    foreign_code.refuse(written, tmp_path / "config.yaml")
+    assert written["train"]["exit_signal"]["_target_"] == "signal.Signals"
+    spec = {
+        "_target_": LAYER,
+        "module": {"_target_": "torch.nn.modules.linear.Identity", "_call_": False},
+        "params": {},
+    }
+    decoder = "megatron.core.models.gpt.gpt_layer_specs.get_gpt_decoder_block_spec"
+    for value in (spec, {"_target_": decoder, "_partial_": True, "_args_": [], "use_transformer_engine": False}):
+        foreign_code.refuse(with_field(written, "model.transformer_layer_spec", value), tmp_path / "a")
+
+
+def test_the_cause_of_a_failed_load_reaches_the_learner(tmp_path) -> None:
+    """A CheckpointException names its ranks and their causes in its first words; the hints of both kinds are there."""
+    import traceback
+
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    class CheckpointingException(Exception):
+        """As Megatron Core calls it."""
+
+    try:
+        raise CheckpointingException(
+            "Global shape mismatch for loaded (torch.Size([2, 128])) and expected ((3, 128)) tensor"
+        )
+    except CheckpointingException as cause:
+        error = CheckpointException("read", {0: (cause, traceback.extract_tb(cause.__traceback__))})
+    (tmp_path / "ranks").mkdir()
+    runs.write_json(tmp_path / "launch.json", {"ranks": 1})
+    failures.record(tmp_path, 0, error)
+    outcome = failures.settle(tmp_path)
+    assert (
+        "dict_keys([0]) CheckpointingException: Global shape mismatch for loaded (torch.Size([2, 128]))"
+        in outcome.cause
+    )
+    assert outcome.hint.startswith("The checkpoint is of another model")
+    lookup = 'Traceback (most recent call last):\n  File "/a/megatron/core/tensor_parallel/layers.py", line 1, in f\n    g()\n'
+    assert "another tokenizer" in failures.hint_for(lookup + "IndexError: index out of range in self")
+
+
+@pytest.mark.parametrize(
+    ("more", "refusal"),
+    [
+        ({"target": "os:system", "argument": "touch PWNED"}, "launch.json lets ranks execute os:system"),
+        ({"target": "os:system"}, "launch.json lets ranks execute os:system"),
+        (
+            {"target": "course_lib.experiments.faults:rank_main", "argument": "x"},
+            "COURSE_TARGET=course_lib.experiments.faults:rank_main",
+        ),
+    ],
+)
+def test_a_run_directory_alone_decides_no_code(tmp_path, more, refusal):
+    """What ranks execute besides the course's own training is said by whoever starts them, not by a file only."""
+    (tmp_path / "launch.json").write_text(json.dumps({"ranks": 1, "device": "cuda"} | more))
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "COURSE_TARGET": "another:function"}
+    words = [sys.executable, "-m", "course_lib.ranks.train", str(tmp_path / "config.yaml")]
+    started = subprocess.run(words, env=environment, cwd=tmp_path, check=False)
+    assert started.returncode == 1
+    assert refusal in runs.Run(tmp_path).outcome.cause
+    assert not list(tmp_path.rglob("PWNED"))
+
+
+@pytest.mark.parametrize(
+    "name", ["course_lib.experiments.faults:rank_mian", "course_lib.launch.torchrun:Path", "nowhere:at_all"]
+)
+def test_a_target_is_a_function_of_the_module_that_is_named(name):
+    """What only came into one of the course's modules by an import is none of its functions."""
+    with pytest.raises(runs.ConfigError, match="is no `module:function` that a rank can import"):
+        train._function(name)

@@ -1,0 +1,87 @@
+"""The habits of a lesson's code, as rules like those of `hygiene`: imports, plain Python, short cells, literal parameters."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+
+from support import notebook_cells as cells
+from support.notebook_cells import Notebook
+
+__all__ = ["cells_are_short", "imports_are_together", "no_shell_and_no_tricks", "parameters_are_literals"]
+
+MAX_CODE_LINES = 14  # a cell that fits on the screen together with its output
+
+
+def imports_are_together(notebook: Notebook) -> Iterator[tuple[str, str]]:
+    """All imports stand in the imports cell, no name is imported with a star, and each is used."""
+    imported: dict[str, str] = {}
+    used: set[str] = set()
+    for cell, tree in cells.trees(notebook):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                if "imports" not in cells.tags(cell):
+                    yield cell["id"], f"line {node.lineno} imports something: move it to the imports cell"
+                for alias in node.names:
+                    if alias.name == "*":
+                        yield cell["id"], f"star import in line {node.lineno}: name what you need"
+                    imported[alias.asname or alias.name.split(".")[0]] = cell["id"]
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+                used.add(node.id)
+    for name in sorted(set(imported) - used - {"*"}):
+        yield imported[name], f"{name!r} is imported and never used"
+
+
+def no_shell_and_no_tricks(notebook: Notebook) -> Iterator[tuple[str, str]]:
+    """No magics, no shell lines, no blanket filters, no path edits, no installs: a lesson is plain Python."""
+    for cell in cells.of_kind(notebook, "code"):
+        source = cells.source(cell)
+        if re.search(r"^\s*(?:%|!|\?)|^\s*\w+\s*=\s*[!%]", source, flags=re.MULTILINE):
+            yield cell["id"], "a magic or a shell line: show the command as text and let course_lib build it"
+            continue
+        tree = cells.parse(source)
+        if isinstance(tree, SyntaxError):
+            yield cell["id"], f"not Python: {tree.msg} in line {tree.lineno}"
+            continue
+        for node in ast.walk(tree):
+            text = ast.unparse(node) if isinstance(node, ast.Call | ast.Attribute) else ""
+            if (
+                isinstance(node, ast.Call)
+                and re.match(r"(warnings\.)?(filterwarnings|simplefilter)\(['\"]ignore", text)
+                and len(node.args) + len(node.keywords) == 1
+            ):
+                yield cell["id"], "ignores all warnings: explain the one that you mean, and name it"
+            if isinstance(node, ast.Attribute) and text == "sys.path":
+                yield cell["id"], "edits or reads sys.path: course_lib is installed, import it"
+
+
+def cells_are_short(notebook: Notebook) -> Iterator[tuple[str, str]]:
+    """A code cell fits on the screen together with its output."""
+    for cell in cells.of_kind(notebook, "code"):
+        count = len(cells.code_lines(cells.source(cell)))
+        if count > MAX_CODE_LINES:
+            yield (
+                cell["id"],
+                f"{count} lines of code, needed at most {MAX_CODE_LINES}: split it or move a part to course_lib",
+            )
+
+
+def parameters_are_literals(notebook: Notebook) -> Iterator[tuple[str, str]]:
+    """The parameters cell holds literals, one a line, each with a comment, none depending on another."""
+    for cell in cells.tagged(notebook, "parameters"):
+        source = cells.source(cell)
+        tree = cells.parse(source)
+        if isinstance(tree, SyntaxError):
+            continue  # no_shell_and_no_tricks says so
+        lines = source.splitlines()
+        for node in tree.body:
+            if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
+                yield cell["id"], f"line {node.lineno} is not an assignment"
+                continue
+            try:
+                ast.literal_eval(node.value)
+            except ValueError:
+                yield cell["id"], f"line {node.lineno} is not a literal: papermill can only replace literals"
+            if "#" not in lines[(node.end_lineno or node.lineno) - 1]:
+                yield cell["id"], f"line {node.lineno} has no comment: say what the parameter is, with its unit"

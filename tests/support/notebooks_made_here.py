@@ -1,0 +1,63 @@
+"""Small notebooks for tests: one that keeps every rule, and the means to break it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def markdown(name: str, source: str, *tags: str) -> dict[str, Any]:
+    """A markdown cell with a readable id."""
+    return {"cell_type": "markdown", "id": name, "metadata": {"tags": list(tags)} if tags else {}, "source": source}
+
+
+def code(name: str, source: str, *tags: str) -> dict[str, Any]:
+    """A code cell without outputs."""
+    metadata = {"tags": list(tags)} if tags else {}
+    return {
+        "cell_type": "code",
+        "id": name,
+        "metadata": metadata,
+        "source": source,
+        "outputs": [],
+        "execution_count": None,
+    }
+
+
+def notebook(*cells: dict[str, Any]) -> dict[str, Any]:
+    """A notebook with the metadata that the sources have."""
+    return {
+        "nbformat": 4,
+        "nbformat_minor": 5,
+        "metadata": {
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "language_info": {"name": "python", "pygments_lexer": "ipython3"},
+        },
+        "cells": list(cells),
+    }
+
+
+def clean() -> dict[str, Any]:
+    """A small lesson that keeps every rule."""
+    return notebook(
+        markdown("title", "# A small lesson\n\nDoes addition work?\nNothing has changed since the last lesson.\n"),
+        markdown("objectives", "**You will be able to**\n\n- add two numbers\n- say what you expected\n", "objectives"),
+        markdown(
+            "before-you-start", "It takes 5 minutes.\nSee the [glossary](../book/glossary.md#rank).\n", "prerequisites"
+        ),
+        code("imports", "from course_lib.lesson import checks, notebooks", "imports"),
+        code("parameters", "first = 2  # a number\nsecond = 2  # another number", "parameters"),
+        code("sum", 'total = first + second\nlessons.publish("total", total)'),
+        code("check-the-sum", 'checks.claim(total == 4, "two and two are four")', "check"),
+        code("attempt", "answer = None\nchecks.exercise(answer, lambda value: value == 4)", "exercise", "attempt"),
+        code("solution", "checks.solved(4, lambda value: value == 4)", "solution", "hide-cell"),
+        markdown("takeaways", "**What you now know**\n\n- You added two numbers.\n- You expected 4.\n", "takeaways"),
+    )
+
+
+def write(path: Path, content: dict[str, Any]) -> Path:
+    """Write a notebook as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    return path
