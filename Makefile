@@ -29,13 +29,13 @@ lab: setup ## open JupyterLab on lesson 00, and import the stack for its first r
 	@$(COURSE) lab
 
 book: setup ## build the book as HTML
-	@$(COURSE) book
+	@.venv/bin/python -m book.builder
 
 archive: setup ## build the book and pack it into one zip file, to read without a network
-	@$(COURSE) book --archive
+	@.venv/bin/python -m book.builder --archive
 
 bench: setup ## measure the engine's speed
-	@$(COURSE) bench
+	@.venv/bin/python -m tests.bench
 
 doctor: setup ## say what this machine can run, and what to mend
 	@$(COURSE) doctor

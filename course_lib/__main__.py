@@ -47,28 +47,6 @@ def lesson(
 
 
 @app.command()
-def book(
-    archive: Annotated[bool, typer.Option("--archive", help="Pack the pages into one zip file as well.")] = False,
-) -> None:
-    """Build the book from the executed lessons, with no request to the network's pages."""
-    from book import builder as module
-    from book.builder import assets, facts
-    from course_lib.lesson import notebooks
-
-    try:
-        page = module.build()
-    except (module.BookError, assets.AssetError, facts.FactError, notebooks.LessonFailed) as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(1) from None
-    typer.echo(f"book              {_shown(page)}")
-    if archive:
-        from book.builder import archive as book_archive
-
-        packed = book_archive.pack(page.parent, page.parent.parent / f"{book_archive.FOLDER}-book.zip")
-        typer.echo(f"archive           {_shown(packed)}   (unpack it and open index.html; no server, no network)")
-
-
-@app.command()
 def lab(
     notebook: Annotated[str, typer.Argument(help="The notebook to open.")] = "notebooks/00_check_your_setup.ipynb",
     options: Annotated[list[str] | None, typer.Option("--option", help="Handed on to JupyterLab.")] = None,
@@ -95,22 +73,6 @@ def ledger(
         if reset and (yes or typer.confirm("Forget all of this?")):
             module.reset(lesson=lesson)
     except module.LedgerError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(1) from None
-
-
-@app.command()
-def bench(
-    only: Annotated[
-        list[str] | None, typer.Option(help="Only this part, for example course-run; may be repeated.")
-    ] = None,
-) -> None:
-    """Measure the engine and write the figures as JSON and as a table."""
-    from tests import bench as module
-
-    try:
-        raise typer.Exit(module.main(only or ()))
-    except module.UnknownPart as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
 

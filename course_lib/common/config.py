@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 _ABSENT = "(absent)"
 
 
+class ConfigError(ValueError):
+    """A `config.yaml` cannot be used."""
+
+
 class UnknownField(ValueError):
     """A configuration has no field of that name; the message has the nearest names."""
 

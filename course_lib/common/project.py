@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[2]
+LIBRARY = PROJECT / "course_lib"
 DATA = PROJECT / "data"
 RUNS = PROJECT / "runs"
 

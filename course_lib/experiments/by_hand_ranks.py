@@ -1,4 +1,4 @@
-"""What each rank does for `course_lib.experiments.by_hand`: the same work by hand and by Megatron Core, and the distance between them."""
+"""What each rank does for `by_hand`: the same work by hand and by Megatron Core, and the distance between them."""
 
 from __future__ import annotations
 

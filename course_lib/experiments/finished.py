@@ -11,6 +11,7 @@ from typing import Any
 
 from course_lib import runs, stack
 from course_lib.common.config import flatten
+from course_lib.common.project import LIBRARY
 from course_lib.launch import forkserver
 
 __all__ = ["digest", "find", "note"]
@@ -36,7 +37,7 @@ def digest(cfg: Any, ranks: int) -> str:
     return hashlib.sha256(whole.encode()).hexdigest()
 
 
-def _engine(course_lib: Path = Path(__file__).parent) -> str:
+def _engine(course_lib: Path = LIBRARY) -> str:
     """What this project itself does in a rank: its sums, its norms, its settings for a CPU can change a result too."""
     return hashlib.sha256(b"".join(file.read_bytes() for file in forkserver.rank_code(course_lib))).hexdigest()
 

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from course_lib import runs, stack
+from course_lib.common.config import ConfigError
 from course_lib.common.project import variable
 from course_lib.launch import forkserver, supervise, torchrun
 from course_lib.launch.supervise import RunFailed, RunInterrupted
 from course_lib.launch.torchrun import command, settings, start_process
 from course_lib.ranks import train
-from course_lib.runs import ConfigError, checkpoints, config_file, foreign_code
+from course_lib.runs import checkpoints, config_file, foreign_code
 from course_lib.runs.config_file import FieldError
 from course_lib.stack import devices
 from course_lib.text import microscope, tokenizers

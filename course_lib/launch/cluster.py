@@ -20,9 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from course_lib import launch
+from course_lib import launch, stack
 from course_lib.launch import torchrun
-from course_lib.machine import installation
 from course_lib.runs import Run, failures
 from course_lib.runs.credentials import secrets
 
@@ -235,7 +234,7 @@ port=$((20000 + SLURM_JOB_ID % 20000))  # two jobs on one node must not meet
 
 # on each node: the tested versions over the container's, then one agent
 srun --container-image={shlex.quote(image)} --container-mounts="$PWD:/course" --container-workdir=/course bash -c "
-  {installation.over_container()} &&
+  {stack.over_container()} &&
   exec torchrun --nnodes={nodes} --nproc-per-node={gpus_per_node} \\
     --rdzv-backend=c10d --rdzv-id=$SLURM_JOB_ID --rdzv-endpoint=$head_node:$port \\
     -m course_lib.ranks.train {shlex.quote(config)}"
@@ -257,7 +256,7 @@ def docker_run(config: str, *, gpus: int = 8, image: str) -> str:
     meet = " ".join(torchrun.ONE_NODE)
     return f"""docker run --rm --gpus all --ipc=host --ulimit memlock=-1 --ulimit stack=67108864 \\
   -v "$PWD:/course" -w /course {shlex.quote(image)} bash -c "
-  {installation.over_container()} &&
+  {stack.over_container()} &&
   python -m course_lib doctor --quick &&
   exec torchrun {meet} --nproc-per-node {gpus} -m course_lib.ranks.train {shlex.quote(config)}"
 """

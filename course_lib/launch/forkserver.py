@@ -28,7 +28,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from course_lib.common.project import PROJECT, untested_allowed
+from course_lib.common.project import LIBRARY, PROJECT, untested_allowed
+from course_lib.ranks.server import WarmError
 
 __all__ = ["Launched", "Lease", "WarmError", "lease", "rank_code"]
 
@@ -44,30 +45,13 @@ Source: Linux `unix(7)`, `sun_path`
 """
 
 
-class WarmError(RuntimeError):
-    """The warm launcher could not be reached or started."""
+RANK_ROOMS = ("common", "stack", "runs", "planning/layout", "ranks")
+"""Rooms of which a rank imports modules: when one of them changes, a running server is out of date and a new one starts."""
 
 
-RANK_CODE = (
-    *("common/*.py", "cpu/*.py", "layout*.py", "warm*.py"),
-    *("checkpoints.py", "configuration.py", "credentials.py"),
-    *(
-        "deferred.py",
-        "devices.py",
-        "failures.py",
-        "foreign_code.py",
-        "imports.py",
-        "local_layers.py",
-        "memory_meter.py",
-    ),
-    *("preload.py", "runs.py", "stack.py", "train.py"),
-)
-"""Files whose change makes a running server out of date: a new one is started then."""
-
-
-def rank_code(course_lib: Path = Path(__file__).parent) -> list[Path]:
+def rank_code(course_lib: Path = LIBRARY) -> list[Path]:
     """The files of this project that a rank executes, in a fixed order."""
-    return sorted(file for pattern in RANK_CODE for file in course_lib.glob(pattern))
+    return sorted(file for room in RANK_ROOMS for file in (course_lib / room).rglob("*.py"))
 
 
 class Lease:

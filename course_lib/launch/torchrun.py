@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from course_lib import runs, stack
 from course_lib.common.project import PROJECT
-from course_lib.machine import readings
 from course_lib.ranks import train
 from course_lib.runs import failures
 
@@ -70,7 +72,9 @@ def start_process(run: runs.Run, words: list[str]) -> subprocess.Popen:
     if run.launch["device"] == "cuda":
         unwanted.add("TORCHDYNAMO_DISABLE")  # prepare_imports() sets it in a kernel; GPU ranks train with the compiler
     environment = {k: v for k, v in os.environ.items() if k not in unwanted} | settings(run)
-    if readings.gloo(environment=environment).status != "ok":
+    try:
+        gloo_address(environment=environment)
+    except OSError:
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     environment["COURSE_STARTER_PID"] = str(os.getpid())
     with open(run.path / "logs" / "launcher.log", "a") as log:
@@ -118,3 +122,78 @@ def kill(launcher: subprocess.Popen) -> None:
             with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
                 process.kill()
         launcher.wait()
+
+
+def gloo_address(
+    *,
+    environment: Mapping[str, str] = os.environ,
+    hostname: str | None = None,
+    talk: Callable[[str], None] | None = None,
+    seconds: float = 1.0,
+) -> str:
+    """The address where gloo will bind: that of GLOO_SOCKET_IFNAME, else of the host's name.
+
+    Args:
+        environment: Where GLOO_SOCKET_IFNAME is looked up.
+        hostname: The host's name; asked from the system if None.
+        talk: Passes a byte over an address; `talk_over` if None.
+        seconds: Longest wait for a name server.
+
+    Raises:
+        OSError: It cannot bind there; gloo then takes loopback, with a warning.
+
+    Source: PyTorch torch/csrc/distributed/c10d/ProcessGroupGloo.cpp createDefaultDevice @ 2.13.0
+    """
+    interface = environment.get("GLOO_SOCKET_IFNAME")
+    address = _address_on(interface) if interface else address_of(hostname or socket.gethostname(), seconds)
+    (talk or talk_over)(address)
+    return address
+
+
+def talk_over(address: str) -> None:
+    """Bind, connect and pass one byte over an address of this machine, as gloo's ranks will.
+
+    Raises:
+        OSError: That does not work.
+    """
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.create_server((address, 0), family=family) as server:
+        server.settimeout(1)
+        with socket.create_connection(server.getsockname()[:2], timeout=1) as client:
+            peer, _ = server.accept()
+            with peer:
+                client.sendall(b"x")
+                if peer.recv(1) != b"x":
+                    raise OSError(f"{address} lost a byte")
+
+
+def _address_on(interfaces: str) -> str:
+    """The first IPv4 address of the named interfaces; OSError if there is none."""
+    import psutil
+
+    known = psutil.net_if_addrs()
+    addresses = [entry for name in interfaces.split(",") for entry in known.get(name, ())]
+    for entry in addresses:
+        if entry.family == socket.AF_INET:
+            return entry.address
+    raise OSError(f"no such interface with an IPv4 address; there are {', '.join(sorted(known))}")
+
+
+def address_of(name: str, seconds: float) -> str:
+    """The address that a host name resolves to; OSError if there is none, or no answer in time."""
+    answers: queue.SimpleQueue[str | OSError] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
+        except (OSError, UnicodeError) as error:
+            answers.put(OSError(str(error)))
+
+    threading.Thread(target=ask, daemon=True).start()  # a look-up cannot be given a time limit
+    try:
+        answer = answers.get(timeout=seconds)
+    except queue.Empty:
+        answer = TimeoutError(f"no answer within {seconds:g} s")
+    if isinstance(answer, OSError):
+        raise answer
+    return answer

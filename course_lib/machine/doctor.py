@@ -1,6 +1,6 @@
 """What can this machine run, and what is wrong with it? `course doctor`.
 
-The checks are those of `course_lib.machine.readings` and `course_lib.machine.installation`.  Looking takes about a second; importing the
+The checks are those of `readings` and `installation`.  Looking takes about a second; importing the
 packages beside the engine, in processes of their own, takes several more, and `report(imports=False)` leaves it out.
 """
 

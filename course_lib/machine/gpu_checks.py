@@ -26,7 +26,7 @@ from course_lib.common import units
 from course_lib.common.config import assign
 from course_lib.machine import gpu_reference
 from course_lib.planning import ceiling as compute
-from course_lib.planning import layout, memory
+from course_lib.planning import closed_forms, layout, memory
 from course_lib.reading import baselines
 from course_lib.stack import devices
 
@@ -347,7 +347,7 @@ def _expect(cfg: Any, context: Context) -> _Expected:
     except ValueError as error:
         context.note(not_planned=str(error)[:300])
     try:
-        found["flops_per_token"] = compute.flops_per_token(cfg, vocab_size=rows)
+        found["flops_per_token"] = closed_forms.flops_per_token(cfg, vocab_size=rows)
         sheet = None if "fp8" in str(cfg.mixed_precision) else _data_sheet(context)  # the sheet's rate is that of bf16
         if sheet:
             best = compute.ceiling(cfg, ranks=1, gpu=sheet, vocab_size=rows).tokens_per_second_per_gpu

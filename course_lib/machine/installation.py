@@ -32,7 +32,6 @@ __all__ = [
     "leptonai",
     "nccl",
     "one_installation",
-    "over_container",
     "packages",
     "places",
     "torch_has_cuda",
@@ -218,25 +217,11 @@ def versions(found: Mapping[str, str | None], *, environment: Mapping[str, str],
             continue
         fix = SET_UP
         if container and name != "torch":  # the container's own torch, CUDA and Transformer Engine fit each other
-            fix = f"Run `{over_container(name)}` in the container, which leaves its torch and Transformer Engine alone."
+            fix = f"Run `{stack.over_container(name)}` in the container, which leaves its torch and Transformer Engine alone."
         status = "warn" if found[name] and has_gpus else "fail"
         value = f"{found[name] or 'not installed'}, tested with {wanted}{where}"
         rows.append(Finding(f"version of {name}", status, value, fix))
     return rows
-
-
-def over_container(*names: str) -> str:
-    """The command that installs tested versions over those of NVIDIA's container, and nothing that fits its torch.
-
-    Args:
-        names: Distributions; all but torch if none is given.
-
-    Example:
-        >>> over_container("megatron-core").rpartition("==")[0]
-        'pip install --no-deps megatron-core'
-    """
-    names = names or tuple(name for name in stack.TESTED if name != "torch")
-    return " ".join(["pip install --no-deps", *(f"{name}=={stack.TESTED[name]}" for name in names)])
 
 
 def one_installation(core: Sequence[Path], bridge: Sequence[Path]) -> Finding:

@@ -9,20 +9,19 @@ from __future__ import annotations
 import contextlib
 import locale
 import os
-import queue
 import re
 import resource
 import shutil
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from course_lib import runs, stack
 from course_lib.common import project
 from course_lib.common.units import GiB
+from course_lib.launch.torchrun import address_of, gloo_address, talk_over
 from course_lib.machine import bootstrap
 from course_lib.machine.findings import Finding, fail_unless, warn_unless
 
@@ -243,28 +242,11 @@ def hub(*, environment: Mapping[str, str] = os.environ) -> Finding:
 # ----------------------------------------------------------------------------------------------------- the network
 
 
-def talk_over(address: str) -> None:
-    """Bind, connect and pass one byte over an address of this machine, as gloo's ranks will.
-
-    Raises:
-        OSError: That does not work.
-    """
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.create_server((address, 0), family=family) as server:
-        server.settimeout(1)
-        with socket.create_connection(server.getsockname()[:2], timeout=1) as client:
-            peer, _ = server.accept()
-            with peer:
-                client.sendall(b"x")
-                if peer.recv(1) != b"x":
-                    raise OSError(f"{address} lost a byte")
-
-
 def loopback(*, talk: Callable[[str], None] = talk_over, seconds: float = 1.0) -> Finding:
     """The ranks first meet at `localhost`; the arguments are those of `gloo`."""
     try:
         talk("127.0.0.1")
-        return Finding("loopback", "ok", f"localhost is {_address_of('localhost', seconds)}")
+        return Finding("loopback", "ok", f"localhost is {address_of('localhost', seconds)}")
     except OSError as error:
         fix = "Bring loopback up (`ip link set lo up`) and keep the line `127.0.0.1 localhost` in /etc/hosts."
         return Finding("loopback", "fail", f"localhost does not work: {error}", fix)
@@ -286,13 +268,10 @@ def gloo(
         hostname: The host's name; asked from the system if None.
         talk: Passes a byte over an address; raises OSError if that fails.
         seconds: Longest wait for a name server.
-
-    Source: PyTorch torch/csrc/distributed/c10d/ProcessGroupGloo.cpp createDefaultDevice @ 2.13.0
     """
     interface, hostname = environment.get("GLOO_SOCKET_IFNAME"), hostname or socket.gethostname()
     try:
-        address = _address_on(interface) if interface else _address_of(hostname, seconds)
-        talk(address)
+        address = gloo_address(environment=environment, hostname=hostname, talk=talk, seconds=seconds)
         return Finding("gloo", "ok", f"binds to {address} ({interface or hostname})")
     except OSError as error:
         if interface:
@@ -300,35 +279,3 @@ def gloo(
             return Finding("gloo", "fail", f"GLOO_SOCKET_IFNAME={interface}: {error}", fix)
         fix = f"Run `export GLOO_SOCKET_IFNAME=lo`, or add the line `127.0.0.1 {hostname}` to /etc/hosts."
         return Finding("gloo", "warn", f"cannot bind to the host name {hostname!r}: {error}", fix)
-
-
-def _address_on(interfaces: str) -> str:
-    """The first IPv4 address of the named interfaces; OSError if there is none."""
-    import psutil
-
-    known = psutil.net_if_addrs()
-    addresses = [entry for name in interfaces.split(",") for entry in known.get(name, ())]
-    for entry in addresses:
-        if entry.family == socket.AF_INET:
-            return entry.address
-    raise OSError(f"no such interface with an IPv4 address; there are {', '.join(sorted(known))}")
-
-
-def _address_of(name: str, seconds: float) -> str:
-    """The address that a host name resolves to; OSError if there is none, or no answer in time."""
-    answers: queue.SimpleQueue[str | OSError] = queue.SimpleQueue()
-
-    def ask() -> None:
-        try:
-            answers.put(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
-        except (OSError, UnicodeError) as error:
-            answers.put(OSError(str(error)))
-
-    threading.Thread(target=ask, daemon=True).start()  # a look-up cannot be given a time limit
-    try:
-        answer = answers.get(timeout=seconds)
-    except queue.Empty:
-        answer = TimeoutError(f"no answer within {seconds:g} s")
-    if isinstance(answer, OSError):
-        raise answer
-    return answer

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 from course_lib.common.config import Fields, changed
 from course_lib.common.project import DATA
 from course_lib.common.units import GB, MiB
-from course_lib.planning.closed_forms import mixers
+from course_lib.planning.closed_forms import flops_per_token, mixers
 from course_lib.planning.layout import Layout
 from course_lib.planning.layout.stages import stage_layers
-from course_lib.reading.throughput import flops_per_token
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -158,8 +157,7 @@ def sent_bytes(cfg: Any, *, ranks: int) -> dict[str, float]:
     Raises:
         NotCounted: For models that the closed form does not cover.
     """
-    from course_lib.planning import meta_model
-    from course_lib.reading import collectives
+    from course_lib.planning import messages, meta_model
 
     layout, formats = Layout.from_config(cfg, ranks=ranks), meta_model.precision(cfg)
     cp = layout.context_parallel_size
@@ -172,12 +170,12 @@ def sent_bytes(cfg: Any, *, ranks: int) -> dict[str, float]:
             "train.global_batch_size": cfg.train.global_batch_size * cp,  # as many micro-batches as before
         },
     )
-    rows = collectives.expected(plain, ranks=ranks, element_bytes=formats.weights, gradient_bytes=formats.gradients)
+    rows = messages.expected(plain, ranks=ranks, element_bytes=formats.weights, gradient_bytes=formats.gradients)
     if cfg.model.recompute_granularity == "full":
         rows = rows.assign(
             count=rows["count"].where(~((rows.phase == "forward") & (rows.group == "tp")), rows["count"] * 2)
         )
-    sent = collectives.by_group(rows).sent_bytes
+    sent = messages.by_group(rows).sent_bytes
     model, microbatches = (
         cfg.model,
         cfg.train.global_batch_size / (cfg.train.micro_batch_size * layout.data_parallel_size),

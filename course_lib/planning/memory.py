@@ -1,7 +1,7 @@
 """Bytes per rank, before the run: weights, gradients, optimizer states, activations and the loss.
 
-States are counted on the model that Megatron really builds (:mod:`course_lib.planning.meta_model`), activations on a micro-batch
-that really goes through it (:mod:`course_lib.planning.activations`).  A field that changes the bytes of a GPU is counted, or refused
+States are counted on the model that Megatron really builds (:mod:`.meta_model`), activations on a micro-batch
+that really goes through it (:mod:`.activations`).  A field that changes the bytes of a GPU is counted, or refused
 by its name; a test says which, for every field of the model, the optimizer and the gradient buffers.
 """
 

@@ -18,7 +18,7 @@ from course_lib.planning.layout.stages import interleaves_unsaid
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["KEY", "NotCounted", "expected"]
+__all__ = ["KEY", "NotCounted", "by_group", "expected", "sent_bytes"]
 
 KEY = ["phase", "operation", "group", "group_size", "bytes"]
 """What tells one kind of operation from another."""
@@ -242,3 +242,42 @@ def _parameters(fields: Fields, layout: Layout, stage: int, chunk: int) -> int:
     tables = 1 if begins and ends and tied else int(begins) + int(ends)
     norms = hidden * (2 * chunks[chunk] + int(ends))
     return chunks[chunk] * layer_weights(fields) // tp + norms + tables * _table(fields, layout)
+
+
+def sent_bytes(operation: str, size_bytes: float, group_size: int) -> float:
+    """How many bytes does one rank send, if ranks pass parts along a ring?
+
+    Args:
+        operation: Name of the operation, as `recorded` has it.
+        size_bytes: The whole that it moves.
+        group_size: Ranks in the group.
+
+    Returns:
+        Bytes that leave one rank.  For the best known algorithms of large messages; a small one costs waiting instead.
+
+    Source: Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms" (2009).
+
+    >>> [sent_bytes(name, 1000, 4) for name in ("all_reduce", "all_gather", "reduce_scatter", "send", "recv")]
+    [1500.0, 750.0, 750.0, 1000.0, 0.0]
+    """
+    others = (group_size - 1) / group_size
+    shares = {"all_reduce": 2 * others, "all_gather": others, "reduce_scatter": others, "all_to_all": others}
+    return size_bytes * (shares | {"send": 1.0, "recv": 0.0, "barrier": 0.0}).get(operation, others)
+
+
+def by_group(rows: pd.DataFrame) -> pd.DataFrame:
+    """Bytes that one rank sends in a step, by kind of group.
+
+    Args:
+        rows: What `recorded` or `expected` returned.
+
+    Returns:
+        One row a kind of group: `operations` (times that the rank takes part) and `sent_bytes`, largest first.
+    """
+    sent = [sent_bytes(r.operation, r.bytes, r.group_size) * r.count for r in rows.itertuples(index=False)]
+    rows = rows.assign(sent_bytes=sent)
+    return (
+        rows.groupby("group")
+        .agg(operations=("count", "sum"), sent_bytes=("sent_bytes", "sum"))
+        .sort_values("sent_bytes", ascending=False)
+    )

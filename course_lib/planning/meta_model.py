@@ -4,7 +4,7 @@ A layout of 8B parameters is built this way in a few hundredths of a second.  No
 Megatron Core's, cut for that rank, and every tensor has its true shape and dtype.  Only the numbers in it are missing.
 
 Transformer Engine has no meta device, so a model that asks for it is built from Megatron's local layers, which hold the
-same parameters under the same names (:mod:`course_lib.stack.local_layers`); :mod:`course_lib.planning.meta_kernels` replaces its kernels
+same parameters under the same names (:mod:`course_lib.stack.local_layers`); :mod:`.meta_kernels` replaces its kernels
 by functions that keep what the fused kernel keeps.
 """
 

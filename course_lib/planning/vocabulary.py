@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from course_lib import recipes
 from course_lib.common import units
-from course_lib.planning import layout
+from course_lib.planning import closed_forms, layout
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -119,7 +119,7 @@ def swap_cost(
     for name in DENSE:
         shape = _megatron_fields(known[name].config)
         old, new = (
-            recipes.parameter_count(
+            closed_forms.parameter_count(
                 shape,
                 vocab_size=layout.padded_vocab_size(ids, tensor_model_parallel_size=tensor_model_parallel_size),
             )

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from course_lib.launch.forkserver import WarmError
 from course_lib.runs import failures
 
 __all__ = ["rank_process", "serve"]
@@ -26,6 +25,10 @@ LINGER_SECONDS = 20.0
 
 TORCH_PATIENCE_SECONDS = 25.0
 """A rank that does not end on SIGTERM gets SIGKILL from torch; a bit less than its 30 s."""
+
+
+class WarmError(RuntimeError):
+    """The warm launcher could not be reached or started."""
 
 
 def serve(path: str) -> None:

@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING
 
 from course_lib import runs, stack
 from course_lib.common import files
+from course_lib.common.config import ConfigError
 from course_lib.common.project import untested_allowed, variable
-from course_lib.runs import ConfigError, failures, foreign_code, memory_meter
+from course_lib.runs import failures, foreign_code, memory_meter
 
 if TYPE_CHECKING:
     from megatron.bridge.training.callbacks import Callback

@@ -1,7 +1,7 @@
 """Who sends what to whom: what a recorded run sent, and the closed form that says it beforehand.
 
 Sizes are those of the whole that an operation moves: the output of an all-gather, the input of a reduce-scatter, the
-tensor of an all-reduce.  `sent_bytes` turns them into what one rank has to send.
+tensor of an all-reduce.  `messages.sent_bytes` turns them into what one rank has to send.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from course_lib.common.units import format_bytes
 from course_lib.planning.layout import rank_grid
-from course_lib.planning.messages import KEY, NotCounted, expected
+from course_lib.planning.messages import KEY, expected
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,33 +21,12 @@ if TYPE_CHECKING:
     from course_lib.planning.layout import Layout
     from course_lib.runs import Run
 
-__all__ = ["NotCounted", "by_group", "compare", "expected", "picture", "recorded", "sent_bytes"]
+__all__ = ["compare", "picture", "recorded"]
 
 _SHARES = [i / 24 for i in range(25)]
 _BESIDE = {"tp": ("center", "bottom", 0, 3), "cp": ("right", "center", -5, 0), "dp-cp": ("left", "center", 5, 0)}
 _BESIDE |= {"pp": ("center", "top", 0, -4)}
 """Where the text of a line stands: horizontal and vertical alignment, and distance from its middle in points."""
-
-
-def sent_bytes(operation: str, size_bytes: float, group_size: int) -> float:
-    """How many bytes does one rank send, if ranks pass parts along a ring?
-
-    Args:
-        operation: Name of the operation, as `recorded` has it.
-        size_bytes: The whole that it moves.
-        group_size: Ranks in the group.
-
-    Returns:
-        Bytes that leave one rank.  For the best known algorithms of large messages; a small one costs waiting instead.
-
-    Source: Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms" (2009).
-
-    >>> [sent_bytes(name, 1000, 4) for name in ("all_reduce", "all_gather", "reduce_scatter", "send", "recv")]
-    [1500.0, 750.0, 750.0, 1000.0, 0.0]
-    """
-    others = (group_size - 1) / group_size
-    shares = {"all_reduce": 2 * others, "all_gather": others, "reduce_scatter": others, "all_to_all": others}
-    return size_bytes * (shares | {"send": 1.0, "recv": 0.0, "barrier": 0.0}).get(operation, others)
 
 
 def recorded(run: Run, *, rank: int = 0, step: int | None = None) -> pd.DataFrame:
@@ -96,24 +75,6 @@ def compare(run: Run, *, rank: int = 0, step: int | None = None) -> pd.DataFrame
     both = planned.merge(found.rename(columns={"count": "recorded"}), on=KEY, how="outer", sort=False)
     both[["expected", "recorded"]] = both[["expected", "recorded"]].fillna(0).astype(int)
     return both[[*KEY, "expected", "recorded", "why"]].fillna({"why": "not in the closed form"})
-
-
-def by_group(rows: pd.DataFrame) -> pd.DataFrame:
-    """Bytes that one rank sends in a step, by kind of group.
-
-    Args:
-        rows: What `recorded` or `expected` returned.
-
-    Returns:
-        One row a kind of group: `operations` (times that the rank takes part) and `sent_bytes`, largest first.
-    """
-    sent = [sent_bytes(r.operation, r.bytes, r.group_size) * r.count for r in rows.itertuples(index=False)]
-    rows = rows.assign(sent_bytes=sent)
-    return (
-        rows.groupby("group")
-        .agg(operations=("count", "sum"), sent_bytes=("sent_bytes", "sum"))
-        .sort_values("sent_bytes", ascending=False)
-    )
 
 
 def picture(layout: Layout, sent: Mapping[str, float], *, ax: Axes, title: str = "") -> Axes:

@@ -11,10 +11,7 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-from course_lib.common.config import Fields
-from course_lib.planning.closed_forms import mixers
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,7 +24,6 @@ __all__ = [
     "bridge_lines",
     "bridge_log",
     "bridge_state_bytes",
-    "flops_per_token",
     "machine_flops_per_second",
     "steady",
     "throughput",
@@ -62,57 +58,6 @@ class Throughput:
     tokens_per_second: float
     mean_of_rates: float
     median_step_ms: float
-
-
-def flops_per_token(model: Any, *, vocab_size: int, seq_length: int | None = None, causal: bool = True) -> float:
-    """How many floating-point operations does a model need to train on one token?
-
-    With M weights that a token is multiplied with, L attention layers, a heads of c channels and s tokens in a sequence::
-
-        6 M  +  6 L s a c      attention counted as it is masked: each token looks at s/2 tokens on average
-        6 M  + 12 L s a c      the whole square counted
-
-    M leaves out the norms and, where input and output embeddings differ, the input one: it is a lookup.  Of experts M holds
-    the chosen ones at their own width, the shared one and the router; latent attention and each token predicted ahead count
-    by their own matrices.  A Mamba layer adds 21 operations for each inner channel and state.
-
-    Args:
-        model: A Bridge model provider, a `ConfigContainer`, or a mapping with Megatron's field names.
-        vocab_size: Rows of the output layer, padded already.
-        seq_length: Tokens in a sequence; the model's own by default.
-        causal: Count only the half of attention that is not masked, and of a window what it shows.
-
-    Returns:
-        FLOPs per token, forward and backward; optimizer and norms are not counted.
-
-    Raises:
-        ValueError: If a layer is of a kind that is not counted; the message names the field.
-
-    Source: megatron-bridge 0.6.2 training/utils/flop_utils.py, which leaves the router out and takes a Mamba layer's inner
-    width for twice the model's.
-
-    >>> tiny = dict(num_layers=1, hidden_size=8, num_attention_heads=2, ffn_hidden_size=16, gated_linear_unit=True)
-    >>> tiny |= dict(normalization="RMSNorm", add_bias_linear=False, position_embedding_type="rope")
-    >>> flops_per_token(tiny, seq_length=4, vocab_size=32) == 6 * (32 * 8 + 4 * 8 * 8 + 3 * 8 * 16) + 6 * 1 * 4 * 8
-    True
-    >>> llama = dict(num_layers=32, hidden_size=4096, num_attention_heads=32, num_query_groups=8)
-    >>> llama |= dict(ffn_hidden_size=14336, gated_linear_unit=True, seq_length=8192)
-    >>> [round(flops_per_token(llama, vocab_size=128256, causal=causal) / 1e9, 1) for causal in (True, False)]
-    [51.5, 57.9]
-    >>> sparse = llama | dict(num_moe_experts=8, moe_router_topk=2, moe_ffn_hidden_size=4096)
-    >>> round(flops_per_token(sparse, vocab_size=128256) / 1e9, 1)
-    37.0
-    """
-    fields = Fields.of(model)
-    met, tokens = mixers(fields), seq_length or fields.model("seq_length")
-    seen = 0.0
-    for channels, window in zip(met.score_channels, met.windows, strict=True):
-        if window is None or window >= tokens or not causal:
-            seen += channels * tokens / (2 if causal else 1)
-        else:
-            seen += channels * (window - window * (window - 1) / (2 * tokens))
-    multiplied = met.weights + met.heads * fields.model("hidden_size") * vocab_size
-    return 6 * (multiplied + seen) + 3 * met.scan
 
 
 def steady(run: Run, *, skip: int = 5) -> pd.DataFrame:

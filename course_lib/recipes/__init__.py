@@ -1,7 +1,7 @@
 """NVIDIA's recipes as data: flatten one, describe it, compare two, make one small.
 
 ``offline()`` lets a recipe be called without the Hub; it and the closed forms are kept in modules of their own
-(:mod:`course_lib.recipes.model_facts`, :mod:`course_lib.planning.closed_forms`) and offered here, because a lesson needs them together.
+(:mod:`.model_facts`) and offered here, because a lesson needs them together.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from course_lib.common.config import diff, flatten
-from course_lib.planning.closed_forms import parameter_count
 from course_lib.recipes.model_facts import ModelFacts, UnknownModel, known_models, offline
 
 if TYPE_CHECKING:
@@ -23,7 +22,6 @@ __all__ = [
     "flatten",
     "known_models",
     "offline",
-    "parameter_count",
     "shrink",
 ]
 

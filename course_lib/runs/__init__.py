@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = [
-    "ConfigError",
     "NoSuchRun",
     "Outcome",
     "Run",
@@ -47,10 +46,6 @@ COLLECTIVES = (
     "caller",
 )
 TIMELINE = ("rank", "step", "kind", "microbatch", "chunk", "begin", "end", "busy_seconds")
-
-
-class ConfigError(ValueError):
-    """A `config.yaml` cannot be used."""
 
 
 class NoSuchRun(FileNotFoundError):

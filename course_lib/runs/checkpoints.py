@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from course_lib.common.config import Fields
+from course_lib.common.config import ConfigError, Fields
 from course_lib.planning.layout.rows import embedding_rows
-from course_lib.runs import ConfigError, Run, foreign_code
+from course_lib.runs import Run, foreign_code
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import yaml
 
 from course_lib.common import files
-from course_lib.common.config import changed
-from course_lib.runs import ConfigError, foreign_code
+from course_lib.common.config import ConfigError, changed
+from course_lib.runs import foreign_code
 from course_lib.runs.credentials import secrets
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from course_lib import stack
-from course_lib.runs import ConfigError
+from course_lib.common.config import ConfigError
 
 __all__ = ["refuse", "resolve"]
 

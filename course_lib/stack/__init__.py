@@ -315,3 +315,17 @@ class _Absent(type):
                 f"{cls.__module__}.{cls.__name__} needs a package that is not installed here (CPU machine)."
             )
         return super().__call__(*args, **kwargs)
+
+
+def over_container(*names: str) -> str:
+    """The command that installs tested versions over those of NVIDIA's container, and nothing that fits its torch.
+
+    Args:
+        names: Distributions; all but torch if none is given.
+
+    Example:
+        >>> over_container("megatron-core").rpartition("==")[0]
+        'pip install --no-deps megatron-core'
+    """
+    names = names or tuple(name for name in TESTED if name != "torch")
+    return " ".join(["pip install --no-deps", *(f"{name}=={TESTED[name]}" for name in names)])

@@ -202,7 +202,7 @@ def refuse_what_is_missing(device: str) -> None:
     Source: megatron-core optimizer/distrib_optimizer.py, transformer/dot_product_attention.py @ 0.19.2
     """
     from course_lib import stack
-    from course_lib.runs import ConfigError
+    from course_lib.common.config import ConfigError
 
     if device == "cuda" and "transformer_engine" in stack.missing_modules() and not untested_allowed():
         raise ConfigError(
@@ -221,7 +221,7 @@ def refuse_what_cannot_train(cfg: object, device: str) -> None:
     Raises:
         ConfigError: Names the family, the reason and what would run instead.
     """
-    from course_lib.runs import ConfigError
+    from course_lib.common.config import ConfigError
 
     fields = Fields.of(cfg)
     kinds = {part: fields.get(part, "_target_") or _name(getattr(cfg, part, None)) for part in ("model", "dataset")}

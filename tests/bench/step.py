@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from course_lib import launch
+from course_lib.planning import closed_forms
 from tests import bench
 
 __all__ = ["compare", "course_run", "in_one_rank"]
@@ -164,7 +165,7 @@ def _compared(name: str, one: Path, eight: Path) -> list[bench.Figure]:
 
     cfg = train.read_config(one)
     tokens = cfg.train.global_batch_size * cfg.model.seq_length
-    flops = tokens * throughput.flops_per_token(cfg.model, vocab_size=VOCAB_SIZE)
+    flops = tokens * closed_forms.flops_per_token(cfg.model, vocab_size=VOCAB_SIZE)
     shares, against, data, kept = [], [], [], []
 
     def step_ms(config: Path, ranks: int) -> float:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from support.lab import PATIENCE_MS, PROJECT, QUIET, browser
+from course_lib.common.project import PROJECT
+from support.lab import PATIENCE_MS, QUIET, browser
 
 SHOTS = PROJECT / "book" / "_build" / "screenshots"
 

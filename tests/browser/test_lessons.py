@@ -12,16 +12,17 @@ from typing import Any
 
 import psutil
 import pytest
-from test_book import copy_book
 
 from book import builder
 from course_lib import runs
+from course_lib.common.project import PROJECT
 from course_lib.machine import desk as course_desk
 from course_lib.planning import ceiling, memory
 from course_lib.planning import controls as planner
 from course_lib.planning.layout import Layout
-from support.lab import PROJECT, QUIET, browser, lab
+from support.lab import QUIET, browser, lab
 from support.notebooks_made_here import clean, code, write
+from support.small_book import copy_book
 
 SHOTS = PROJECT / "book" / "_build" / "screenshots"
 

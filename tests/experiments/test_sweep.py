@@ -11,6 +11,7 @@ import pytest
 
 from course_lib import launch, runs
 from course_lib.common import screen
+from course_lib.common.project import LIBRARY
 from course_lib.experiments import finished, sweep
 from course_lib.text import indexed
 from support.small import config
@@ -164,7 +165,7 @@ def test_a_change_that_diverges_is_no_equal(loss: float) -> None:
 
 def test_another_engine_is_another_run(tmp_path: Path) -> None:
     """A changed file of what a rank executes makes a finished run stale; the same files elsewhere do not."""
-    shutil.copytree(Path(finished.__file__).parent, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(LIBRARY, tmp_path, dirs_exist_ok=True)
     assert finished._engine(tmp_path) == finished._engine()
     with open(tmp_path / "cpu" / "fused.py", "a") as file:
         file.write("# changed\n")

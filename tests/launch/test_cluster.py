@@ -11,11 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from course_lib import launch, runs
+from course_lib import launch, runs, stack
 from course_lib.common.project import PROJECT
 from course_lib.experiments import tensors
 from course_lib.launch import cluster
-from course_lib.machine import installation
 from support import small
 
 ADDRESS = {"account": "me", "partition": "batch", "image": "nemo:26.06"}
@@ -125,7 +124,7 @@ def test_the_plain_script_is_checked(tmp_path):
     assert cluster.shellcheck("#!/bin/bash\n" + line) == []
     script = cluster.sbatch("runs/a b/config.yaml", **ADDRESS)
     for text in (script, line):  # the doctor's own command, before anything of Megatron is imported
-        assert text.index(installation.over_container()) < text.index("exec torchrun")
+        assert text.index(stack.over_container()) < text.index("exec torchrun")
     readme = (PROJECT / "README.md").read_text()
     planned = cluster.docker_run("runs/NAME/config.yaml", image="nvcr.io/nvidia/nemo:26.06")
     assert textwrap.indent(planned, "   ") in readme, "the README has the same line"

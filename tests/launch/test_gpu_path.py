@@ -14,15 +14,15 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-import course_lib
 from course_lib import launch, runs, stack
+from course_lib.common.project import LIBRARY, PROJECT
 from course_lib.launch import forkserver, torchrun
 from course_lib.ranks import train
 from course_lib.reading import baselines
 from course_lib.stack import devices
 from support import small
 
-TESTS, PACKAGE = Path(__file__).parent, Path(course_lib.__file__).parent
+TESTS, PACKAGE = PROJECT / "tests", LIBRARY
 
 
 def python(code: list[str], **environment: str) -> str:
@@ -38,7 +38,7 @@ def python(code: list[str], **environment: str) -> str:
 @pytest.fixture(scope="module")
 def node(tmp_path_factory) -> dict:
     """What the entries met on a GPU node that is played in one process; see `gpu_node`."""
-    return json.loads(python([str(TESTS / "gpu_node.py"), str(tmp_path_factory.mktemp("node"))]))
+    return json.loads(python([str(TESTS / "support/gpu_node.py"), str(tmp_path_factory.mktemp("node"))]))
 
 
 def test_no_entry_fakes_cuda_on_a_gpu_node(node):

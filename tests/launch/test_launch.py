@@ -283,7 +283,10 @@ def test_all_clients_of_a_session_share_one_server(warm_engine):
     import subprocess
     import sys
 
-    script = "from course_lib.experiments import hello; from course_lib.launch import forkserver; forkserver.lease(); print(forkserver.address()); print(hello.ranks(1).pid[0] > 0)"
+    script = (
+        "from course_lib.experiments import hello; from course_lib.launch import forkserver\n"
+        "forkserver.lease(); print(forkserver.address()); print(hello.ranks(1).pid[0] > 0)"
+    )
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=True).stdout
     assert out.split() == [str(warm_engine.path), "True"]
     assert forkserver.lease() is forkserver.lease()
@@ -396,7 +399,10 @@ def test_a_run_that_ended_is_not_started_again(bridge, runs_directory, monkeypat
 
 def test_a_changed_rank_means_a_new_server():
     """Every file of the course that the warm server has loaded is one whose change starts a new server."""
-    words = "import sys, course_lib.ranks.preload; print(*(m.__file__ for n, m in sys.modules.items() if n[:11] == 'course_lib.'))"
+    words = (
+        "import sys, course_lib.ranks.preload\n"
+        "print(*(m.__file__ for n, m in sys.modules.items() if n[:11] == 'course_lib.'))"
+    )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", words], capture_output=True, text=True, check=True)
     loaded = {Path(name) for name in done.stdout.split()} - {PROJECT / "course_lib/__init__.py"}
     assert len(loaded) > 10 and loaded <= set(forkserver.rank_code())

@@ -35,10 +35,10 @@ def test_a_lesson_is_executed_and_read_back(project: Path, capfd: pytest.Capture
         "for word in ('one', 'two'):\n"
         f"    display({{'image/png': '{PICTURE}', 'text/plain': word}}, raw=True)\n"
         "import os, pathlib\n"
-        "lessons.publish('run', pathlib.Path('runs') / 'smoke')\n"
-        "lessons.publish('cwd', os.getcwd())\n"
-        "lessons.publish('bytecode', os.environ.get('PYTHONDONTWRITEBYTECODE', 'written'))\n"
-        "lessons.publish('ledger', os.environ['COURSE_LEDGER'])"
+        "notebooks.publish('run', pathlib.Path('runs') / 'smoke')\n"
+        "notebooks.publish('cwd', os.getcwd())\n"
+        "notebooks.publish('bytecode', os.environ.get('PYTHONDONTWRITEBYTECODE', 'written'))\n"
+        "notebooks.publish('ledger', os.environ['COURSE_LEDGER'])"
     )))  # fmt: skip
     source = write(project / "notebooks" / "08_shows.ipynb", lesson)
     before = source.read_bytes()

@@ -11,7 +11,7 @@ import pytest
 
 from support import lesson_runs
 
-HERE = Path(__file__).resolve().parent
+SUPPORT = Path(lesson_runs.__file__).parent
 TEST = """
 import pathlib, pytest
 @pytest.mark.parametrize("number", ["03", "04"])
@@ -33,7 +33,7 @@ def project(tmp_path: Path) -> Path:
         "book/lessons/03_three.ipynb": "{}",
         "book/lessons/04_four.ipynb": "{}",
         "tests/conftest.py": "pytest_plugins = ['support.lesson_runs']",
-        "tests/support/lesson_runs.py": (HERE / "lesson_runs.py").read_text(),
+        "tests/support/lesson_runs.py": (SUPPORT / "lesson_runs.py").read_text(),
         "tests/lessons/test_all_run.py": TEST,
     }.items():
         path = tmp_path / name
@@ -95,6 +95,6 @@ def test_the_hash_sees_a_missing_page_and_not_another_lesson(project: Path) -> N
 
 def test_make_test_runs_everything() -> None:
     """Neither `make test` nor the entry of continuous integration passes the option."""
-    makefile = (HERE.parent / "Makefile").read_text()
+    makefile = (SUPPORT.parent / "Makefile").read_text()
     recipe = makefile.split("\ntest: setup", 1)[1].split("\n\n", 1)[0]
-    assert "changed" not in recipe and "changed" not in (HERE.parent / ".ci" / "run").read_text()
+    assert "changed" not in recipe and "changed" not in (SUPPORT.parent / ".ci" / "run").read_text()

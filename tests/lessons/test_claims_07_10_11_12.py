@@ -45,7 +45,7 @@ def table(equal=True):
 
 
 def sent(**sent_bytes):
-    """What `collectives.by_group` returns."""
+    """What `messages.by_group` returns."""
     operations = {"tp": 1000, "dp_cp": 2, "pp": 10}
     rows = {k.replace("_", "-"): {"operations": operations.get(k, 1), "sent_bytes": v} for k, v in sent_bytes.items()}
     return pd.DataFrame.from_dict(rows, orient="index")

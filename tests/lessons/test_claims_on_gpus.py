@@ -16,7 +16,7 @@ import pytest
 from course_lib import runs, stack
 from course_lib.common import units
 from course_lib.lesson import checks
-from course_lib.planning import memory
+from course_lib.planning import memory, messages
 from course_lib.reading import collectives
 from support import small
 from support.lesson_cells import cells, gives, verdicts
@@ -124,7 +124,7 @@ def test_lesson_11_counts_a_gpus_messages():
     """Half the bytes in the residual stream, one gather for the fused loss; gradients travel in another phase."""
     made = made_by("11", ("imports", "parameters", "config", "predict"))
     cfg, stream = made["cfg"], made["stream_bytes"]
-    form = collectives.expected(cfg, ranks=8, element_bytes=2)
+    form = messages.expected(cfg, ranks=8, element_bytes=2)
     of_layers = form[(form.group == "tp") & (form.bytes == stream)]
     loss = of_layers.iloc[:1].assign(operation="all_gather", bytes=3 * 4 * stream // 64, count=made["microbatches"])
     assert made["operations"] == of_layers["count"].sum() + made["microbatches"]
@@ -143,13 +143,13 @@ def test_lesson_12_expects_parameters_back_in_bf16():
     """With shards, fp32 gradients go one way and bf16 parameters come back: three quarters of what all-reduce sends."""
     made = made_by("12", ("imports", "parameters", "config"))
     forms = {
-        name: collectives.expected(made[cfg], ranks=8, element_bytes=2)
+        name: messages.expected(made[cfg], ranks=8, element_bytes=2)
         for name, cfg in (("plain", "cfg_plain"), ("sharded", "cfg"))
     }
     facts = {
         "recipes": made["recipes"], "cfg": made["cfg"], "runs": runs, "run_plain": run_of("cuda", 5.0, rows="plain"),
         "run": run_of("cuda", 5.1, rows="sharded"),
-        "collectives": Some(recorded=lambda run: forms[run.rows], by_group=collectives.by_group),
+        "collectives": Some(recorded=lambda run: forms[run.rows], by_group=messages.by_group),
     }  # fmt: skip
     holds("12", "check-data", facts, {"run": run_of("cpu", 5.1, rows="sharded")})
     both = {"cfg": made["cfg"], "runs": runs, "run": run_of("cuda", 5.0), "run_cp": run_of("cuda", 5.1)}

@@ -73,7 +73,7 @@ BREAKS: list[tuple[str, str, Change]] = [
     ("one_title", "no title", change("title", source="## A small lesson\n")),
     ("takeaways_mirror_objectives", "one take-away for two", change("takeaways", source="- You added.\n")),
     ("imports_are_together", "an import elsewhere", change("sum", source="import os\ntotal = os.getpid()")),
-    ("imports_are_together", "an unused import", change("imports", source="from course_lib.lesson import checks, notebooks; from course_lib import x")),
+    ("imports_are_together", "an unused import", change("imports", source="from course_lib.lesson import checks, notebooks, x")),
     ("imports_are_together", "a star import", change("imports", source="from course_lib.lesson.checks import *")),
     ("no_shell_and_no_tricks", "a magic", add(code("magic", "%matplotlib inline"))),
     ("no_shell_and_no_tricks", "a cell magic", add(code("magic", "%%bash\nls"))),

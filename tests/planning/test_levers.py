@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 
 from book.builder import plan
-from course_lib import recipes
 from course_lib.common.config import UnknownField, diff
 from course_lib.common.units import gib
-from course_lib.planning import ceiling, fully_sharded, levers, memory, usable
+from course_lib.planning import ceiling, closed_forms, fully_sharded, levers, memory, usable
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +65,7 @@ def test_fully_sharded_states_are_a_share_of_everything(
     cfg = copy.copy(models["8B"])
     cfg.ddp = copy.copy(cfg.ddp)
     cfg.ddp.megatron_fsdp_main_grads_dtype = gradients and getattr(torch, gradients)
-    found, count = fully_sharded.states(cfg, ranks=8), recipes.parameter_count(cfg.model, vocab_size=128_256)
+    found, count = fully_sharded.states(cfg, ranks=8), closed_forms.parameter_count(cfg.model, vocab_size=128_256)
     assert found.sharded_bytes == pytest.approx(count * each / 8, rel=1e-9)
     layer = 4096 * (4096 + 2 * 1024 + 4096 + 3 * 14_336) + 2 * 4096
     assert found.ends_bytes == 2 * (2 * 128_256 * 4096 + 4096)

@@ -9,9 +9,18 @@ import pytest
 from course_lib import launch, recipes
 from course_lib.common.config import Fields, UnknownField, changed
 from course_lib.experiments import tensors
-from course_lib.planning import activations, ceiling, controls, layout, memory, meta_kernels, meta_model
+from course_lib.planning import (
+    activations,
+    ceiling,
+    closed_forms,
+    controls,
+    layout,
+    memory,
+    messages,
+    meta_kernels,
+    meta_model,
+)
 from course_lib.planning.closed_forms import mixers
-from course_lib.reading import collectives
 from course_lib.stack import devices
 from support import small
 
@@ -87,7 +96,7 @@ def test_the_plan_is_what_ranks_hold(bridge, runs_directory, case):
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8, 16])
 def test_every_legal_layout_holds_the_whole_model(llama, ranks):
     """Stages and TP ranks together hold each parameter once; norms are copied, and the vocabulary is padded."""
-    count = recipes.parameter_count(llama.model, vocab_size=128_256)
+    count = closed_forms.parameter_count(llama.model, vocab_size=128_256)
     for one in layout.legal_layouts(ranks, llama):
         tp, pp, cp = (
             one.tensor_model_parallel_size,
@@ -281,8 +290,8 @@ def test_planning_leaves_nothing_behind(llama):
 def test_operations_counted_and_by_formula(llama):
     """torch counts on the meta model what the formula says; NVIDIA's two accountings of 8B at 8,192 tokens follow."""
     counted = ceiling.counted_flops_per_token(llama)
-    assert counted == pytest.approx(ceiling.flops_per_token(llama, vocab_size=128_256, causal=False), rel=0.01)
-    assert ceiling.flops_per_token(llama, vocab_size=128_256) / 1e9 == pytest.approx(51.5, abs=0.1)
+    assert counted == pytest.approx(closed_forms.flops_per_token(llama, vocab_size=128_256, causal=False), rel=0.01)
+    assert closed_forms.flops_per_token(llama, vocab_size=128_256) / 1e9 == pytest.approx(51.5, abs=0.1)
 
 
 def test_operations_of_a_hybrid_follow_its_weights(bridge):
@@ -295,8 +304,8 @@ def test_operations_of_a_hybrid_follow_its_weights(bridge):
     weights = 3_973_556_832 - 131_072 * model.hidden_size  # as built and counted, test_offline_recipes.py
     met = mixers(Fields.of(model))
     assert met.weights + 131_072 * model.hidden_size == pytest.approx(weights, rel=1e-3)
-    assert ceiling.flops_per_token(model, vocab_size=131_072) == pytest.approx(6 * weights, rel=0.05)
-    assert ceiling.flops_per_token(model, vocab_size=131_072) > 6 * weights
+    assert closed_forms.flops_per_token(model, vocab_size=131_072) == pytest.approx(6 * weights, rel=0.05)
+    assert closed_forms.flops_per_token(model, vocab_size=131_072) > 6 * weights
 
 
 @pytest.mark.parametrize(
@@ -345,7 +354,7 @@ def test_a_ceiling_is_operations_bubble_and_messages(llama, fields, bubble, repe
     gpu = ceiling.Gpu("round numbers", 0, 1e15, 1e11, "none")
     cfg = memory.with_layout(llama, **fields)
     found = ceiling.ceiling(cfg, ranks=8, gpu=gpu, vocab_size=128_256)
-    layers, tokens = ceiling.flops_per_token(cfg, vocab_size=0), 128 * 8192
+    layers, tokens = closed_forms.flops_per_token(cfg, vocab_size=0), 128 * 8192
     output = 6 * 4096 * 128_256  # on the last stage alone, and the others wait for it
     operations = layers + repeated(layers) + output * cfg.model.pipeline_model_parallel_size
     assert found.compute_seconds == pytest.approx(operations * tokens / 8e15 * (1 + bubble), rel=1e-9)
@@ -360,7 +369,7 @@ def test_messages_are_those_of_the_closed_form(llama):
     """The planner adds up the operations that recorded runs are held to; CP and recomputation come on top."""
     cut = memory.with_layout(llama, tp=2, sequence_parallel=True)
     sent = ceiling.sent_bytes(cut, ranks=8)
-    rows = collectives.by_group(collectives.expected(cut, ranks=8, element_bytes=2, gradient_bytes=4)).sent_bytes
+    rows = messages.by_group(messages.expected(cut, ranks=8, element_bytes=2, gradient_bytes=4)).sent_bytes
     assert sent["tensor"] == rows["tp"] and sent["data"] == rows["dp-cp"]
     stream, microbatches = 8192 * 4096 * 2, 128 / 4
     by_hand = microbatches * 32 * 4 * stream  # two all-reduces a layer each way, at TP=2 one stream each
@@ -450,6 +459,6 @@ def test_what_cannot_be_planned_says_what_to_set(llama: Any) -> None:
     with pytest.raises(ValueError, match="set cfg.tokenizer.vocab_size or cfg.model.vocab_size"):
         memory.states(unknown, ranks=8)
     interleaved = memory.with_layout(llama, pp=2, num_layers=4, pipeline_model_parallel_layout="Et|t|t|tL")
-    for planned in (memory.states, collectives.expected):
+    for planned in (memory.states, messages.expected):
         with pytest.raises(ValueError, match="interleaves: set virtual_pipeline"):
             planned(interleaved, ranks=8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from course_lib import launch
+from course_lib.planning import messages
 from course_lib.planning.layout import Layout
 from course_lib.reading import collectives
 from support.small import config
@@ -52,11 +53,11 @@ def test_recorded_equals_closed_form(name, bridge, runs_directory):
 )
 def test_a_fused_loss_sends_other_messages(bridge, fusion, sent):
     """64 tokens a micro-batch and 8 of them a step: three numbers a token, however the kernel packs them."""
-    rows = collectives.expected(config(), ranks=2, loss_fusion=fusion)
+    rows = messages.expected(config(), ranks=2, loss_fusion=fusion)
     loss = rows[rows.why.str.startswith("loss:")]
     assert list(loss[["operation", "bytes", "count"]].itertuples(index=False, name=None)) == sent
-    with pytest.raises(collectives.NotCounted, match="loss_fusion='apex'"):
-        collectives.expected(config(), ranks=2, loss_fusion="apex")
+    with pytest.raises(messages.NotCounted, match="loss_fusion='apex'"):
+        messages.expected(config(), ranks=2, loss_fusion="apex")
 
 
 def test_a_wrong_closed_form_is_noticed(bridge, runs_directory):
@@ -113,10 +114,10 @@ def test_nothing_is_recorded_unless_asked(bridge, runs_directory):
 def test_what_is_not_counted_is_refused(field, value, bridge):
     """The closed form does not answer for a model that sends other things."""
     cfg = config(model__context_parallel_size=2)
-    assert len(collectives.expected(cfg, ranks=8))
+    assert len(messages.expected(cfg, ranks=8))
     setattr(cfg.model, field, value)
-    with pytest.raises(collectives.NotCounted):
-        collectives.expected(cfg, ranks=8)
+    with pytest.raises(messages.NotCounted):
+        messages.expected(cfg, ranks=8)
 
 
 def test_picture_shows_every_rank_and_group(bridge):

@@ -90,7 +90,7 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    for command in ("doctor", "lesson", "book", "bench"):
+    for command in ("doctor", "lesson", "lab", "ledger"):
         assert f" {command} " in done.stdout
 
 

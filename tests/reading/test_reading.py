@@ -15,6 +15,7 @@ from course_lib import launch, runs
 from course_lib.common.project import DATA
 from course_lib.experiments import sweep
 from course_lib.figures import compare, plots
+from course_lib.planning import closed_forms
 from course_lib.reading import health, throughput
 from support.small import config
 
@@ -67,9 +68,9 @@ def test_flops_equal_bridges_own_count(bridge, tp):
     cfg.model.vocab_size, cfg.model.kv_channels = 1024, 16
     for share in (True, False):
         cfg.model.share_embeddings_and_output_weights = share
-        ours = throughput.flops_per_token(cfg.model, seq_length=64, vocab_size=1024)
+        ours = closed_forms.flops_per_token(cfg.model, seq_length=64, vocab_size=1024)
         assert ours * 64 * 8 == pytest.approx(num_floating_point_operations(cfg, batch_size=8), rel=1e-12)
-        whole = throughput.flops_per_token(cfg.model, seq_length=64, vocab_size=1024, causal=False)
+        whole = closed_forms.flops_per_token(cfg.model, seq_length=64, vocab_size=1024, causal=False)
         assert whole - ours == 6 * 4 * 64 * 128
 
 

@@ -11,9 +11,8 @@ import pytest
 import yaml
 
 from course_lib import recipes
-from course_lib.planning import census, layout
+from course_lib.planning import census, closed_forms, layout
 from course_lib.ranks import train
-from course_lib.reading import throughput
 from course_lib.recipes import catalogue
 from course_lib.runs import config_file, foreign_code
 
@@ -127,7 +126,7 @@ def operations_are_bridges(cfg: Any) -> bool:
         model.hybrid_layer_pattern += f"/{predicted}" * model.mtp_num_layers
         model.mtp_hybrid_override_pattern = None
     ours, theirs = (
-        throughput.flops_per_token(model, vocab_size=rows),
+        closed_forms.flops_per_token(model, vocab_size=rows),
         num_floating_point_operations(cfg) / model.seq_length,
     )
     pattern = getattr(model, "hybrid_layer_pattern", None) or ""
@@ -180,10 +179,10 @@ def test_a_recipe_builds_or_names_its_file(
     comes_back(cfg)
     if entry.asks_hub_for in TOTALS:
         rows = recipes.known_models()[entry.asks_hub_for].config["vocab_size"]
-        assert recipes.parameter_count(cfg.model, vocab_size=rows) == TOTALS[entry.asks_hub_for]
+        assert closed_forms.parameter_count(cfg.model, vocab_size=rows) == TOTALS[entry.asks_hub_for]
     if getattr(cfg.model, "experimental_attention_variant", None):
         with pytest.raises(ValueError, match="experimental_attention_variant=gated_delta_net"):
-            throughput.flops_per_token(cfg.model, vocab_size=32_000)
+            closed_forms.flops_per_token(cfg.model, vocab_size=32_000)
     else:
         assert operations_are_bridges(cfg)
 

@@ -13,6 +13,7 @@ import pytest
 
 from course_lib import recipes
 from course_lib.common.project import DATA
+from course_lib.planning import closed_forms
 
 IDS = ["meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-3B", "meta-llama/Meta-Llama-3-8B"]
 RECIPES = {
@@ -265,8 +266,8 @@ def test_parameter_counts_are_the_known_totals(bridge: Any, model_id: str) -> No
     """The closed form gives the known totals of 1B, 3B and 8B at three vocabularies."""
     model = recipe(model_id).model
     for rows, total in COUNTS[model_id].items():
-        assert recipes.parameter_count(model, vocab_size=rows) == total
-    assert recipes.parameter_count(model) == COUNTS[model_id][128_256]
+        assert closed_forms.parameter_count(model, vocab_size=rows) == total
+    assert closed_forms.parameter_count(model) == COUNTS[model_id][128_256]
 
 
 @pytest.mark.parametrize("model_id", IDS)
@@ -297,7 +298,7 @@ def test_parameter_counts_are_those_of_the_built_model(bridge: Any, model_id: st
         built = model.provide(pre_process=True, post_process=True)
     finally:
         dist.destroy_process_group()
-    assert sum(parameter.numel() for parameter in built.parameters()) == recipes.parameter_count(model)
+    assert sum(parameter.numel() for parameter in built.parameters()) == closed_forms.parameter_count(model)
 
 
 @pytest.mark.parametrize("part", [{"num_moe_experts": 8}, {"add_bias_linear": True}, {"normalization": "LayerNorm"}])
@@ -312,11 +313,11 @@ def test_parameter_count_refuses_what_it_does_not_count(part: dict[str, Any]) ->
         "position_embedding_type": "rope",
         "vocab_size": 128,
     }
-    assert recipes.parameter_count(llama) > 0
+    assert closed_forms.parameter_count(llama) > 0
     with pytest.raises(ValueError, match=next(iter(part))):
-        recipes.parameter_count(llama | part)
+        closed_forms.parameter_count(llama | part)
     with pytest.raises(ValueError, match="has no vocab_size"):
-        recipes.parameter_count(llama | {"vocab_size": None})
+        closed_forms.parameter_count(llama | {"vocab_size": None})
 
 
 def test_shrink_of_a_hybrid_follows_its_pattern(bridge: Any) -> None:

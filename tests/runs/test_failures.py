@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from course_lib import launch, runs
+from course_lib.common.project import PROJECT
 from course_lib.experiments import hello
 from course_lib.launch import supervise
 from course_lib.runs import failures
@@ -149,7 +150,7 @@ def in_another_process(code: str, **environment: str) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        cwd=Path(__file__).parent,
+        cwd=PROJECT / "tests",
     )
 
 
@@ -209,7 +210,7 @@ def in_a_mount_namespace(code: str, **environment: str) -> str:
         capture_output=True,
         text=True,
         timeout=400,
-        cwd=Path(__file__).parent,
+        cwd=PROJECT / "tests",
     )
     return process.stdout + process.stderr
 
@@ -335,7 +336,7 @@ def test_a_rank_under_torchrun_ends_with_who_started_it(tmp_path, victim):
     runs.write_json(tmp_path / "launch.json", {"ranks": 1, "device": "cpu", "target": "support.drills:sleeps"})
     code = "import sys, time; from pathlib import Path; from course_lib import runs; from course_lib.launch import torchrun\n"
     code += "torchrun.start(runs.Run(Path(sys.argv[1])), 1); time.sleep(600)"
-    client = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).parent)
+    client = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=PROJECT / "tests")
     run, end = runs.Run(tmp_path), time.monotonic() + 120
     while run.stage() != "training":
         assert time.monotonic() < end and client.poll() is None, (tmp_path / "logs" / "launcher.log").read_text()

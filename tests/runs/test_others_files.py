@@ -183,5 +183,5 @@ def test_a_run_directory_alone_decides_no_code(tmp_path, more, refusal):
 )
 def test_a_target_is_a_function_of_the_module_that_is_named(name):
     """What only came into one of the course's modules by an import is none of its functions."""
-    with pytest.raises(runs.ConfigError, match="is no `module:function` that a rank can import"):
+    with pytest.raises(launch.ConfigError, match="is no `module:function` that a rank can import"):
         train._function(name)

@@ -1,8 +1,8 @@
 """What ranks do in the failure drills; each function is a launch target.
 
 The drill of the right culprit makes certain what a busy machine makes likely: whoever watches the ranks does not look
-while one of eight ends and the others notice.  `.venv/bin/python tests/support/drills.py 20` does it 20 times for each way to
-end, with another victim each time, and exits with 1 if a wrong rank is named.
+while one of eight ends and the others notice.  `PYTHONPATH=tests .venv/bin/python -m support.drills 20` does it 20 times
+for each way to end, with another victim each time, and exits with 1 if a wrong rank is named.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-OF_A_LESSON = re.compile(r"test_notebooks\.py::(\w+)\[(\d\d|[a-z])\]$")
+OF_A_LESSON = re.compile(r"test_all_run\.py::(\w+)\[(\d\d|[a-z])\]$")
 COMMON = (
     *("course_lib", "data", "uv.lock", "pyproject.toml"),
     *("notebooks/pretrain.py", "tests/lessons/test_all_run.py", "tests/conftest.py"),

@@ -48,7 +48,7 @@ def clean() -> dict[str, Any]:
         ),
         code("imports", "from course_lib.lesson import checks, notebooks", "imports"),
         code("parameters", "first = 2  # a number\nsecond = 2  # another number", "parameters"),
-        code("sum", 'total = first + second\nlessons.publish("total", total)'),
+        code("sum", 'total = first + second\nnotebooks.publish("total", total)'),
         code("check-the-sum", 'checks.claim(total == 4, "two and two are four")', "check"),
         code("attempt", "answer = None\nchecks.exercise(answer, lambda value: value == 4)", "exercise", "attempt"),
         code("solution", "checks.solved(4, lambda value: value == 4)", "solution", "hide-cell"),

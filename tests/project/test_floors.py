@@ -1,0 +1,92 @@
+"""The house keeps its floors: a room of course_lib imports lower rooms only, and only rank processes fake CUDA."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from course_lib.common.project import PROJECT
+
+LIBRARY = PROJECT / "course_lib"
+ROOMS = [
+    *("common", "planning/layout", "stack", "runs", "ranks/cpu", "ranks", "figures", "text", "recipes", "lesson"),
+    *("planning", "launch", "experiments", "reading", "machine"),
+]
+"""From the ground up; the command `course` stands above them all."""
+HEAVY = {"torch", "megatron", "pandas", "matplotlib", "transformers", "numpy", "ipywidgets", "IPython", "nemo_run"}
+FILES = sorted(LIBRARY.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    """The room of a file or a folder of course_lib; the top itself is the attic."""
+    inside = path.relative_to(LIBRARY).as_posix()
+    return next(
+        (name for name in ("planning/layout", "ranks/cpu") if inside.startswith(name)), inside.partition("/")[0]
+    )
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of everything that a file imports, inside functions too; names of types alone do not count."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+        elif not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            yield from imports(node)
+
+
+def upwards(path: Path, source: str) -> list[str]:
+    """The imports of a file that its floor forbids."""
+    mine, found = room(path), []
+    height = ROOMS.index(mine) if mine in ROOMS else len(ROOMS)
+    for line, name in imports(ast.parse(source)):
+        top, *rest = name.split(".")
+        if top in ("book", "tests"):
+            found.append(f"line {line}: {name} is no part of the library")
+        if top != "course_lib" or not rest:
+            continue
+        other = room(LIBRARY.joinpath(*rest))
+        if other != mine and other in ROOMS and ROOMS.index(other) > height:
+            found.append(f"line {line}: {mine} imports {other}, which stands above it")
+        if other == "ranks/cpu" and not mine.startswith("ranks"):
+            found.append(f"line {line}: only ranks/ may import ranks/cpu")
+    return found
+
+
+def name_of(path: Path) -> str:
+    """A path as a test's id."""
+    return path.relative_to(LIBRARY).as_posix()
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_a_room_imports_lower_rooms_only(path: Path) -> None:
+    """No import runs upwards, inside functions neither; so no two rooms import each other."""
+    assert upwards(path, path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("place", "line", "words"),
+    [
+        ("runs/__init__.py", "from course_lib import launch", "runs imports launch, which stands above it"),
+        ("planning/layout/rules.py", "from course_lib.planning import memory", "planning/layout imports planning"),
+        ("launch/__init__.py", "from course_lib.ranks import cpu", "only ranks/ may import ranks/cpu"),
+        ("machine/doctor.py", "from book.builder import facts", "no part of the library"),
+    ],
+)
+def test_a_broken_floor_is_found(place: str, line: str, words: str) -> None:
+    """The rule fails on an import upwards, inside a function too."""
+    (problem,) = upwards(LIBRARY / place, f"def f():\n    {line}\n")
+    assert words in problem
+
+
+def test_the_readme_shows_the_rooms_that_there_are() -> None:
+    """The table of course_lib/README.md has each room once, in the order of its floor."""
+    readme = (LIBRARY / "README.md").read_text(encoding="utf-8")
+    folders = {path.name for path in LIBRARY.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert re.findall(r"^\| \d \| `([\w/]+)/` ", readme, re.MULTILINE) == ROOMS
+    assert {name.partition("/")[0] for name in ROOMS} == folders
