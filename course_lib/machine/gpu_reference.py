@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from course_lib import launch, recipes, stack
-from course_lib.common import files
+from course_lib.common import files, project
 from course_lib.common.config import assign
 from course_lib.runs import checkpoints
 from course_lib.stack import devices
@@ -120,7 +120,7 @@ def make(folder: Path, *, dry: bool = False) -> None:
 @contextlib.contextmanager
 def _on_cpu() -> Iterator[None]:
     """Launch CPU ranks, whatever the machine has."""
-    before = os.environ.get("COURSE_DEVICE")
+    before = project.variable("COURSE_DEVICE")
     os.environ["COURSE_DEVICE"] = "cpu"
     try:
         yield

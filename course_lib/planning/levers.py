@@ -1,23 +1,18 @@
 """Levers beside the layout: one change of a configuration each, what it saves for 1B, 3B and 8B, its price and its risk.
 
-`python -m course_lib.planning.levers` writes `data/levers.json`, which the book's page shows and a test computes again.
-Everything is planned; nothing was run on a GPU.
+`book.builder.levers` writes what they do to `data/levers.json`, which the book shows.  Everything is planned; nothing was run on a GPU.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from course_lib.common.config import changed
-from course_lib.common.project import DATA
 
-__all__ = ["FILE", "LEVERS", "Lever", "applied", "code", "compute", "effect", "markdown", "read"]
+__all__ = ["LEVERS", "Lever", "applied", "code", "effect"]
 
-FILE = DATA / "levers.json"
 FSDP = "Megatron FSDP"
 
 
@@ -159,60 +154,3 @@ def effect(cfg: Any, lever: Lever, *, ranks: int, vocab_size: int) -> dict[str, 
         "saved_bytes": before.total_bytes - total,
         "ceiling_change": None if eight_bit else rates[1] / rates[0] - 1,
     }
-
-
-def compute() -> dict[str, Any]:
-    """Every lever for 1B, 3B and 8B, without a cut and at TP=2, as it stands in the file."""
-    from book.builder import plan
-    from course_lib import stack
-    from course_lib.planning import memory
-
-    rows = []
-    for model, cfg in plan.models().items():
-        for tp in (1, 2):
-            base = memory.with_layout(cfg, tp=tp, sequence_parallel=tp > 1)
-            for lever in LEVERS:
-                found = effect(base, lever, ranks=plan.RANKS, vocab_size=plan.VOCAB_SIZE)
-                change = found["ceiling_change"]
-                found["ceiling_change"] = None if change is None else round(change, 4)
-                rows.append({"model": model, "tp": tp, "dp": plan.RANKS // tp, "lever": lever.name} | found)
-    versions = stack.versions()
-    packages = ", ".join(f"{name} {versions[name]}" for name in ("megatron-bridge", "megatron-core"))
-    return {
-        "about": "Planned effect of one change each on the layouts of plans_8_gpu.json. Nothing was run on a GPU.",
-        "source": f"course_lib.planning.levers with {packages}",
-        "rows": rows,
-    }
-
-
-def read(path: Path = FILE) -> dict[str, Any]:
-    """What the file says."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def markdown(content: Mapping[str, Any]) -> str:
-    """The levers as a table: GiB saved for 1B, 3B and 8B, each at TP=1 and at TP=2, price and risk.
-
-    Args:
-        content: What `read` or `compute` returned.
-    """
-    from course_lib.common.units import gib
-
-    rows = {(row["lever"], row["tp"], row["model"]): row for row in content["rows"]}
-    models = list(dict.fromkeys(row["model"] for row in content["rows"]))
-    columns = [f"{model}, TP={tp}" for tp in (1, 2) for model in models]
-    lines = [f"| lever | {' | '.join(columns)} | price | risk |", "|---|" + "--:|" * len(columns) + "---|---|"]
-    for lever in LEVERS:
-        found = [rows[lever.name, tp, model] for tp in (1, 2) for model in models]
-        changes = [row["ceiling_change"] for row in found if row["ceiling_change"]]
-        price = lever.price
-        if changes:
-            price += f" ({-max(changes):.0%} to {-min(changes):.0%} of the ceiling)"
-        saved = " | ".join(f"{gib(row['saved_bytes']):.1f}".replace("-", "−") for row in found)
-        lines.append(f"| {lever.name} | {saved} | {price} | {lever.risk} |")
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    FILE.write_text(json.dumps(compute(), indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {FILE}")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from book.builder import levers as lever_table
 from book.builder import plan
 from course_lib.common.config import UnknownField, diff
 from course_lib.common.units import gib
@@ -28,8 +29,8 @@ def lever(name: str) -> levers.Lever:
 
 
 def test_the_levers_are_what_the_planner_computes(bridge: Any) -> None:
-    """Every row again; if upstream moved, `python -m course_lib.planning.levers` writes the file again."""
-    assert levers.compute() == levers.read()
+    """Every row again; if upstream moved, `python -m book.builder.levers` writes the file again."""
+    assert lever_table.compute() == lever_table.read()
 
 
 def test_gradients_follow_the_number_formats_object(models: dict[str, Any]) -> None:
