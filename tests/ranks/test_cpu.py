@@ -171,6 +171,9 @@ def rank_devices(_: str) -> None:
     with torch.cuda.device(0), torch.cuda.stream(torch.cuda.Stream()), torch.cuda.nvtx.range("step"):
         made.append(torch.tensor([1], device="cuda"))
     assert {t.device.type for t in made} == {"cpu"}
+    for moved in (torch.arange(3).expand(2, 3).cuda(), torch.arange(3).expand(2, 3).to("cuda:0")):
+        moved[1, 0] = 9  # a GPU's copy of a row that stands for many has a place for each
+        assert moved.tolist() == [[0, 1, 2], [9, 1, 2]]
     assert x.to("cuda") is x and x.to(torch.float64).dtype == torch.float64
     with torch.device("meta"):  # as Bridge builds a model without memory
         assert torch.empty(2).device.type == torch.nn.Linear(2, 2).weight.device.type == "meta"

@@ -119,6 +119,34 @@ def _second_on_cpu(original: Callable) -> Callable:
     return method
 
 
+def _own_memory(tensor: object) -> object:
+    """The tensor itself, or a copy if elements share memory: a GPU's copy has a place for each, which may be written."""
+    shared = any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    return tensor.contiguous() if shared else tensor
+
+
+def _cuda(original: Callable) -> Callable:
+    """Replace `Tensor.cuda`."""
+
+    @functools.wraps(original)
+    def cuda(self: object, *_: object, **__: object) -> object:
+        return _own_memory(self)
+
+    return cuda
+
+
+def _to(original: Callable) -> Callable:
+    """Wrap `Tensor.to`: what would move to a GPU stays, with memory of its own."""
+    to_cpu = _second_on_cpu(original)
+
+    @functools.wraps(original)
+    def to(self: object, *args: object, **kwargs: object) -> object:
+        moves = is_cuda(args[0] if args else kwargs.get("device"))
+        return _own_memory(to_cpu(self, *args, **kwargs)) if moves else original(self, *args, **kwargs)
+
+    return to
+
+
 def _type_says_cuda(original: Callable) -> Callable:
     """Wrap `Tensor.type`: optimizers accept only what calls itself `torch.cuda.FloatTensor`."""
 
@@ -268,10 +296,10 @@ def redirections() -> list[Redirection]:
         Redirection("torch.cuda.nvtx.range_pop", _answer(None), "no effect", profiler),
         Redirection("torch.cuda.nvtx.mark", _answer(None), "no effect", profiler),
         Redirection("torch.cuda.nvtx.range", lambda _: streams.Range, "a context without effect", profiler),
-        Redirection("torch.Tensor.cuda", _itself, "the tensor itself", "it is where it will be used"),
+        Redirection("torch.Tensor.cuda", _cuda, "the tensor itself", "it is where it will be used"),
         Redirection("torch.nn.Module.cuda", _itself, "the module itself", "it is where it will be used"),
         Redirection("torch.Tensor.pin_memory", _itself, "the tensor itself", "pinning needs a CUDA driver"),
-        Redirection("torch.Tensor.to", _second_on_cpu, means, moves),
+        Redirection("torch.Tensor.to", _to, means, moves),
         Redirection("torch.nn.Module.to", _second_on_cpu, means, moves),
         Redirection(
             "torch.Tensor.type", _type_says_cuda, "torch.cuda.*Tensor", "optimizers group parameters by this name"
