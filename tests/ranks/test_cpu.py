@@ -189,6 +189,7 @@ def rank_devices(_: str) -> None:
         assert (x @ x).dtype == torch.bfloat16
     with torch.autocast(device_type="cuda", enabled=False):
         assert (x @ x).dtype == torch.float32 and not torch.is_autocast_enabled()
+    assert torch.cuda.current_stream(torch.cuda.Stream().device).device.type == "cpu"
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
     end.record(torch.cuda.current_stream())

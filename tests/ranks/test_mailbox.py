@@ -70,7 +70,7 @@ def test_sums_through_memory_are_exact(in_ranks, tmp_path: Path):
 
 
 def rank_apart(_: str) -> None:
-    """Two ranks make a group of their own, while the two others make theirs, of the same name."""
+    """Two ranks make a group, while the two others make theirs, of the same name; then all make a mesh."""
     import datetime
 
     import torch
@@ -82,6 +82,10 @@ def rank_apart(_: str) -> None:
     total = torch.tensor(float(me))
     dist.all_reduce(total, group=group)
     assert total == (1.0 if me < 2 else 5.0)
+    mesh = dist.init_device_mesh("cuda", (2, 2))  # layers that are sharded over devices ask for one
+    across = torch.tensor(float(me))
+    dist.all_reduce(across, group=mesh.get_group(0))
+    assert mesh.device_type == "cpu" and across == (2.0 if me % 2 == 0 else 4.0)
     dist.barrier()
     dist.destroy_process_group()
 

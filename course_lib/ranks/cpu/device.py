@@ -309,6 +309,9 @@ def redirections() -> list[Redirection]:
             for n in TENSOR_TYPES
         ),
         Redirection("torch.Generator", _generator_on_cpu, means, "samplers ask for one"),
+        Redirection(
+            "torch.distributed.device_mesh.DeviceMesh.__init__", _second_on_cpu, means, "sharded layers ask for one"
+        ),
         Redirection("torch.set_default_device", _first_on_cpu, means, "as factories"),
         Redirection(
             "torch.load", _load_on_cpu, "map_location cuda means the CPU", "checkpoints are read to the device"

@@ -21,6 +21,13 @@ class Stream:
     def __exit__(self, *_: object) -> None:
         return None
 
+    @property
+    def device(self) -> object:
+        """The CPU, where its work is done."""
+        import torch
+
+        return torch.device("cpu")
+
     def wait_stream(self, stream: object) -> None:
         """Nothing to wait for."""
 
