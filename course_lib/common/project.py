@@ -61,6 +61,13 @@ VARIABLES = {
             "confirms for ranks started by hand the function that launch.json names",
         ),
         Variable(
+            "COURSE_LAYERS",
+            "not set",
+            "modules of your own whose layer specifications a configuration may name",
+            r"[A-Za-z_][\w.]*(,[A-Za-z_][\w.]*)*",
+            "names of modules with commas between them",
+        ),
+        Variable(
             "COURSE_STARTER_PID",
             "not set; the launcher sets it for torchrun",
             "process whose end ends the ranks",

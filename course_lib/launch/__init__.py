@@ -371,6 +371,7 @@ def _threads(ranks: int) -> int:
 def _start_warm(run: runs.Run, ranks: int) -> forkserver.Launched:
     threads = str(run.launch.get("threads") or variable("COURSE_THREADS") or _threads(ranks))
     environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads} | train.confirmation(run.launch)
+    environment |= foreign_code.permission()
     return forkserver.lease().launch(
         "course_lib.ranks.train:start",
         str(run.path),

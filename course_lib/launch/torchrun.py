@@ -17,7 +17,7 @@ from pathlib import Path
 from course_lib import runs, stack
 from course_lib.common.project import PROJECT
 from course_lib.ranks import train
-from course_lib.runs import failures
+from course_lib.runs import failures, foreign_code
 
 __all__ = ["Started", "command", "kill", "settings", "start", "start_process"]
 
@@ -52,7 +52,7 @@ def settings(run: runs.Run) -> dict[str, str]:
     found = {"PYTHONPATH": os.pathsep.join(dict.fromkeys((str(PROJECT), *_own_places())))}
     if run.launch["device"] == "cpu":
         found |= {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    return found | train.confirmation(run.launch)
+    return found | train.confirmation(run.launch) | foreign_code.permission()
 
 
 def _own_places() -> list[str]:

@@ -128,6 +128,7 @@ def _agent(request: dict, writer: object) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     sys.path.extend(entry for entry in request["path"] if entry not in sys.path)
+    os.environ.update(request["env"])
     if request["prepare"]:
         with contextlib.suppress(Exception):  # the ranks will meet the error, and say which rank they are
             request["prepared"] = _function(request["prepare"])(request["argument"])

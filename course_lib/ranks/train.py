@@ -75,7 +75,7 @@ def read_config(path: Path) -> ConfigContainer:
         if not isinstance(content, dict):
             raise ConfigError(f"{path} is empty or not a mapping")
         foreign_code.refuse(content, path)
-        _let_bridges_own_specification_pass(content)
+        _let_specification_pass(content)
         return ConfigContainer.from_dict(content, mode=InstantiationMode.STRICT)
     except ConfigError:
         raise
@@ -87,18 +87,20 @@ def read_config(path: Path) -> ConfigContainer:
         raise ConfigError(f"{path} does not fit Bridge's ConfigContainer: {' '.join(str(error).split())}") from error
 
 
-def _let_bridges_own_specification_pass(content: dict) -> None:
-    """Bridge writes the private function that EXAONE MoE's layers come from, and would not read it again.
+def _let_specification_pass(content: dict) -> None:
+    """Bridge reads no specification of layers from a module of the learner's, nor the private one that it writes itself.
 
     Source: megatron-bridge 0.6.2 `models/exaone/exaone_moe/exaone_moe_provider.py`, `utils/instantiate_utils.py`.
     """
     from megatron.bridge.utils import instantiate_utils
 
     model = content.get("model")
-    specification = model.get("transformer_layer_spec") if isinstance(model, dict) else None
-    target = specification.get("_target_") if isinstance(specification, dict) else None
-    if isinstance(target, str) and target.startswith("megatron.bridge.models."):  # refuse_foreign_code() knows the rest
-        instantiate_utils._ALLOWED_PRIVATE_TARGETS.add(target)
+    for field, node in model.items() if isinstance(model, dict) else ():
+        if (
+            field.endswith("_spec") and isinstance(node, dict) and "_target_" in node
+        ):  # foreign_code.refuse() let it pass
+            instantiate_utils._ALLOWED_PRIVATE_TARGETS.add(node["_target_"])
+            instantiate_utils.target_allowlist.add_exact(node["_target_"])
 
 
 def stage(path: Path, rank: int, name: str) -> None:

@@ -15,8 +15,9 @@ from typing import Any
 
 from course_lib import stack
 from course_lib.common.config import ConfigError
+from course_lib.common.project import variable
 
-__all__ = ["refuse", "resolve"]
+__all__ = ["permission", "refuse", "resolve"]
 
 _CODE_BY_NAME = ("custom_manager_class", "fp4_quantizer_factory", "fp8_quantizer_factory", "feature_dirs")
 """Fields whose text Bridge, Megatron Core or Transformer Engine imports as code.
@@ -51,6 +52,8 @@ _SAYS_WHAT = ("_target_", "_call_", "_partial_", "_name_", "_builder_")
 
 _IMPORTABLE = re.compile(r"megatron\.(bridge|core|training)\.|transformers\.([\w.]+\.)?configuration_\w+$|signal$")
 
+_SPECIFICATION = re.compile(r"_specs?$")
+
 _EMPTY = (
     "megatron.core.process_groups_config.ProcessGroupCollection",
     "megatron.core.tokenizers.text.models.default_tokenizer.DefaultTokenizerText",
@@ -66,6 +69,9 @@ def refuse(content: dict, source: Path) -> None:
     that its object has itself, and the object must be of a kind that `ConfigContainer.to_yaml` writes: a dataclass that
     the field above it is declared to hold, a member of an enumeration, a data type, a model's shape as Hugging Face keeps
     it, or an activation, initialisation or layer specification.  Nothing is called to find that out.
+
+    Layer specifications may also come from the modules that `COURSE_LAYERS` names, with commas between them: the learner's
+    own, which whoever starts the process names, and no file can.
 
     Args:
         content: The file as nested dicts: a `config.yaml`, or a checkpoint's `run_config.yaml`.
@@ -119,15 +125,13 @@ def _named(node: dict, declared: tuple[type, ...]) -> tuple[object, str]:
         return None, "_target_ must be text, _call_ and _partial_ true or false"
     thing = resolve(target)
     if thing is None:
-        return None, f"{target} is not the own name of a class or function that Bridge writes"
+        return None, f"{target} is not the own name of a class or function that Bridge writes{_if_it_is_yours(target)}"
     if "_builder_" in node and not _is_class(resolve(str(node["_builder_"])), "Builder"):
         return thing, f"{node['_builder_']} is no builder of models"
     if partial or (not call and not fields):
         reference = _is_function(thing, target) or (not partial and (_is_module(thing) or _is_data_type(thing)))
-        return (
-            thing,
-            "" if reference else f"{target} is no data type, activation, initialisation or specification of layers",
-        )
+        what = f"{target} is no data type, activation, initialisation or specification of layers"
+        return thing, "" if reference else what + _if_it_is_yours(target)
     if isinstance(thing, type) and issubclass(thing, enum.Enum):
         return thing, "" if fields == {"_args_"} else f"{target} needs one value in _args_ and nothing else"
     if target.endswith(".from_dict"):
@@ -139,6 +143,29 @@ def _named(node: dict, declared: tuple[type, ...]) -> tuple[object, str]:
     fits = issubclass(thing, declared) or any(issubclass(kind, thing) for kind in declared) if held else False
     held = fits if declared else held and _is_class(thing, "ModuleSpec", "Submodules")
     return thing, "" if held else f"{target} is nothing that Bridge keeps in this field"
+
+
+def permission() -> dict[str, str]:
+    """The environment variable by which whoever starts ranks lets a configuration name layers of a module of their own."""
+    own = variable("COURSE_LAYERS")
+    return {"COURSE_LAYERS": own} if own else {}
+
+
+def _own_modules() -> list[str]:
+    return permission().get("COURSE_LAYERS", "").split(",")
+
+
+def _if_it_is_yours(name: str) -> str:
+    """What to do about a specification of layers that the learner wrote."""
+    module, _, last = name.rpartition(".")
+    if not _SPECIFICATION.search(last):
+        return ""
+    if module == "__main__":
+        return (
+            ", and ranks cannot import what a notebook defines: write the function into a module (%%writefile "
+            "my_layers.py), import it from there, and set COURSE_LAYERS=my_layers"
+        )
+    return f" (if the module is your own, set COURSE_LAYERS={module}, as book/trust.md says)"
 
 
 def resolve(name: str) -> object:
@@ -153,7 +180,8 @@ def resolve(name: str) -> object:
     module = ".".join(path[:-1] if of_a_class else path)
     try:
         # Whoever imports torch can be asked for all that torch imports, os among it: only modules' own names count.
-        thing: object = importlib.import_module(module) if _IMPORTABLE.match(module) else sys.modules[module]
+        importable = _IMPORTABLE.match(module) or module in _own_modules()
+        thing: object = importlib.import_module(module) if importable else sys.modules[module]
         for part in (path[-1], last) if of_a_class else (last,):
             thing = getattr(thing, part)
     except (ImportError, AttributeError, KeyError):
@@ -172,7 +200,7 @@ def _is_function(thing: object, name: str) -> bool:
     from types import BuiltinFunctionType, FunctionType
 
     module, _, last = name.rpartition(".")
-    specification = module.startswith(_MODELS) and re.search(r"_specs?$", last)
+    specification = (module.startswith(_MODELS) or module in _own_modules()) and _SPECIFICATION.search(last)
     known = module in _ARITHMETIC or specification or name in _SET_UP
     return isinstance(thing, FunctionType | BuiltinFunctionType) and bool(known)
 

@@ -55,7 +55,13 @@ DEFERRED: tuple[Deferred, ...] = (
         functions=("loss_func_kd",),
     ),
     Deferred("rfc3987_syntax", "compiles a URL grammar for three seconds", functions=("is_valid_syntax",)),
+    Deferred(
+        "megatron.bridge.data.energon.base_energon_datamodule",
+        "imports all of Energon and its object stores, for data sets of pictures; the configuration names one class",
+        functions=("EnergonMultiModalDataModule",),
+    ),
     Deferred("multistorageclient", "object stores: compiles a URL grammar for three seconds"),
+    Deferred("httpx._main", "a command line with its own colours; httpx names its one function", functions=("main",)),
     Deferred("wandb", "experiment tracker, used only when a run names a project"),
     Deferred("datasets", "Hugging Face datasets", functions=("load_dataset", "concatenate_datasets")),
     Deferred("datasets.builder", "as above; Bridge sets one attribute here"),

@@ -33,7 +33,7 @@ def _no_dynamo(fn: Callable | None = None, recursive: bool = True, **_: object) 
 
 
 def _late_function(module: ModuleType, name: str) -> Callable:
-    """A function that runs its module's body when it is called."""
+    """A function that runs its module's body when it is called, or when a class is derived from it."""
     if name in ("graph_break", "clear_lru_cache"):
         return lambda *_, **__: None  # a compiler that never runs has no graph to break and has cached nothing
     if module.__name__ == "torch._dynamo":
@@ -45,6 +45,7 @@ def _late_function(module: ModuleType, name: str) -> Callable:
         return getattr(_run_body(module), name)(*args, **kwargs)
 
     late.__name__ = late.__qualname__ = name
+    late.__mro_entries__ = lambda _: (getattr(_run_body(module), name),)  # it may be a class that others derive from
     return late
 
 

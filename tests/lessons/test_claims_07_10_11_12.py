@@ -229,7 +229,12 @@ def lesson_10():
 def lesson_11():
     """Facts of lesson 11."""
     ways = pd.DataFrame({"largest value": [2.0], "by hand": [1e-6], "Megatron Core": [1e-6]})
-    yield "hand-check", {"differences": ways, "tolerance": 1e-5}, [{"differences": ways.assign(**{"by hand": 0.1})}]
+    here = {"stack": Some(device=gives("cpu"))}
+    yield (
+        "hand-check",
+        {"differences": ways, "tolerance": 1e-5} | here,
+        [{"differences": ways.assign(**{"by hand": 0.1})}],
+    )
     found = pd.DataFrame({"group": ["tp", "dp-cp"], "count": [42, 1], "bytes": [8, 9]})
     yield "check-count", {"found": found, "operations": 42, "expected_layers": 4}, [{"operations": 52}]
     form = {"run": 0, "collectives": Some(compare=gives(table())), "on_cpu": True}

@@ -6,20 +6,24 @@ same facts must fail the cell where it believes that they come from CPU ranks.
 
 from __future__ import annotations
 
+import random
+import re
 from pathlib import Path
 from types import SimpleNamespace as Some
 from typing import Any
+from unittest.mock import MagicMock
 
 import pandas as pd
 import pytest
 
 from course_lib import runs, stack
 from course_lib.common import units
-from course_lib.lesson import checks
+from course_lib.experiments import sweep
+from course_lib.lesson import checks, notebooks
 from course_lib.planning import memory, messages
-from course_lib.reading import collectives
+from course_lib.reading import baselines, collectives, throughput
 from support import small
-from support.lesson_cells import cells, gives, verdicts
+from support.lesson_cells import cells, gives, tagged, verdicts
 
 
 def made_by(number: str, names: tuple[str, ...], **given: Any) -> dict[str, Any]:
@@ -64,6 +68,95 @@ def test_lesson_00_does_not_time_forks_that_are_none():
     holds("00", "check-hello", facts, {"device": "cpu"})
 
 
+def first_loss_in_bf16(vocab_size: int, hidden_size: int, *, tokens: int = 2048, std: float = 0.02) -> float:
+    """The first loss as a GPU's last layer and fused loss compute it: normed vectors, weights and logits in bf16."""
+    import torch
+
+    draws = torch.Generator().manual_seed(7)
+    hidden = torch.nn.functional.rms_norm(torch.randn(tokens, hidden_size, generator=draws), (hidden_size,)).bfloat16()
+    weight = (std * torch.randn(vocab_size, hidden_size, generator=draws)).bfloat16()
+    labels = torch.randint(vocab_size, (tokens,), generator=draws)
+    parts = [(hidden[n : n + 256] @ weight.T).float() for n in range(0, tokens, 256)]
+    losses = [torch.nn.functional.cross_entropy(part, labels[256 * n :][:256]) for n, part in enumerate(parts)]
+    return float(torch.stack(losses).mean())
+
+
+def parameters_on_a_gpu(cfg: Any) -> int:
+    """Parameters of rank 0 as its log says them: the model of a GPU rank, built on the meta device."""
+    return memory.states(cfg, ranks=8)[0].parameters
+
+
+def test_lesson_03_holds_on_a_gpu(bridge):
+    """A bf16 loss is as near to its formula, Transformer Engine's layers have as many parameters, and the hand-made file
+    may differ from the launcher by rounding."""
+    made = made_by("03", ("imports", "parameters", "recipe", "shrink-model", "shrink-run", "predict"))
+    cfg, vocab_size = made["cfg"], made["vocab_size"]
+    first = first_loss_in_bf16(vocab_size, cfg.model.hidden_size)
+    log = f" > number of parameters on (tensor, pipeline) model parallel rank (0, 0, 0): {parameters_on_a_gpu(cfg)}"
+    run = run_of("cuda", first, 5.5, log=gives(log))
+    run.metrics["tokens"] = made["tokens_per_step"]
+    facts = {name: made[name] for name in ("cfg", "first_loss", "parameters", "tokens_per_step", "re")} | {"run": run}
+    holds("03", "check", facts, {"parameters": made["parameters"] + cfg.model.hidden_size})
+    assert not all(verdicts("03", "check", facts | {"first_loss": made["first_loss"] - 0.05}))
+
+    def by_hand(*losses: float, device: str = "cuda") -> dict[str, Any]:
+        printed = run_of("cuda", *losses).metrics
+        two = run_of(device, 6.9, 6.8, 6.7, 6.6)
+        return {"printed": printed, "launch": Some(run=gives(two)), "place": Some(glob=gives([Path("events.1")]))}
+
+    things = {"cfg_two": cfg, "two_steps": 4, "by_hand": Some(stderr=""), "runs": runs, "throughput": throughput}
+    near = things | by_hand(6.9, 6.81, 6.69, 6.6)
+    holds("03", "check-by-hand", near, by_hand(6.9, 6.81, 6.0, 6.6))
+    assert not all(verdicts("03", "check-by-hand", near | by_hand(6.9, 6.81, 6.69, 6.6, device="cpu")))
+
+
+@pytest.mark.parametrize(("number", "vocab_size", "hidden_size"), [("04", 8192, 64), ("05", 131_072, 64)])
+def test_first_losses_in_bf16_are_those_of_the_lessons(number, vocab_size, hidden_size):
+    """Rounding the logits of 8,192 or 131,072 ids to bf16 moves the mean by far less than the cells allow."""
+    assert f"hidden_size={hidden_size}" in "".join(source for source, _ in cells(number).values())
+    first, expected = first_loss_in_bf16(vocab_size, hidden_size), baselines.first_loss(vocab_size, hidden_size, 0.02)
+    assert first == pytest.approx(expected, abs=0.02)
+    if number == "05":
+        facts = {"both": {"Nemotron": run_of("cuda", first)}, "expected": {"Nemotron": expected}, "on_rank_0": [0, 1]}
+        facts |= {"added": 2, "per_token": {"Nemotron": 11, "BPE": 6.5}, "per_byte": {"Nemotron": 3.8, "BPE": 3.7}}
+        holds("05", "check", facts, {"both": {"Nemotron": run_of("cuda", first + 0.1)}})
+
+
+def test_lesson_05_adds_rows_and_nothing_else_on_a_gpu(bridge):
+    """The larger vocabulary adds its rows to a rank of Transformer Engine's model, too, and 14 of its 18 bytes follow."""
+    counts = []
+    for vocab_size in (1024, 131_072):
+        cfg = small.config(tp=2, tokenizer__vocab_size=vocab_size, model__hidden_size=64)
+        cfg.model.share_embeddings_and_output_weights = True
+        counts.append(parameters_on_a_gpu(cfg))
+    assert 2 * (counts[1] - counts[0]) == (131_072 - 1024) * 64
+
+
+def test_lesson_09_sees_the_same_differences_through_rounding():
+    """Losses of bf16 runs move by up to half a thousandth from one to the next; the verdicts of the lesson do not."""
+    draws = random.Random(3)
+
+    def on_gpus(*losses: float) -> list[float]:
+        return [loss * (1 + draws.uniform(-5e-4, 5e-4)) for loss in losses]
+
+    base = on_gpus(5.98, 6.05, 6.02)
+    after = {
+        "by_init": (5.981, 6.051, 6.019),
+        "by_rate": (6.4, 6.45, 6.42),
+        "by_length": (6.0, 6.03, 6.04),
+        "by_shape": (6.3, 6.4, 6.35),
+    }
+    found = {
+        name: sweep.Comparison.of(sweep.Change(name, 1, 2), base, on_gpus(*losses)) for name, losses in after.items()
+    }
+    crossed = {name: sum(b > a for a in base for b in found[name].after) for name in ("by_rate", "by_init")}
+    read = {"learning rate, crossed": [9, crossed["by_rate"]], "init std, crossed": [9, crossed["by_init"]]}
+    seeds = {"read": read, "by_init": found["by_init"]}
+    holds("09", "check-single-seed", seeds, {"by_init": sweep.Comparison.of(sweep.Change("x", 1, 2), base, base[::-1])})
+    things = found | {"plots": MagicMock(), "compare": MagicMock()}
+    holds("09", "figure-all", things, {"by_length": found["by_rate"]})
+
+
 def test_lesson_06_holds_a_gpus_bytes_against_a_gpus_plan():
     """2 bytes of weights, 4 of gradients, 12/DP of optimizer states, and the activations that fused kernels keep."""
     run = run_of("cuda", path=None)
@@ -91,6 +184,13 @@ def test_lesson_08_expects_nine_bytes_a_parameter():
     planned = memory.states(cfg, ranks=8)[0].total_bytes
     parameters = made["recipes"].parameter_count(cfg.model, vocab_size=vocab_size) / 2
     checks.close(planned / units.MiB, parameters * (6 + 12 / 4) / units.MiB, rtol=0.01, what="states", unit="MiB")
+    state_bytes = parameters * (6 + 12 / 4)
+    run = run_of("cuda", 9.0, log=gives(f"weight and optimizer={state_bytes / units.MiB:.2f} MB"))
+    run.memory = pd.DataFrame({"rank": range(8), "peak_memory_bytes": planned + 2**20})
+    facts = {"throughput": throughput, "run": run, "state_bytes": state_bytes}
+    facts |= {"plots": MagicMock(), "compare": MagicMock()}
+    facts["plots"].figure.return_value.__enter__.return_value = None, None
+    holds("08", "check-memory", facts, {"state_bytes": parameters * (4 + 12 / 4)})
 
 
 def test_lesson_10_expects_fourteen_bytes_a_parameter():
@@ -169,3 +269,33 @@ def test_cores_own_attention_on_a_gpu_is_not_planned(bridge):
 def test_the_kernel_asks_the_same_question_as_the_launcher():
     """What the cells ask is what decides where the ranks are."""
     assert stack.device(8) == "cuda"
+
+
+ELSEWHERE = {
+    "texts, tables, plans and files, which know no device": """00/check-table 00/check-broken 02/check-diff 02/check-pattern
+        02/check-count 02/check-columns 02/shrink 03/check-first-loss 03/check-mock 04/check-split 04/check-loss-free
+        04/check-labels 04/check-cuts 04/check-blend 05/check-ids 05/compare 05/check-padding 05/check-difference
+        06/check-states 06/check-fit 06/check-bridge 06/check-time 06/check-verdict 06/check-pipeline 06/check-experts
+        07/check-slurm 07/check-second 07/check-rented 08/check-published 08/check-order 08/check-formula 08/check-work
+        09/base-run 09/one-field 09/shape 10/check-changed""",
+    "how a launch, a save or a resume ends, which is the same on every device": """07/check-silence 07/check-first
+        07/check-habits 09/run-noise 10/recipe-format 10/check-full 10/check-traps""",
+    "one run held against itself, or against a bound far away": """03/check-real-text 04/check 08/check-baselines
+        08/check-log 08/check-speed 08/check-healthy 08/check-sick 08/check-leak 10/check-hub 10/check-rows
+        12/state-check 12/check-interleave 12/check-node""",
+    "verdicts that figure-all takes together": "09/run-learning-rate 09/run-init 09/run-length 09/run-shape",
+}
+"""Check cells that no test here evaluates for a GPU, and why they need none; lesson 01 starts no rank."""
+ASKS = r"\bon_cpu\b|\bbound\b|\bdevice\b|torch\.cuda"
+"""What a cell says that asks where its ranks were."""
+
+
+def test_every_check_cell_knows_about_gpus():
+    """Each is evaluated here, asks for the device itself, or is listed with the reason why it need not."""
+    source = Path(__file__).read_text(encoding="utf-8")
+    here = {f"{number}/{name}" for number, name in re.findall(r'(?:holds|verdicts)\(\s*"(\d\d)", "([\w-]+)"', source)}
+    listed = [name for names in ELSEWHERE.values() for name in names.split()]
+    every = {f"{path.name[:2]}/{cell}" for path in notebooks.notebooks() for cell in tagged(path.name[:2], "check")}
+    asks = {name for name in every if re.search(ASKS, cells(name[:2])[name[3:]][0])}
+    left = every - here - asks - {name for name in every if name.startswith("01/")}
+    assert left - set(listed) == set() and set(listed) - every == set() and len(listed) == len(set(listed))

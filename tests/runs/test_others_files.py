@@ -14,7 +14,7 @@ import yaml
 from course_lib import launch, runs
 from course_lib.ranks import train
 from course_lib.runs import failures, foreign_code
-from support import small
+from support import drills, small
 
 
 @pytest.fixture(scope="module")
@@ -185,3 +185,35 @@ def test_a_target_is_a_function_of_the_module_that_is_named(name):
     """What only came into one of the course's modules by an import is none of its functions."""
     with pytest.raises(launch.ConfigError, match="is no `module:function` that a rank can import"):
         train._function(name)
+
+
+def test_layers_of_ones_own_pass_where_their_module_is_named(bridge, runs_directory, monkeypatch):
+    """No file can name the module, the learner can; the run is the one of Core's layers, and its checkpoint needs it too."""
+    cfg = small.config(tp=1, train_iters=1)
+    plain = launch.run(cfg, ranks=2, name="plain", show=None)
+    cfg.model.transformer_layer_spec = drills.own_layer_spec
+    for named in (None, "another", "drills2"):
+        if named:
+            monkeypatch.setenv("COURSE_LAYERS", named)
+        with pytest.raises(launch.ConfigError, match=r"drills.own_layer_spec .*set COURSE_LAYERS=\S*drills,"):
+            launch.run(cfg, ranks=2, name="own", show=None)
+    monkeypatch.setenv("COURSE_LAYERS", f"another,{drills.__name__}")
+    run = launch.run(cfg, ranks=2, name="own", save=True, show=None)
+    assert runs.difference(run, plain) == 0 and "own layers" in run.log(0)
+    monkeypatch.delenv("COURSE_LAYERS")
+    with pytest.raises(launch.ConfigError, match="run_config.yaml, field model.transformer_layer_spec"):
+        launch.prepare(small.config(tp=1), ranks=2, load=run)
+
+
+def test_layers_of_a_notebook_are_refused_with_what_to_do(written, tmp_path, monkeypatch):
+    """Ranks cannot import them, whoever names them; nor any other function of a module that is named."""
+    monkeypatch.setenv("COURSE_LAYERS", f"__main__,os,{drills.__name__}")
+    for target, words in (
+        ("__main__.my_layer_spec", "cannot import what a notebook defines: .*writefile"),
+        ("os.system", "is not the own name|is no data type"),
+        (f"{drills.__name__}.raises", "is no data type"),
+        (f"{drills.__name__}.os.system", "is not the own name"),
+    ):
+        content = with_field(written, "model.transformer_layer_spec", {"_target_": target, "_call_": False})
+        with pytest.raises(launch.ConfigError, match=words):
+            foreign_code.refuse(content, tmp_path / "config.yaml")

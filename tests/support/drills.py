@@ -41,6 +41,14 @@ def _train(
     train.rank_main(run_directory, cfg, callbacks=[_AtStep(step, action)] if mine else [])
 
 
+def own_layer_spec(config: object) -> object:
+    """A learner's own layers, here the ones that CPU ranks have anyway; it says that it was asked."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    print("own layers")
+    return get_gpt_layer_local_spec(normalization=config.normalization)
+
+
 def raises(run_directory: str, cfg: object = None) -> None:
     """Rank 3 raises in its second step."""
 
