@@ -182,7 +182,7 @@ def test_lesson_08_expects_nine_bytes_a_parameter():
     cfg, vocab_size = made["cfg"], made["vocab_size"]
     cfg.tokenizer.vocab_size = cfg.model.vocab_size = vocab_size  # the ranks learn it from the tokenizer
     planned = memory.states(cfg, ranks=8)[0].total_bytes
-    parameters = made["recipes"].parameter_count(cfg.model, vocab_size=vocab_size) / 2
+    parameters = made["closed_forms"].parameter_count(cfg.model, vocab_size=vocab_size) / 2
     checks.close(planned / units.MiB, parameters * (6 + 12 / 4) / units.MiB, rtol=0.01, what="states", unit="MiB")
     state_bytes = parameters * (6 + 12 / 4)
     run = run_of("cuda", 9.0, log=gives(f"weight and optimizer={state_bytes / units.MiB:.2f} MB"))
