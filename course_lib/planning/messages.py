@@ -65,7 +65,7 @@ def expected(
             is what a CPU rank does, or an optimizer whose state is divided into several instances.
 
     Source: megatron-core tensor_parallel/layers.py, mappings.py, cross_entropy.py, distributed/finalize_model_grads.py,
-    pipeline_parallel/schedules.py @ 0.19.2; for keys and values course_lib/ranks/cpu/context.py.
+    pipeline_parallel/schedules.py @ 0.19.2; for keys and values course_lib/ranks/cpu/attention.py.
     """
     import pandas as pd
 

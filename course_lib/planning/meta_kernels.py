@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 from course_lib.stack import local_layers
+from course_lib.stack.patches import Patches, applied
 
 if TYPE_CHECKING:
     import torch
@@ -48,20 +48,14 @@ def standing_in(*, fused: bool, experts: int, chosen: int, one_for_all: bool = T
         one_for_all: Build one of a rank's experts, marked with how many it stands for; they are alike.
     """
     import torch
-    from megatron.core.tensor_parallel import layers
-
-    def no_fork(self: object, name: str = "") -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
 
     def norm(_: type, config: Any, hidden_size: int, eps: float = 1e-5, **__: Any) -> torch.nn.Module:
         return _norm(config, hidden_size, eps=eps, fused=fused)
 
     random, moe = f"{_CORE}.tensor_parallel.random", f"{_CORE}.transformer.moe"
     answers = {
-        f"{random}.CudaRNGStatesTracker.fork": no_fork,
+        f"{random}.CudaRNGStatesTracker.fork": lambda self, name="": contextlib.nullcontext(),
         f"{random}._get_all_rng_states": lambda: (),
-        # Upstream takes the default for FP8 (`is not None`) and then misses Transformer Engine.
-        f"{random}.CheckpointWithoutOutput.__init__": _without_fp8(),
         f"{_CORE}.transformer.dot_product_attention.DotProductAttention.forward": _attention(fused),
         f"{_CORE}.transformer.attention.Attention._checkpointed_attention_forward": _recomputed_attention,
         f"{_CORE}.transformer.torch_norm.WrappedTorchNorm.__new__": norm,
@@ -74,48 +68,32 @@ def standing_in(*, fused: bool, experts: int, chosen: int, one_for_all: bool = T
         f"{moe}.token_dispatcher.MoEAllGatherTokenDispatcher.dispatch_postprocess": _balanced_here(experts, chosen),
         f"{moe}.moe_layer.HAVE_TE": True,  # upstream demands its linear layer around experts in a latent space
         f"{moe}.moe_layer.TELinear": _duplicated(),
-        **{
-            f"{_CORE}.tensor_parallel.layers.{name}": local_layers.unless_alone(getattr(layers, name))
-            for name in ("reduce_from_tensor_model_parallel_region", "reduce_scatter_to_sequence_parallel_region")
-        },
         f"{_CORE}.ssm.gated_delta_net.common.HAVE_FLA": True,  # it can be built, and not run
         f"{_CORE}.ssm.gated_delta_net.gdn.chunk_gated_delta_rule": object(),
+        "megatron.bridge.peft.utils.version": lambda _: local_layers.VERSION,
         **_mamba(),
-        **_adapters(),
+        **_meta_torch(),
     }
-    if "megatron.bridge.models.gemma.gemma2_provider" in sys.modules:  # flex attention keeps what flash attention keeps
-        answers["megatron.bridge.models.gemma.gemma2_provider.Gemma2FlexDotProductAttention.forward"] = _attention(
-            fused
-        )
+    gemma = "megatron.bridge.models.gemma.gemma2_provider"
+    if gemma in sys.modules:  # flex attention keeps what flash attention keeps
+        answers[f"{gemma}.Gemma2FlexDotProductAttention.forward"] = _attention(fused)
+    mine = Patches(local_layers.PATCHES)
+    for target, answer in answers.items():
+        mine.sets(answer, target, why="a model without memory has no GPU")
     if one_for_all:
-        answers[f"{moe}.experts.SequentialMLP.__init__"] = _one_expert_for_all()
-    with contextlib.ExitStack() as patches:
-        for name, answer in answers.items():
-            patches.enter_context(mock.patch(name, answer))
-        patches.enter_context(torch.device("meta"))
-        patches.enter_context(_without_a_gpu())
-        patches.enter_context(local_layers.standing_in())
+        mine.replaces(f"{moe}.experts.SequentialMLP.__init__", why="the experts of a rank are alike")(
+            _one_expert_for_all
+        )
+    with applied(local_layers.patches()), applied(mine), torch.device("meta"):
         yield
 
 
-@contextmanager
-def _without_a_gpu() -> Iterator[None]:
-    """Any module of Megatron that asks torch for the current GPU, whatever the model's own device, gets the meta device."""
+def _meta_torch() -> dict[str, Any]:
+    """torch as each module of Megatron sees it: who asks for the current GPU, whatever the model's own device, gets meta."""
     import torch
 
-    mine = _Torch()
-    asking = [
-        module
-        for name, module in list(sys.modules.items())
-        if name.startswith("megatron.") and vars(module).get("torch") is torch
-    ]
-    for module in asking:
-        module.torch = mine
-    try:
-        yield
-    finally:
-        for module in asking:
-            module.torch = torch
+    mine, modules = _Torch(), [name for name in sys.modules if name.startswith("megatron.")]
+    return {f"{name}.torch": mine for name in modules if vars(sys.modules[name]).get("torch") is torch}
 
 
 def _keeping(keep: Any, shape: Any) -> Any:
@@ -202,25 +180,11 @@ def _norm(config: Any, hidden_size: int, *, eps: float, fused: bool) -> Any:
     return Norm()
 
 
-def _without_fp8() -> Any:
-    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
-
-    original = CheckpointWithoutOutput.__init__
-    return lambda self, fp8=None: original(self, fp8 or None)
-
-
-def _one_expert_for_all() -> Any:
-    """The experts of a rank are alike: one is built, marked with how many it stands for, and gets all their tokens."""
-    from megatron.core.transformer.moe.experts import SequentialMLP
-
-    original = SequentialMLP.__init__
-
-    def init(self: Any, num_local_experts: int, *others: Any, **named: Any) -> None:
-        original(self, 1, *others, **named)
-        for parameter in self.parameters():
-            parameter.stands_for = num_local_experts
-
-    return init
+def _one_expert_for_all(original: Any, self: Any, num_local_experts: int, *others: Any, **named: Any) -> None:
+    """One expert is built, marked with how many it stands for, and gets the tokens of all."""
+    original(self, 1, *others, **named)
+    for parameter in self.parameters():
+        parameter.stands_for = num_local_experts
 
 
 def _spread(total: int, parts: int) -> torch.Tensor:
@@ -293,17 +257,6 @@ def _duplicated() -> type:
     return Duplicated
 
 
-def _adapters() -> dict[str, Any]:
-    """Bridge's adapters ask which of Transformer Engine's classes a layer is; of some there is none without the package."""
-    from megatron.bridge.peft import utils
-
-    from course_lib.stack import local_layers
-
-    present = {name: tuple(kind for kind in getattr(utils, name) if kind is not None) for name in ("TECL", "TERL")}
-    answers = present | {"version": lambda package: local_layers.VERSION}
-    return {f"{utils.__name__}.{name}": answer for name, answer in answers.items()}
-
-
 def _mamba() -> dict[str, Any]:
     """What a hybrid model touches while it is built; without the CUDA kernels it can be built, and not run."""
     import torch
@@ -320,6 +273,5 @@ def _mamba() -> dict[str, Any]:
     return {
         f"{_CORE}.ssm.mamba_mixer.HAVE_MAMBA_SSM": True,
         f"{_CORE}.ssm.mamba_mixer.ExtendedRMSNorm": GatedNorm,
-        f"{_CORE}.models.hybrid.hybrid_block.TENorm": WrappedTorchNorm,
         f"{hybrid}.Norm": WrappedTorchNorm,
     }

@@ -14,12 +14,13 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from course_lib.common import files
 from course_lib.ranks.process_groups import GROUPS, METHODS
+from course_lib.stack.patches import Patches, applied
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,34 +55,31 @@ class Recorder:
         self.chunks: dict[int, int] = {}
         self.modules: dict[int, str] = {}
         self.stack: list[str] = []
-        self.undo: list[Callable[[], object]] = []
+        self.undo = ExitStack()
 
     # ------------------------------------------------------------------------------------------------- what is called
 
     def install(self) -> None:
         """Wrap torch's process groups and Megatron's forward, backward and transfer functions in this process."""
         import torch
-        from megatron.core.pipeline_parallel import p2p_communication, schedules
 
-        group = torch.distributed.ProcessGroup
+        mine, group = Patches(), torch.distributed.ProcessGroup
+        why = "recording"
         for name, (operation, whole) in METHODS.items():
             if hasattr(group, name):
-                self._replace(group, name, self._noted(getattr(group, name), operation, whole))
-        self._replace(schedules, "forward_step", self._timed_forward(schedules.forward_step))
-        self._replace(schedules, "backward_step", self._timed_backward(schedules.backward_step))
+                noted = functools.partial(self._noted, operation=operation, whole=whole)
+                mine.makes(f"torch.distributed.ProcessGroup.{name}", why=why)(noted)
+        pipeline = "megatron.core.pipeline_parallel"
+        mine.makes(f"{pipeline}.schedules.forward_step", why=why)(self._timed_forward)
+        mine.makes(f"{pipeline}.schedules.backward_step", why=why)(self._timed_backward)
         for name in ("_batched_p2p_ops", "_p2p_ops"):
-            self._replace(p2p_communication, name, self._with_directions(getattr(p2p_communication, name)))
+            mine.makes(f"{pipeline}.p2p_communication.{name}", why=why)(self._with_directions)
+        self.undo.enter_context(applied(mine))
         self._node = torch._C._current_autograd_node
-
-    def _replace(self, owner: Any, name: str, new: object) -> None:
-        before = vars(owner)[name]  # as it lies there: getattr would give a method of C++ without its binding
-        self.undo.append(functools.partial(setattr, owner, name, before))
-        setattr(owner, name, new)
 
     def remove(self) -> None:
         """Put back what `install` and `know` changed."""
-        while self.undo:
-            self.undo.pop()()
+        self.undo.close()
 
     def _noted(self, original: Callable, operation: str, whole: Callable[[tuple], list[list]]) -> Callable:
         @functools.wraps(original)
@@ -199,7 +197,8 @@ class Recorder:
                 if _sends(module):
                     self.modules[id(module)] = ".".join(part for part in name.split(".") if part != "module")
                     hooks = module.register_forward_pre_hook(self._enter), module.register_forward_hook(self._leave)
-                    self.undo += [hook.remove for hook in hooks]
+                    for hook in hooks:
+                        self.undo.callback(hook.remove)
 
     def _enter(self, module: Any, _: Any) -> None:
         self.stack.append(self.modules[id(module)])

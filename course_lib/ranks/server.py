@@ -247,10 +247,10 @@ def rank_process(request: dict) -> None:
     """What a rank does first: a session of its own, the client's environment, then the target."""
     import gc
 
-    from course_lib.ranks.cpu import cores
+    from course_lib.ranks.cpu import host
 
     os.setsid()
-    cores.share(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
+    host.share(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
     _end_with_parent()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])

@@ -328,10 +328,10 @@ def _take(device: str, rank: int, world: int) -> None:
         stack.prepare_imports(compiler=True)
         return
     from course_lib.ranks import cpu
-    from course_lib.ranks.cpu import cores, heap
+    from course_lib.ranks.cpu import host
 
-    cores.share(int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", world)))
-    heap.keep()
+    host.share(int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+    host.keep_memory()
     cpu.activate(allow_untested=untested_allowed())
     import torch
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from course_lib.common.project import DATA
+from course_lib.stack.patches import Patches, applied
 
 __all__ = ["ModelFacts", "UnknownModel", "known_models", "offline"]
 
 _MODELS = DATA / "models"
-_ASK_BRIDGE, _ASK_CONFIG = "from_hf_pretrained", "from_pretrained"
 
 
 class UnknownModel(ValueError):
@@ -87,33 +87,28 @@ def offline() -> Iterator[None]:
 
     Source: megatron-bridge 0.6.2 ``models/conversion/auto_bridge.py``, ``from_hf_pretrained`` and ``from_hf_config``.
     """
-    from megatron.bridge import AutoBridge
     from transformers import AutoConfig
 
-    known = known_models()
-    bridge, config = (kind.__dict__[name] for kind, name in ((AutoBridge, _ASK_BRIDGE), (AutoConfig, _ASK_CONFIG)))
+    known, mine, why = known_models(), Patches(), "the Hub cannot be asked"
 
-    def config_from_facts(cls: type, path: str | Path, *args: Any, **kwargs: Any) -> Any:
-        if Path(path).is_dir():
-            return config.__get__(None, cls)(path, *args, **kwargs)
-        facts = _facts(str(path), known)
+    @mine.replaces("transformers.AutoConfig.from_pretrained", why=why)
+    def config_from_facts(original: Any, cls: type, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
+        if Path(pretrained_model_name_or_path).is_dir():
+            return original(cls, pretrained_model_name_or_path, **kwargs)
+        facts = _facts(str(pretrained_model_name_or_path), known)
         values = dict(facts.config)
         made = AutoConfig.for_model(values.pop("model_type"), **values)
         made.name_or_path = facts.model_id  # Bridge keeps it as hf_model_id, as if the Hub had answered
         return made
 
-    def bridge_from_facts(cls: type, path: str | Path, **kwargs: Any) -> Any:
+    @mine.replaces("megatron.bridge.AutoBridge.from_hf_pretrained", why=why)
+    def bridge_from_facts(original: Any, cls: type, path: str | Path, **kwargs: Any) -> Any:
         if Path(path).is_dir():
-            return bridge.__get__(None, cls)(path, **kwargs)
-        return cls.from_hf_config(config_from_facts(AutoConfig, path))
+            return original(cls, path, **kwargs)
+        return cls.from_hf_config(AutoConfig.from_pretrained(path))
 
-    setattr(AutoBridge, _ASK_BRIDGE, classmethod(bridge_from_facts))
-    setattr(AutoConfig, _ASK_CONFIG, classmethod(config_from_facts))
-    try:
+    with applied(mine):
         yield
-    finally:
-        setattr(AutoBridge, _ASK_BRIDGE, bridge)
-        setattr(AutoConfig, _ASK_CONFIG, config)
 
 
 def _facts(model_id: str, known: dict[str, ModelFacts]) -> ModelFacts:

@@ -16,15 +16,14 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from course_lib.stack.patches import Patches
+
 if TYPE_CHECKING:
     import torch
-
-__all__ = ["VERSION", "stand_in", "standing_in", "unless_alone"]
 
 VERSION = "2.14"
 """The Transformer Engine whose layers these follow; Core asks before it takes one, such as a norm of queries."""
@@ -51,30 +50,22 @@ def stand_in(package: ModuleType) -> None:
     utils._te_version = Version(VERSION)
 
 
-@contextmanager
-def standing_in() -> Iterator[None]:
-    """Put the local classes in place of Transformer Engine's inside this block, in every module that names one.
+def patches() -> Patches:
+    """The local classes in place of Transformer Engine's, in every module that names one, where the package is installed.
 
     A model's own class that is derived from one of Transformer Engine's stays what it is.
     """
     from megatron.core.extensions import transformer_engine
 
-    mine = _classes()
-    theirs = {id(vars(transformer_engine)[name]): name for name in mine}
-    places = [
-        (module, attribute, value)
-        for name, module in list(sys.modules.items())
-        if name.startswith("megatron.") and transformer_engine.TELinear is not mine["TELinear"]
-        for attribute, value in list(vars(module).items())
-        if id(value) in theirs
-    ]
-    for module, attribute, value in places:
-        setattr(module, attribute, mine[theirs[id(value)]])
-    try:
-        yield
-    finally:
-        for module, attribute, value in places:
-            setattr(module, attribute, value)
+    mine, places = _classes(), Patches()
+    if transformer_engine.TELinear is mine["TELinear"]:
+        return places
+    theirs = {id(vars(transformer_engine)[name]): kind for name, kind in mine.items()}
+    for name, module in list(sys.modules.items()):
+        for attribute, value in list(vars(module).items()) if name.startswith("megatron.") else ():
+            if id(value) in theirs:
+                places.sets(theirs[id(value)], f"{name}.{attribute}", why="the package's own have no meta device")
+    return places
 
 
 @functools.cache
@@ -304,14 +295,48 @@ def _other_sequences(packed: Any, queries: int, keys: int, *, causal: bool) -> t
     return hidden | (at_query[:, None] < at_key) if causal else hidden
 
 
-def unless_alone(original: Callable) -> Callable:
-    """Wrap one of Megatron's reductions over a group: a group of one rank gives its input back as it is.
+PATCHES = Patches()
+"""What else Core and Bridge need where these layers stand in, in a rank and in the planner."""
+_LAYERS, _PEFT = "megatron.core.tensor_parallel.layers", "megatron.bridge.peft.utils"
 
-    Upstream returns it from a function of autograd, and then refuses the bias that an expert adds to it in place.
-    """
+
+@PATCHES.makes(
+    f"{_LAYERS}.reduce_from_tensor_model_parallel_region",
+    f"{_LAYERS}.reduce_scatter_to_sequence_parallel_region",
+    why="upstream returns its input from a function of autograd, to which an expert's bias cannot be added in place",
+)
+def unless_alone(original: Callable) -> Callable:
+    """A group of one rank gives its input back as it is."""
 
     @functools.wraps(original)
     def reduction(input_: Any, *args: Any, group: Any = None, **options: Any) -> Any:
         return input_ if group is not None and group.size() == 1 else original(input_, *args, group=group, **options)
 
     return reduction
+
+
+@PATCHES.replaces(
+    "megatron.core.tensor_parallel.random.CheckpointWithoutOutput.__init__",
+    why="upstream takes the default for FP8 (`is not None`) and then misses Transformer Engine",
+)
+def fp8_if_asked(original: Callable, self: Any, fp8: Any = None) -> None:
+    """FP8 only if asked for."""
+    original(self, fp8 or None)
+
+
+@PATCHES.makes("megatron.core.models.hybrid.hybrid_block.TENorm", why="Transformer Engine is absent")
+def hybrid_norm(_: object) -> type:
+    """torch's norm."""
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    return WrappedTorchNorm
+
+
+@PATCHES.makes(
+    f"{_PEFT}.TECL",
+    f"{_PEFT}.TERL",
+    why="LoRA asks isinstance for each class; the grouped one is absent without Transformer Engine",
+)
+def without_none(kinds: tuple) -> tuple:
+    """Without None."""
+    return tuple(kind for kind in kinds if kind is not None)

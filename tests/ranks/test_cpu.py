@@ -11,8 +11,7 @@ import pytest
 from course_lib import runs
 from course_lib.common.project import PROJECT
 from course_lib.ranks import cpu
-from course_lib.ranks.cpu import device
-from course_lib.stack import redirection
+from course_lib.stack import patches
 
 
 def python(code: str, **environment: str) -> str:
@@ -32,12 +31,12 @@ def python(code: str, **environment: str) -> str:
 # ------------------------------------------------------------------------------------------- where it may be active
 
 
-def test_every_redirection_says_what_and_why():
-    """The generated table has a row for each redirection, with an effect and a reason, and none stands there twice."""
+def test_every_patch_says_what_and_why():
+    """The generated table has a row for each patch, with an effect and a reason, and no target stands there twice."""
     rows = cpu.table()
-    assert len({(row["target"], row["becomes"]) for row in rows}) == len(rows) > 100
+    assert len({row["target"] for row in rows}) == len(rows) > 180
     for row in rows:
-        assert row["becomes"] and len(row["reason"]) > 5, row
+        assert row["becomes"] and len(row["why"]) > 5, row
     assert not cpu.active(), "looking at the table must change nothing"
 
 
@@ -54,7 +53,7 @@ except cpu.Refused as refused:
 import sys
 print("torch" in sys.modules)
 stack.prepare_imports = lambda: None
-cpu.redirections = list
+cpu.patches = list
 cpu.activate(allow_untested=True)
 print(cpu.active())
 """
@@ -127,8 +126,10 @@ def test_is_cuda_knows_every_way_to_name_a_gpu():
     """Strings, numbers and torch.device name GPUs; None, booleans, cpu and meta do not."""
     import torch
 
-    assert all(map(device.is_cuda, ("cuda", "cuda:3", 0, 7, torch.device("cuda"), torch.device("cuda", 1))))
-    assert not any(map(device.is_cuda, (None, True, False, "cpu", "meta", torch.device("cpu"), torch.float32)))
+    from course_lib.ranks.cpu import cuda
+
+    assert all(map(cuda.is_cuda, ("cuda", "cuda:3", 0, 7, torch.device("cuda"), torch.device("cuda", 1))))
+    assert not any(map(cuda.is_cuda, (None, True, False, "cpu", "meta", torch.device("cpu"), torch.float32)))
 
 
 def test_every_device_constructor_of_torch_is_redirected():
@@ -136,8 +137,10 @@ def test_every_device_constructor_of_torch_is_redirected():
     import torch
     from torch.utils._device import _device_constructors
 
-    targets = {r.target for r in device.redirections()}
-    reached = {getattr(*redirection.locate(t)) for t in targets if not t.startswith("torch.cuda.")}
+    from course_lib.ranks.cpu import cuda, rng
+
+    targets = {patch.target for patch in (*cuda.PATCHES, *rng.PATCHES) if patch.target.startswith("torch.")}
+    reached = {getattr(*patches.locate(t)) for t in targets if not t.startswith("torch.cuda.")}
     missing = [f.__name__ for f in _device_constructors() if f not in reached]
     assert missing == []
     assert {f"torch.{n}_like" for n in ("empty", "full", "ones", "rand", "randint", "randn", "zeros")} <= targets
@@ -373,13 +376,14 @@ def test_activating_twice_changes_nothing(in_ranks, tmp_path):
 
 
 def test_the_compiler_still_imports_afterwards():
-    """torch._dynamo refuses to import when two torch names are one object; no two redirections may share one."""
+    """torch._dynamo refuses to import when two torch names are one object; no two patches may share one."""
     code = """
 from course_lib import stack
 stack.prepare_imports = lambda: []
 import torch
-from course_lib.ranks.cpu import device, redirection
-redirection.apply(device.redirections())
+from course_lib.ranks import cpu
+from course_lib.stack import patches
+patches.apply(patch for patch in cpu.patches() if patch.target.startswith("torch."))
 import torch._dynamo
 import torch._dynamo.trace_rules as rules
 rules.get_torch_obj_rule_map()
@@ -388,7 +392,7 @@ print(type(torch._dynamo).__name__, "torch._dynamo.eval_frame" in __import__("sy
     assert python(code, TORCHDYNAMO_DISABLE="1").split() == ["module", "True"]
 
 
-def test_without_a_redirection_the_process_is_untouched(bridge):
+def test_without_a_patch_the_process_is_untouched(bridge):
     """This process imported Megatron-Bridge with stand-ins only: torch.cuda answers as torch itself does."""
     import torch
 

@@ -169,11 +169,11 @@ def test_the_planner_takes_local_layers_where_transformer_engine_is_installed(
     """As on a node with GPUs, every module's wrapper is exchanged inside the block, and back after it."""
     from megatron.core.extensions import transformer_engine, transformer_engine_spec_provider
 
-    from course_lib.stack import local_layers
+    from course_lib.stack import local_layers, patches
 
     mine, real = transformer_engine.TELinear, type("TELinear", (), {})
     for module in (transformer_engine, transformer_engine_spec_provider):
         monkeypatch.setattr(module, "TELinear", real)
-    with local_layers.standing_in():
+    with patches.applied(local_layers.patches()):
         assert transformer_engine.TELinear is transformer_engine_spec_provider.TELinear is mine
     assert transformer_engine.TELinear is transformer_engine_spec_provider.TELinear is real

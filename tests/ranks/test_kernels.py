@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -41,10 +42,10 @@ def torch(bridge):
 
 def test_the_norm_gives_torchs_numbers(torch):
     """Values and gradients of input and weight; without a weight or an epsilon it is torch's own."""
-    from course_lib.ranks.cpu import fused
+    from course_lib.ranks.cpu import kernels
 
     original = torch.nn.functional.rms_norm
-    mine = fused._rms_norm(original)
+    mine = partial(kernels.rms_norm, original)
     x, weight = torch.randn(SEQUENCE, BATCH, WIDTH), 1 + 0.1 * torch.randn(WIDTH)
     the_same(
         gradients(lambda x, w: original(x, [WIDTH], w, 1e-5), x, weight),
@@ -82,7 +83,7 @@ def test_fast_functions_take_any_strides(torch, dtype):
     from megatron.core.fusions import fused_bias_swiglu
     from megatron.core.models.common.embeddings import rope_utils
 
-    from course_lib.ranks.cpu import fused
+    from course_lib.ranks.cpu import kernels
 
     dtype = getattr(torch, dtype)
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 2e-5, "atol": 2e-6}
@@ -90,13 +91,13 @@ def test_fast_functions_take_any_strides(torch, dtype):
     norm, rotate = torch.nn.functional.rms_norm, rope_utils._apply_rotary_pos_emb_bshd
     swiglu_back = fused_bias_swiglu.swiglu_back
     functions = {
-        fused._rms_norm: (norm, lambda f, x, w: f(x, [16], w, 1e-6), (weight,)),
-        fused._rotate: (rotate, lambda f, x: f(x, angles), ()),
+        kernels.rms_norm: (norm, lambda f, x, w: f(x, [16], w, 1e-6), (weight,)),
+        kernels.rotate: (rotate, lambda f, x: f(x, angles), ()),
     }
-    for (wrap, (original, call, others)), one, two in product(functions.items(), STRIDES.values(), STRIDES.values()):
+    for (mine, (original, call, others)), one, two in product(functions.items(), STRIDES.values(), STRIDES.values()):
         x, grad = (make(torch, *shape).to(dtype) for make in (one, two))
         results = []
-        for function in (original, wrap(original)):
+        for function in (original, partial(mine, original)):
             leaves = [tensor.detach().requires_grad_() for tensor in (x, *others)]
             out = call(function, *leaves)
             results.append([out, *torch.autograd.grad(out, leaves, grad)])
@@ -104,12 +105,12 @@ def test_fast_functions_take_any_strides(torch, dtype):
             torch.testing.assert_close(got, expected, **tolerance)
     for one, two, finer in product(STRIDES.values(), STRIDES.values(), (dtype, torch.float32)):
         y, g = one(torch, 6, 4, 16).to(dtype), two(torch, 6, 4, 8).to(finer)
-        torch.testing.assert_close(fused._swiglu_back(swiglu_back)(g, y), swiglu_back(g, y), **tolerance)
+        torch.testing.assert_close(kernels.swiglu_back(swiglu_back, g, y), swiglu_back(g, y), **tolerance)
 
 
 def test_a_norm_keeps_one_tensor(torch):
     """The planner counts on it: the normal form and one number a token, and no second copy of the input."""
-    from course_lib.ranks.cpu import fused
+    from course_lib.ranks.cpu import kernels
 
     x = torch.randn(SEQUENCE, BATCH, WIDTH, requires_grad=True)
     weight = torch.ones(WIDTH, requires_grad=True)
@@ -127,7 +128,7 @@ def test_a_norm_keeps_one_tensor(torch):
         return sum(sizes.values())
 
     tokens = SEQUENCE * BATCH
-    assert kept(fused._rms_norm(torch.nn.functional.rms_norm)) == 4 * (tokens * WIDTH + tokens + WIDTH)
+    assert kept(partial(kernels.rms_norm, torch.nn.functional.rms_norm)) == 4 * (tokens * WIDTH + tokens + WIDTH)
     assert kept(torch.nn.functional.rms_norm) > 4 * 2 * tokens * WIDTH
 
 
@@ -136,10 +137,10 @@ def test_rotary_embedding_gives_megatrons_numbers(torch, scale):
     """Plain rotation, with different angles in the two halves as well, on a slice of a larger tensor."""
     from megatron.core.models.common.embeddings import rope_utils
 
-    from course_lib.ranks.cpu import fused
+    from course_lib.ranks.cpu import kernels
 
     original = rope_utils._apply_rotary_pos_emb_bshd
-    mine = fused._rotate(original)
+    mine = partial(kernels.rotate, original)
     angles = torch.randn(SEQUENCE, 1, 1, 8)
     t = torch.randn(SEQUENCE, BATCH, 3 * HEADS, 8)
     the_same(
@@ -153,35 +154,35 @@ def test_other_rotations_are_megatrons_own(torch, options):
     """Interleaved pairs, latent attention, and a rotation of a part of each head go the way they always went."""
     from megatron.core.models.common.embeddings import rope_utils
 
-    from course_lib.ranks.cpu import fused
+    from course_lib.ranks.cpu import kernels
 
     original = rope_utils._apply_rotary_pos_emb_bshd
     narrow = options.pop("narrow", False)
     angles, t = torch.randn(SEQUENCE, 1, 1, 4 if narrow else 8), torch.randn(SEQUENCE, BATCH, HEADS, 8)
-    assert torch.equal(fused._rotate(original)(t, angles, **options), original(t, angles, **options))
+    assert torch.equal(kernels.rotate(original, t, angles, **options), original(t, angles, **options))
 
 
 def test_the_gradient_of_swiglu_is_megatrons(torch):
     """The formula upstream writes out is the one torch has."""
     from megatron.core.fusions import fused_bias_swiglu
 
-    from course_lib.ranks.cpu import fused
+    from course_lib.ranks.cpu import kernels
 
     original = fused_bias_swiglu.swiglu_back
     original = getattr(original, "__wrapped__", original)
     g, y = torch.randn(SEQUENCE, BATCH, WIDTH), torch.randn(SEQUENCE, BATCH, 2 * WIDTH)
-    the_same([original(g, y)], [fused._swiglu_back(original)(g, y)])
+    the_same([original(g, y)], [kernels.swiglu_back(original, g, y)])
 
 
 def test_the_largest_logit_is_the_largest(torch):
     """The same maximum, and the same tensor of logits."""
     from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy
 
-    from course_lib.ranks.cpu import fused
+    from course_lib.ranks.cpu import kernels
 
     original = VocabParallelCrossEntropy.calculate_logits_max
     logits = torch.randn(SEQUENCE, BATCH, 50)
-    mine = fused._logits_max(original).__func__(logits)
+    mine = kernels.calculate_logits_max(original, logits)
     assert mine[0] is logits and torch.equal(mine[1], original(logits)[1])
 
 
@@ -262,7 +263,7 @@ def test_groups_share_one_thread_that_watches(in_ranks, tmp_path: Path):
 PAGES = """
 import resource
 import torch
-from course_lib.ranks.cpu import heap
+from course_lib.ranks.cpu import host
 
 def pages(rounds):
     for _ in range(rounds):
@@ -272,7 +273,7 @@ def pages(rounds):
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 by_default = pages(6)
-heap.keep()
+host.keep_memory()
 print(by_default, pages(10))
 """
 

@@ -18,15 +18,15 @@ def started() -> tuple[Any, Any, list]:
     ranks, and a list that gets each exchange as it is opened."""
     import torch.distributed as dist
 
-    from course_lib.ranks.cpu import shards
+    from course_lib.ranks.cpu import mailbox
 
-    opened, connect = [], shards.connect
+    opened, connect = [], mailbox.connect
 
     def noted(group):
         opened.append(connect(group))
         return opened[-1]
 
-    shards.connect = noted
+    mailbox.connect = noted
     dist.init_process_group("gloo")
     return dist, dist.group.WORLD, opened
 

@@ -1,4 +1,4 @@
-"""A redirection replaces what it names, or says why it cannot, and nothing is ever half applied."""
+"""A patch replaces what it names, or says why it cannot, and nothing is ever half applied."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import types
 
 import pytest
 
-from course_lib.stack import redirection
-from course_lib.stack.redirection import Misfit, Redirection
+from course_lib.stack import patches
+from course_lib.stack.patches import Misfit, Patch, Patches
 
 
 @pytest.fixture
 def victim(monkeypatch):
-    """A module with a function, a class and a value to redirect."""
+    """A module with a function, a class, one derived from it, and a value to replace."""
     module = types.ModuleType("victim")
 
     def function(a, b=1, *, c=2):
@@ -23,40 +23,139 @@ def victim(monkeypatch):
         def method(self, device):
             return device
 
-    module.function, module.Holder, module.value = function, Holder, 7
+        @classmethod
+        def of(cls, x):
+            return cls.__name__, x
+
+        @staticmethod
+        def plain(x):
+            return x
+
+    class Child(Holder):
+        pass
+
+    module.function, module.Holder, module.Child, module.value = function, Holder, Child, 7
     monkeypatch.setitem(sys.modules, "victim", module)
+    monkeypatch.setattr(patches, "_for_good", set())
     return module
 
 
-def test_a_redirection_replaces_functions_methods_and_values(victim):
-    """Each kind of target is found by its dotted name and replaced with what the original was turned into."""
-    redirection.apply(
-        [
-            Redirection("victim.function", lambda f: lambda: f(1) + "!", "", "", ("a", "b", "c")),
-            Redirection("victim.Holder.method", lambda _: lambda self, device: "cpu", "", "", ("self", "device")),
-            Redirection("victim.value", lambda v: v + 1, "", ""),
-        ]
+@pytest.fixture
+def every_kind():
+    """A patch for each kind of target; the class method's is set on the derived class, which has it by inheritance."""
+    mine = Patches()
+    mine.makes("victim.value", why="")(lambda value: value + 1)
+
+    @mine.replaces("victim.function", why="because")
+    def function(original, a, b=1, *, c=2):
+        """Says it louder."""
+        return original(a, b, c=c) + "!"
+
+    @mine.replaces("victim.Holder.method", why="")
+    def method(original, self, device):
+        return original(self, f"not {device}")
+
+    @mine.replaces("victim.Child.of", why="")
+    def of(original, cls, x):
+        return original(cls, x + 1)
+
+    @mine.replaces("victim.Holder.plain", why="")
+    def plain(original, x):
+        return original(x) * 2
+
+    return mine
+
+
+def seen(victim) -> tuple:
+    """What the module's parts give."""
+    held = victim.Holder()
+    return (
+        victim.function(1),
+        held.method("cuda"),
+        victim.Child.of(1),
+        held.plain(2),
+        victim.Holder.plain(2),
+        victim.value,
     )
-    assert (victim.function(), victim.Holder().method("cuda"), victim.value) == ("original!", "cpu", 8)
+
+
+BEFORE = ("original", "cuda", ("Child", 1), 2, 2, 7)
+AFTER = ("original!", "not cuda", ("Child", 2), 4, 4, 8)
+
+
+def test_every_kind_of_target_is_replaced(victim, every_kind):
+    """Functions, methods, class and static methods, and values are found by their dotted names."""
+    assert seen(victim) == BEFORE
+    patches.apply(every_kind)
+    assert seen(victim) == AFTER and victim.Holder.of(1) == ("Holder", 1)
+    assert victim.function.__name__ == "function"
+    row = next(patch for patch in every_kind if patch.target == "victim.function")
+    assert (row.becomes, row.why, row.parameters, row.options) == ("Says it louder.", "because", ("a", "b"), ("c",))
+
+
+def test_a_block_leaves_everything_as_it_was(victim, every_kind):
+    """Each part lies where it lay, of its own kind, and what a class inherited it inherits again; blocks nest."""
+    before = dict(vars(victim.Holder))
+    with pytest.raises(RuntimeError, match="inside"), patches.applied(every_kind):
+        assert seen(victim) == AFTER
+        with patches.applied(every_kind):
+            assert victim.function(1) == "original!!" and victim.value == 9
+        assert seen(victim) == AFTER
+        raise RuntimeError("inside")
+    assert seen(victim) == BEFORE
+    assert dict(vars(victim.Holder)) == before and "of" not in vars(victim.Child)
+
+
+def test_a_target_occurs_once(victim, every_kind):
+    """A second patch of a name is refused, in one list and after it was patched for good; a block may stand on top."""
+    again = Patches()
+    again.sets(0, "victim.value", "victim.value", why="")
+    with pytest.raises(Misfit, match="victim.value: patched twice"), patches.applied(again):
+        pass
+    patches.apply(every_kind)
+    with pytest.raises(Misfit, match="victim.value: patched twice"):
+        patches.apply(again[:1])
+    with patches.applied(again[:1]):
+        assert victim.value == 0
+    assert seen(victim) == AFTER
 
 
 def test_all_misfits_are_named_at_once_and_nothing_is_applied(victim):
-    """When upstream moved, the message names every redirection that no longer fits, and why; none is half applied."""
+    """When upstream moved, the message names every patch that no longer fits, and why; none is half applied."""
     rows = [
-        Redirection("victim.value", lambda _: "changed", "", ""),
-        Redirection("victim.gone", lambda _: None, "", ""),
-        Redirection("victim.Holder.gone", lambda _: None, "", ""),
-        Redirection("victim.Gone.method", lambda _: None, "", ""),
-        Redirection("no_such_package.name", lambda _: None, "", ""),
-        Redirection("victim.function", lambda _: None, "", "", ("a", "device")),
+        Patch("victim.value", lambda _: "changed", "", ""),
+        Patch("victim.gone", lambda _: None, "", ""),
+        Patch("victim.Holder.gone", lambda _: None, "", ""),
+        Patch("victim.Gone.method", lambda _: None, "", ""),
+        Patch("no_such_package.name", lambda _: None, "", ""),
+        Patch("victim.function", lambda _: None, "", "", ("a", "device")),
+        Patch("victim.Holder.method", lambda _: None, "", "", ("device", "self")),
+        Patch("victim.Holder.of", lambda _: None, "", "", (), ("y",)),
     ]
     with pytest.raises(Misfit) as caught:
-        redirection.apply(rows)
+        patches.apply(rows)
     text = str(caught.value)
     for row in rows[1:]:
         assert row.target in text
-    assert "['device']" in text and "'a', 'b', 'c'" in text
+    assert "['device']" in text and "'a', 'b', 'c'" in text and "the order ['device', 'self']" in text
     assert victim.value == 7
+
+
+def test_parameters_of_ones_own_are_not_compared(victim):
+    """What stands before a slash, and stars, may have any name; a function without a signature has none to compare."""
+    mine = Patches()
+
+    @mine.replaces("victim.function", why="")
+    def function(original, mine, /, *others, **options):
+        return "mine"
+
+    with patches.applied(mine):
+        assert victim.function(0) == "mine"
+    victim.function = iter  # built in, with two forms of call
+    mine = Patches()
+    mine.replaces("victim.function", why="")(lambda original, thing: thing)
+    with pytest.raises(Misfit, match="victim.function: upstream has no signature"):
+        patches.apply(mine)
 
 
 def test_a_missing_dependency_is_named(tmp_path, monkeypatch):
@@ -64,9 +163,9 @@ def test_a_missing_dependency_is_named(tmp_path, monkeypatch):
     (tmp_path / "needy.py").write_text("import no_such_kernels\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(Misfit, match="needy.function: importing it needs 'no_such_kernels'"):
-        redirection.locate("needy.function")
+        patches.locate("needy.function")
     with pytest.raises(Misfit, match="no module 'nowhere'"):
-        redirection.locate("nowhere.at.all")
+        patches.locate("nowhere.at.all")
 
 
 def test_a_replacement_that_fails_leaves_everything_as_it_was(victim):
@@ -75,10 +174,14 @@ def test_a_replacement_that_fails_leaves_everything_as_it_was(victim):
     def fail(_: object) -> None:
         raise ValueError("cannot be made")
 
-    rows = [Redirection("victim.value", lambda _: "changed", "", ""), Redirection("victim.function", fail, "", "")]
+    rows = [Patch("victim.value", lambda _: "changed", "", ""), Patch("victim.function", fail, "", "")]
     with pytest.raises(ValueError, match="cannot be made"):
-        redirection.apply(rows)
+        patches.apply(rows)
     assert victim.value == 7
+    with pytest.raises(Misfit):  # it was not taken for applied either
+        patches.apply([*rows[:1], *rows[:1]])
+    patches.apply(rows[:1])
+    assert victim.value == "changed"
 
 
 def test_the_parameters_of_wrapped_functions_are_those_of_the_innermost(victim):
@@ -87,6 +190,7 @@ def test_the_parameters_of_wrapped_functions_are_those_of_the_innermost(victim):
 
     inner = victim.function
     victim.function = functools.wraps(inner)(lambda *args, **kwargs: inner(*args, **kwargs))
-    redirection.apply([Redirection("victim.function", lambda f: f, "", "", ("a", "c"))])
-    with pytest.raises(Misfit):
-        redirection.apply([Redirection("victim.function", lambda f: f, "", "", ("args",))])
+    with patches.applied([Patch("victim.function", lambda f: f, "", "", ("a", "c"))]):
+        pass
+    with pytest.raises(Misfit), patches.applied([Patch("victim.function", lambda f: f, "", "", ("args",))]):
+        pass

@@ -233,7 +233,9 @@ def _sequence(layout: Layout, fields: Fields) -> Iterator[Refusal]:
     """Bridge's ``validate`` (CP and equal lengths), ``DotProductAttention`` and ``_split_along_first_dim``."""
     length, data_length = fields.model("seq_length"), fields.get("dataset", "seq_length")
     tensor, context = layout.tensor_model_parallel_size, layout.context_parallel_size
-    on_cpu = fields.get("dist", "distributed_backend") == "gloo"  # where course_lib.ranks.cpu.context gathers the keys
+    on_cpu = (
+        fields.get("dist", "distributed_backend") == "gloo"
+    )  # where course_lib.ranks.cpu.attention gathers the keys
     if context > 1 and fields.model("transformer_impl") == "local" and not on_cpu:
         yield Refusal(
             "model.context_parallel_size",

@@ -1,44 +1,38 @@
 """CUDA-shaped calls land on the CPU, in a rank process and nowhere else.
 
 `activate()` is the one entry.  It is never called where the ranks have GPUs, and never in a notebook kernel.
-Everything it changes is a `Redirection` with a reason; `table()` lists them all.
+Everything it changes is a patch with a reason; `table()` lists them all.
 """
 
 from __future__ import annotations
 
-from course_lib.stack.redirection import Misfit, Redirection
+from typing import TYPE_CHECKING
 
-__all__ = ["Misfit", "Redirection", "Refused", "activate", "active", "table"]
+if TYPE_CHECKING:
+    from course_lib.stack.patches import Patch
+
+_active = False
 
 
 class Refused(RuntimeError):
-    """The redirection does not start in this process."""
+    """CUDA-shaped calls are left as they are in this process."""
 
 
 def active() -> bool:
     """True once `activate()` has run in this process."""
-    import sys
-
-    torch = sys.modules.get("torch")
-    return torch is not None and getattr(torch.cuda.is_available, "__course_cpu__", False)
+    return _active
 
 
-def redirections() -> list[Redirection]:
-    """Every redirection: torch first, then Megatron, then what only saves time."""
-    from course_lib.ranks.cpu import device, fast, fused, megatron, shards
+def patches() -> list[Patch]:
+    """Every patch of a CPU rank."""
+    from course_lib.ranks.cpu import attention, cuda, gloo, kernels, mailbox, megatron, rng
 
-    return [
-        *device.redirections(),
-        *megatron.redirections(),
-        *fast.redirections(),
-        *fused.redirections(),
-        *shards.redirections(),
-    ]
+    return [patch for part in (cuda, rng, gloo, mailbox, attention, kernels, megatron) for patch in part.PATCHES]
 
 
 def table() -> list[dict[str, str]]:
-    """All redirections as rows `target, becomes, reason`, generated from the code that applies them."""
-    return [{"target": r.target, "becomes": r.becomes, "reason": r.reason} for r in redirections()]
+    """All patches as rows `target, becomes, why`, from the code that applies them."""
+    return [{"target": patch.target, "becomes": patch.becomes, "why": patch.why} for patch in patches()]
 
 
 def activate(*, allow_untested: bool = False) -> None:
@@ -49,13 +43,15 @@ def activate(*, allow_untested: bool = False) -> None:
 
     Raises:
         Refused: In a notebook kernel, or if versions differ from `stack.TESTED` and `allow_untested` is false.
-        Misfit: If upstream moved and a redirection no longer fits; names each one.
+        Misfit: If upstream moved and a patch no longer fits; names each one.
     """
     import os
     import sys
 
     from course_lib import stack
-    from course_lib.stack import redirection
+    from course_lib.stack import patches as upstream
+
+    global _active
 
     if "ipykernel.kernelapp" in sys.modules:
         raise Refused(
@@ -73,7 +69,5 @@ def activate(*, allow_untested: bool = False) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that is there takes no part in it
     stack.hide_gpu_packages()
     stack.prepare_imports()
-    import torch
-
-    redirection.apply(redirections())
-    torch.cuda.is_available.__course_cpu__ = True
+    upstream.apply(patches())
+    _active = True

@@ -2,318 +2,190 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from typing import Any
 
-from course_lib.stack.redirection import Redirection
+import torch
+import torch.distributed as dist
 
-__all__ = ["redirections"]
+from course_lib.stack.patches import Patches
 
+PATCHES = Patches()
 FORWARD, BACKWARD = 1, 2
 """Tags of activations and of gradients between pipeline stages."""
+P2P = "megatron.core.pipeline_parallel.p2p_communication"
+NO_AVERAGE = "gloo has no averaging reduction; MoE's and MTP's logging ask for one"
+UNEVEN = "gloo wants equal parts; MoE with tensor parallelism gathers what the router gave each rank"
+SAME_RANK = "of two stages the previous is the next: upstream's order gives one the other's gradient for its activation"
 
 
-def _gloo_for_nccl(original: Callable) -> Callable:
-    """Wrap `_new_process_group_helper`, through which every group comes: what asks for NCCL or UCC gets gloo.
+class Done:
+    """The handle of a collective that had nothing to do, or has done it."""
+
+    def wait(self, *_: object) -> bool:
+        """Return at once."""
+        return True
+
+    def is_completed(self) -> bool:
+        """True: it is."""
+        return True
+
+
+@PATCHES.replaces(
+    "torch.distributed.distributed_c10d._new_process_group_helper",
+    why="Megatron names NCCL and UCC in places, whatever the configuration's backend is; they need GPUs",
+)
+def new_process_group(original, group_size, group_rank, global_ranks_in_group, backend, store, *args, **named):
+    """gloo where NCCL or UCC was asked for; every group comes through here.
 
     torch numbers the groups in each process, so ranks that make groups of their own give different ones the same name.
     NCCL connects a group when it is first used; gloo does at once, and would connect one group with the other.
     """
-
-    @functools.wraps(original)
-    def new_process_group(
-        group_size: int,
-        group_rank: int,
-        global_ranks_in_group: list[int],
-        backend: str,
-        store: object,
-        *args: object,
-        **named: object,
-    ) -> object:
-        from torch.distributed import PrefixStore
-
-        backend = "gloo" if any(name in str(backend) for name in ("nccl", "ucc")) else backend
-        store = PrefixStore("-".join(map(str, global_ranks_in_group)), store)
-        return original(group_size, group_rank, global_ranks_in_group, backend, store, *args, **named)
-
-    return new_process_group
+    backend = "gloo" if any(name in str(backend) for name in ("nccl", "ucc")) else backend
+    store = dist.PrefixStore("-".join(map(str, global_ranks_in_group)), store)
+    return original(group_size, group_rank, global_ranks_in_group, backend, store, *args, **named)
 
 
-def _int_splits(original: Callable) -> Callable:
-    @functools.wraps(original)
-    def all_to_all_single(
-        output: object,
-        input: object,
-        output_split_sizes: object = None,
-        input_split_sizes: object = None,
-        group: object = None,
-        async_op: bool = False,
-    ) -> object:
-        def ints(sizes: object) -> list[int] | None:
-            return None if sizes is None else [int(size) for size in sizes]
+@PATCHES.makes(
+    "torch.distributed.ProcessGroupGloo.__init__",
+    why="a thread for each of some twenty groups looks a hundred times a second for news, and eight ranks have two cores",
+)
+def one_device(original):
+    """All groups of this process share one device of gloo's, and its thread."""
+    device = None
 
-        return original(
-            output,
-            input.contiguous(),
-            ints(output_split_sizes),
-            ints(input_split_sizes),
-            group=group,
-            async_op=async_op,
-        )
+    def init(self, store, rank, size, *args, **named):
+        nonlocal device
+        if args or set(named) != {"timeout"}:
+            return original(self, store, rank, size, *args, **named)
+        device = device or dist.ProcessGroupGloo.create_default_device()
+        options = dist.ProcessGroupGloo._Options()
+        options._devices, options._timeout = [device], named["timeout"]
+        return original(self, store, rank, size, options)
 
-    return all_to_all_single
+    return init
 
 
-def _average_before(original: Callable) -> Callable:
-    """Wrap `all_reduce`: divide by the group's size, then sum, which an asynchronous call allows too."""
-
-    @functools.wraps(original)
-    def all_reduce(tensor: object, op: object = None, group: object = None, async_op: bool = False) -> object:
-        import torch.distributed as dist
-
-        if op == dist.ReduceOp.AVG:
-            _divide(tensor, dist.get_world_size(group))
-            op = dist.ReduceOp.SUM
-        return original(tensor, dist.ReduceOp.SUM if op is None else op, group, async_op)
-
-    return all_reduce
+@PATCHES.replaces("torch.distributed.all_to_all_single", why="gloo refuses split sizes that are tensors")
+def all_to_all_single(
+    original, output, input, output_split_sizes=None, input_split_sizes=None, group=None, async_op=False
+):
+    """Split sizes are whole numbers."""
+    sizes = [None if s is None else [int(size) for size in s] for s in (output_split_sizes, input_split_sizes)]
+    return original(output, input.contiguous(), *sizes, group=group, async_op=async_op)
 
 
-def _average_before_scatter(original: Callable) -> Callable:
-    @functools.wraps(original)
-    def reduce_scatter_tensor(
-        output: object, input: object, op: object = None, group: object = None, async_op: bool = False
-    ) -> object:
-        import torch.distributed as dist
-
-        if op == dist.ReduceOp.AVG:
-            if output.untyped_storage().data_ptr() != input.untyped_storage().data_ptr():
-                input = input.clone()  # in place only where the caller gave up the input anyway
-            _divide(input, dist.get_world_size(group))
-            op = dist.ReduceOp.SUM
-        return original(output, input, dist.ReduceOp.SUM if op is None else op, group, async_op)
-
-    return reduce_scatter_tensor
-
-
-def _gather_flat(original: Callable) -> Callable:
-    """Wrap `all_gather_into_tensor`: NCCL looks at memory only, gloo at shapes too."""
-
-    @functools.wraps(original)
-    def all_gather_into_tensor(
-        output_tensor: object, input_tensor: object, group: object = None, async_op: bool = False
-    ) -> object:
-        if output_tensor.dim() != input_tensor.dim() or output_tensor.shape[1:] != input_tensor.shape[1:]:
-            output_tensor, input_tensor = output_tensor.view(-1), input_tensor.contiguous().view(-1)
-        return original(output_tensor, input_tensor, group, async_op)
-
-    return all_gather_into_tensor
-
-
-def _gather_uneven(original: Callable) -> Callable:
-    """Wrap `all_gather`: pad to the largest part, gather, and cut; NCCL takes parts of different sizes as they are."""
-
-    @functools.wraps(original)
-    def all_gather(tensor_list: list, tensor: object, group: object = None, async_op: bool = False) -> object:
-        import torch
-
-        if async_op or all(part.shape == tensor_list[0].shape for part in tensor_list):
-            return original(tensor_list, tensor, group, async_op)
-        longest = max(part.numel() for part in tensor_list)
-        mine = tensor.new_zeros(longest)
-        mine[: tensor.numel()] = tensor.detach().reshape(-1)
-        padded = [torch.empty_like(mine) for _ in tensor_list]
-        original(padded, mine, group)
-        with torch.no_grad():
-            for part, whole in zip(tensor_list, padded, strict=True):
-                part.copy_(whole[: part.numel()].view(part.shape))
-        return None
-
-    return all_gather
-
-
-def _scatter_uneven(original: Callable) -> Callable:
-    """Wrap `reduce_scatter`: as `_gather_uneven`, the other way round."""
-
-    @functools.wraps(original)
-    def reduce_scatter(
-        output: object, input_list: list, op: object = None, group: object = None, async_op: bool = False
-    ) -> object:
-        import torch
-        import torch.distributed as dist
-
-        op = dist.ReduceOp.SUM if op is None else op
-        if async_op or all(part.shape == input_list[0].shape for part in input_list):
-            return original(output, input_list, op, group, async_op)
-        longest = max(part.numel() for part in input_list)
-        padded = output.new_zeros(len(input_list), longest)
-        mine = output.new_empty(longest)
-        with torch.no_grad():
-            for row, part in zip(padded, input_list, strict=True):
-                row[: part.numel()] = part.reshape(-1)
-            dist.reduce_scatter_tensor(mine, padded.view(-1), op=op, group=group)
-            output.copy_(mine[: output.numel()].view(output.shape))
-        return None
-
-    return reduce_scatter
-
-
-def _divide(tensor: object, count: int) -> None:
-    import torch
-
-    if count > 1:
+def _sum_of_shares(tensor: Any, op: Any, group: Any) -> Any:
+    """The operation that takes an average's place once the tensor is divided, which an asynchronous call allows too."""
+    if op != dist.ReduceOp.AVG:
+        return dist.ReduceOp.SUM if op is None else op
+    if (count := dist.get_world_size(group)) > 1:
         with torch.no_grad():
             tensor.div_(count, rounding_mode=None if tensor.is_floating_point() else "trunc")
+    return dist.ReduceOp.SUM
 
 
-def _tagged_transfers(original: Callable) -> Callable:
-    """Replace `_p2p_ops`: an activation meets an activation, whatever was sent before it.
+@PATCHES.replaces("torch.distributed.all_reduce", why=f"{NO_AVERAGE}; it sends a group of one through its threads")
+def all_reduce(original, tensor, op=None, group=None, async_op=False):
+    """An average is a sum of shares; nothing happens in a group of one."""
+    if group is not None and group.size() == 1:
+        return Done() if async_op else None
+    return original(tensor, _sum_of_shares(tensor, op, group), group, async_op)
+
+
+@PATCHES.replaces("torch.distributed.reduce_scatter_tensor", why=NO_AVERAGE)
+def reduce_scatter_tensor(original, output, input, op=None, group=None, async_op=False):
+    """An average is a sum of shares."""
+    if op == dist.ReduceOp.AVG and output.untyped_storage().data_ptr() != input.untyped_storage().data_ptr():
+        input = input.clone()  # in place only where the caller gave up the input anyway
+    return original(output, input, _sum_of_shares(input, op, group), group, async_op)
+
+
+@PATCHES.replaces("torch.distributed.all_gather", why=UNEVEN)
+def all_gather(original, tensor_list, tensor, group=None, async_op=False):
+    """Parts may differ in size: pad to the largest, gather, and cut."""
+    if async_op or all(part.shape == tensor_list[0].shape for part in tensor_list):
+        return original(tensor_list, tensor, group, async_op)
+    mine = tensor.new_zeros(max(part.numel() for part in tensor_list))
+    mine[: tensor.numel()] = tensor.detach().reshape(-1)
+    padded = [torch.empty_like(mine) for _ in tensor_list]
+    original(padded, mine, group)
+    with torch.no_grad():
+        for part, whole in zip(tensor_list, padded, strict=True):
+            part.copy_(whole[: part.numel()].view(part.shape))
+    return None
+
+
+@PATCHES.replaces("torch.distributed.reduce_scatter", why=UNEVEN)
+def reduce_scatter(original, output, input_list, op=None, group=None, async_op=False):
+    """Parts may differ in size, as in `all_gather`, the other way round."""
+    op = dist.ReduceOp.SUM if op is None else op
+    if async_op or all(part.shape == input_list[0].shape for part in input_list):
+        return original(output, input_list, op, group, async_op)
+    longest = max(part.numel() for part in input_list)
+    padded, mine = output.new_zeros(len(input_list), longest), output.new_empty(longest)
+    with torch.no_grad():
+        for row, part in zip(padded, input_list, strict=True):
+            row[: part.numel()] = part.reshape(-1)
+        dist.reduce_scatter_tensor(mine, padded.view(-1), op=op, group=group)
+        output.copy_(mine[: output.numel()].view(output.shape))
+    return None
+
+
+@PATCHES.replaces(
+    "torch.distributed.all_gather_into_tensor",
+    "megatron.core.tensor_parallel.utils.dist_all_gather_func",
+    why="gloo compares shapes where NCCL compares sizes",
+)
+def all_gather_into_tensor(original, output_tensor, input_tensor, group=None, async_op=False):
+    """Gathers into any shape."""
+    if output_tensor.dim() != input_tensor.dim() or output_tensor.shape[1:] != input_tensor.shape[1:]:
+        output_tensor, input_tensor = output_tensor.view(-1), input_tensor.contiguous().view(-1)
+    return original(output_tensor, input_tensor, group, async_op)
+
+
+@PATCHES.replaces(f"{P2P}._p2p_ops", why=SAME_RANK)
+def p2p_ops(
+    _, *, tensor_send_prev, tensor_recv_prev, tensor_send_next, tensor_recv_next, group, prev_pipeline_rank,
+    next_pipeline_rank
+):  # fmt: skip
+    """Activations and gradients have tags: an activation meets an activation, whatever was sent before it.
 
     Without tags, what one rank sends to another arrives in the order in which it was sent.  With two stages the previous
     and the next one are the same rank: both ask it first for an activation and send it a gradient first.
     """
-
-    @functools.wraps(original)
-    def transfers(
-        *,
-        tensor_send_prev: object,
-        tensor_recv_prev: object,
-        tensor_send_next: object,
-        tensor_recv_next: object,
-        group: object,
-        prev_pipeline_rank: int,
-        next_pipeline_rank: int,
-    ) -> dict[str, object]:
-        from torch.distributed import irecv, isend
-
-        return {
-            name: transfer(tensor, peer, group, tag)
-            for name, transfer, tensor, peer, tag in (
-                ("send_prev", isend, tensor_send_prev, prev_pipeline_rank, BACKWARD),
-                ("recv_prev", irecv, tensor_recv_prev, prev_pipeline_rank, FORWARD),
-                ("send_next", isend, tensor_send_next, next_pipeline_rank, FORWARD),
-                ("recv_next", irecv, tensor_recv_next, next_pipeline_rank, BACKWARD),
-            )
-            if tensor is not None
-        }
-
-    return transfers
+    return {
+        name: transfer(tensor, peer, group, tag)
+        for name, transfer, tensor, peer, tag in (
+            ("send_prev", dist.isend, tensor_send_prev, prev_pipeline_rank, BACKWARD),
+            ("recv_prev", dist.irecv, tensor_recv_prev, prev_pipeline_rank, FORWARD),
+            ("send_next", dist.isend, tensor_send_next, next_pipeline_rank, FORWARD),
+            ("recv_next", dist.irecv, tensor_recv_next, next_pipeline_rank, BACKWARD),
+        )
+        if tensor is not None
+    }
 
 
-def _tagged_batch(original: Callable) -> Callable:
-    """Replace `_batched_p2p_ops`: the same transfers, without their names."""
-    transfers = _tagged_transfers(original)
-
-    @functools.wraps(original)
-    def batch(**tensors_and_ranks: object) -> list:
-        return list(transfers(**tensors_and_ranks).values())
-
-    return batch
+@PATCHES.replaces(f"{P2P}._batched_p2p_ops", why=SAME_RANK)
+def batched_p2p_ops(_, **tensors_and_ranks):
+    """The same transfers, without their names."""
+    return list(p2p_ops(None, **tensors_and_ranks).values())
 
 
-def _tagged_shapes(original: Callable) -> Callable:
-    """Replace `P2PCommunicator._communicate_shapes`: the shapes travel as the tensors do, and with their tags."""
+@PATCHES.replaces(f"{P2P}.P2PCommunicator._communicate_shapes", why=SAME_RANK)
+def communicate_shapes(_, self, tensor_send_next, tensor_send_prev, recv_prev, recv_next):
+    """Shapes travel as the tensors do, and with their tags."""
+    from megatron.core.pipeline_parallel import p2p_communication
 
-    @functools.wraps(original)
-    def shapes(
-        self: object, tensor_send_next: object, tensor_send_prev: object, recv_prev: bool, recv_next: bool
-    ) -> tuple[list[int], list[int]]:
-        import torch
-        from megatron.core.pipeline_parallel import p2p_communication
-
-        sent = [
-            None if tensor is None else torch.tensor(tensor.shape) for tensor in (tensor_send_prev, tensor_send_next)
-        ]
-        got = [torch.zeros(3, dtype=torch.int64) for _ in range(2)]
-        for request in p2p_communication._batched_p2p_ops(
-            tensor_send_prev=sent[0],
-            tensor_recv_prev=got[0] if recv_prev else None,
-            tensor_send_next=sent[1],
-            tensor_recv_next=got[1] if recv_next else None,
-            group=self.pp_group,
-            prev_pipeline_rank=self.prev_rank,
-            next_pipeline_rank=self.next_rank,
-        ):
-            request.wait()
-        return got[0].tolist(), got[1].tolist()
-
-    return shapes
-
-
-def redirections() -> list[Redirection]:
-    """What gloo refuses and NCCL does, in the order in which it is applied."""
-    stages = "megatron.core.pipeline_parallel.p2p_communication"
-    same_rank = (
-        "of two stages the previous is the next: upstream's order gives one the other's gradient for its activation"
-    )
-    neighbours = ("group", "prev_pipeline_rank", "next_pipeline_rank")
-    wanted = tuple(f"tensor_{way}_{stage}" for way in ("send", "recv") for stage in ("prev", "next"))
-    no_average = "gloo has no averaging reduction; MoE's and MTP's logging ask for one"
-    return [
-        Redirection(
-            "torch.distributed.distributed_c10d._new_process_group_helper",
-            _gloo_for_nccl,
-            "gloo where NCCL or UCC was asked for",
-            "Megatron names them in places, whatever the configuration's backend is; they need GPUs",
-            ("group_size", "group_rank", "global_ranks_in_group", "backend", "store"),
-        ),
-        Redirection("torch.distributed.all_to_all_single", _int_splits, "split sizes as ints", "gloo refuses tensors"),
-        Redirection(
-            "torch.distributed.all_reduce",
-            _average_before,
-            "an average is a sum of shares",
-            no_average,
-            ("tensor", "op", "group", "async_op"),
-        ),
-        Redirection(
-            "torch.distributed.reduce_scatter_tensor",
-            _average_before_scatter,
-            "an average is a sum of shares",
-            no_average,
-            ("output", "input", "op", "group", "async_op"),
-        ),
-        Redirection(
-            "torch.distributed.all_gather",
-            _gather_uneven,
-            "parts may differ in size",
-            "gloo wants equal parts; MoE with tensor parallelism gathers what the router gave each rank",
-            ("tensor_list", "tensor", "group", "async_op"),
-        ),
-        Redirection(
-            "torch.distributed.reduce_scatter",
-            _scatter_uneven,
-            "parts may differ in size",
-            "as torch.distributed.all_gather",
-            ("output", "input_list", "op", "group", "async_op"),
-        ),
-        *(
-            Redirection(
-                name,
-                _gather_flat,
-                "gathers into any shape",
-                "gloo compares shapes where NCCL compares sizes",
-                ("output_tensor", "input_tensor", "group", "async_op"),
-            )
-            for name in (
-                "torch.distributed.all_gather_into_tensor",
-                "megatron.core.tensor_parallel.utils.dist_all_gather_func",
-            )
-        ),
-        *(
-            Redirection(
-                f"{stages}.{name}",
-                replace,
-                "activations and gradients have tags",
-                same_rank,
-                wanted + neighbours,
-            )
-            for name, replace in (("_batched_p2p_ops", _tagged_batch), ("_p2p_ops", _tagged_transfers))
-        ),
-        Redirection(
-            f"{stages}.P2PCommunicator._communicate_shapes",
-            _tagged_shapes,
-            "shapes have tags as well",
-            same_rank,
-            ("self", "tensor_send_next", "tensor_send_prev", "recv_prev", "recv_next"),
-        ),
-    ]
+    previous, following = (None if t is None else torch.tensor(t.shape) for t in (tensor_send_prev, tensor_send_next))
+    got = [torch.zeros(3, dtype=torch.int64) for _ in range(2)]
+    for request in p2p_communication._batched_p2p_ops(
+        tensor_send_prev=previous,
+        tensor_recv_prev=got[0] if recv_prev else None,
+        tensor_send_next=following,
+        tensor_recv_next=got[1] if recv_next else None,
+        group=self.pp_group,
+        prev_pipeline_rank=self.prev_rank,
+        next_pipeline_rank=self.next_rank,
+    ):
+        request.wait()
+    return got[0].tolist(), got[1].tolist()

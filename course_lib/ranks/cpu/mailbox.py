@@ -1,8 +1,13 @@
-"""Ranks of one machine give each other tensors through memory, and say so through pipes.
+"""Collectives of the ranks of one machine through shared memory, with a word through a pipe for each.
 
 gloo sends every byte through sockets, and hands each message from thread to thread; eight ranks on two cores wait
 longer for those threads than for the bytes.  Here each rank of a group has memory that the others can see, its mailbox:
 it puts a tensor there, writes a word of some bytes to each of the others, and they read the tensor in place.
+
+torch has no reduce-scatter over gloo either: it copies the gradients, adds all of them up on every rank, and throws away
+all but one shard; its all-gather copies every shard twice on the way.  Here each rank reads what it needs, once, from the
+rank that has it.  The functions stand where torch's own stand, at the methods of a process group, so a recorder sees one
+collective as ever, and none of the messages below.
 """
 
 from __future__ import annotations
@@ -17,8 +22,14 @@ from dataclasses import dataclass
 from io import FileIO
 from typing import Any, Protocol
 
-__all__ = ["SLOT_BYTES", "Exchange", "Mailboxes", "Messages", "connect"]
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup, ReduceOp
 
+from course_lib.ranks.cpu.gloo import Done
+from course_lib.stack.patches import Patches
+
+PATCHES = Patches()
 SLOT_BYTES = 8 * 2**20
 """What a rank gives its group at once; larger tensors go in pieces."""
 
@@ -56,9 +67,6 @@ class Messages:
 
     def deal(self, tensors: dict[int, Any]) -> dict[int, Any]:
         """As in `Exchange`."""
-        import torch
-        from torch.distributed import ProcessGroup
-
         # The recorder wraps the methods of the class while it records; these are the ones below.
         send, receive = (getattr(method, "__wrapped__", method) for method in (ProcessGroup.send, ProcessGroup.recv))
         received = {rank: torch.empty_like(tensor) for rank, tensor in tensors.items()}
@@ -155,9 +163,6 @@ def connect(group: Any) -> Exchange:
         `Mailboxes` if every rank sees the memory of every other, and `Messages` otherwise: on several machines, in
         containers of their own, on systems without `memfd_create`.
     """
-    import torch
-    import torch.distributed as dist
-
     messages, secret = Messages(group), secrets.randbits(62)
     descriptor, own = _new_memory(secret)
     pipes = {rank: [FileIO(end, mode) for end, mode in zip(os.pipe(), "rw", strict=True)] for rank in _others(group)}
@@ -181,8 +186,6 @@ def connect(group: Any) -> Exchange:
 
 def _new_memory(secret: int) -> tuple[int, Any]:
     """A descriptor of new memory and the memory, with a secret at its beginning; `-1` and `None` if there is none."""
-    import torch
-
     if not hasattr(os, "memfd_create"):
         return -1, None
     descriptor = os.memfd_create("mailbox")
@@ -198,8 +201,6 @@ def _visit(path: str, secret: int) -> Any:
     Raises:
         OSError: If it cannot be seen from here, or is something else.
     """
-    import torch
-
     with FileIO(path, "r+") as file:
         if os.fstat(file.fileno()).st_size != SLOTS * SLOT_BYTES:
             raise OSError(f"{path} is no mailbox")
@@ -211,8 +212,6 @@ def _visit(path: str, secret: int) -> Any:
 
 def _map(descriptor: int) -> Any:
     """The memory of a descriptor, which may be closed afterwards; Python's own `mmap` would keep a copy of it open."""
-    import torch
-
     return torch.from_file(f"/proc/self/fd/{descriptor}", shared=True, size=SLOTS * SLOT_BYTES, dtype=torch.uint8)
 
 
@@ -220,3 +219,110 @@ def _others(group: Any) -> list[int]:
     """The other ranks of a group, the next one first, so that not all ranks talk to the same one."""
     me, size = group.rank(), group.size()
     return [(me + step) % size for step in range(1, size)]
+
+
+# --------------------------------------------------------------------------- collectives of the distributed optimizer and of TP
+
+MOST_RANKS = 8
+"""An all-reduce over more goes by gloo: everyone telling everyone would be too many messages."""
+REDUCTIONS = {ReduceOp.SUM: torch.add, ReduceOp.MAX: torch.maximum}
+_open: weakref.WeakKeyDictionary[Any, Exchange] = weakref.WeakKeyDictionary()
+
+
+def _exchange(group: Any) -> Exchange:
+    """The exchange of a group, whose ranks are connected when they first need it."""
+    if group not in _open:
+        _open[group] = connect(group)
+    return _open[group]
+
+
+def method_of_group(*names: str) -> str:
+    """The first of these methods that the installed torch has: 2.13 renamed some, and kept the old names beside."""
+    known = (name for name in names if hasattr(torch.distributed.ProcessGroup, name))
+    return f"torch.distributed.ProcessGroup.{next(known, names[0])}"
+
+
+@PATCHES.replaces(
+    method_of_group("reduce_scatter_single_coalesced", "reduce_scatter_tensor_coalesced"),
+    why="gloo adds up everything on every rank, keeps a part",
+)
+def reduce_scatter(original, group, outputs, inputs, /, *options):
+    """Each rank gets the others' values of its own shard, and adds them to its own; an average too."""
+    operation = options[0].reduceOp if options else ReduceOp.SUM
+    if operation not in (ReduceOp.SUM, ReduceOp.AVG):
+        return original(group, outputs, inputs, *options)
+    me, size = group.rank(), group.size()
+    for output, whole in zip(outputs, inputs, strict=True):
+        total, shards = output.view(-1), whole.view(size, -1)
+        if total.data_ptr() != shards[me].data_ptr():
+            total.copy_(shards[me])
+        if size > 1:
+            at_once = SLOT_BYTES // (size - 1) // whole.element_size()
+            pieces = [shard.split(at_once) for shard in shards]
+            for number, sums in enumerate(total.split(at_once)):
+                dealt = {rank: pieces[rank][number] for rank in range(size) if rank != me}
+                for _, received in sorted(_exchange(group).deal(dealt).items()):
+                    sums.add_(received)
+        if operation == ReduceOp.AVG:
+            total.div_(size)
+    return Done()
+
+
+@PATCHES.replaces(
+    method_of_group("all_gather_single_coalesced", "allgather_into_tensor_coalesced"),
+    why="gloo copies every part twice",
+)
+def all_gather(_, group, outputs, inputs, /, *__):
+    """Each rank shows its shard to the others, who put a copy in its place."""
+    me, size = group.rank(), group.size()
+    for whole, mine in zip(outputs, inputs, strict=True):
+        shards, mine = whole.view(size, -1), mine.view(-1)
+        if size > 1:
+            at_once = SLOT_BYTES // whole.element_size()
+            pieces = [shard.split(at_once) for shard in shards]
+            for number, shown in enumerate(mine.split(at_once)):
+                for rank, received in _exchange(group).share(shown).items():
+                    if rank != me:
+                        pieces[rank][number].copy_(received)
+        if shards[me].data_ptr() != mine.data_ptr():
+            shards[me].copy_(mine)
+    return Done()
+
+
+@PATCHES.replaces("torch.distributed.ProcessGroup.allreduce", why="gloo sends it through sockets")
+def allreduce(original, group, tensors, options=None, /, *more, **named):
+    """Each rank shows its tensor to the others, and everyone adds all of them up in the same order; a maximum too."""
+    suits = (
+        options is not None
+        and not (more or named)
+        and isinstance(options, dist.AllreduceOptions)
+        and options.reduceOp.op in REDUCTIONS
+        and len(tensors) == 1
+        and tensors[0].is_contiguous()
+        and 1 < group.size() <= MOST_RANKS
+    )
+    boxes = _exchange(group) if suits else None
+    if not isinstance(boxes, Mailboxes):
+        return original(group, tensors, options, *more, **named)
+    combine = REDUCTIONS[options.reduceOp.op]
+    for out in tensors[0].detach().view(-1).split(SLOT_BYTES // tensors[0].element_size()):
+        first, second, *rest = (shown for _, shown in sorted(boxes.share(out).items()))
+        combine(first, second, out=out)
+        for shown in rest:
+            combine(out, shown, out=out)
+    return Done()
+
+
+@PATCHES.replaces(
+    "megatron.core.parallel_state.destroy_model_parallel",
+    why="upstream only forgets them: each keeps a socket, a pipe and memory for every rank",
+)
+def destroy_model_parallel(original):
+    """Destroys the process groups that Megatron made, and with them sockets and mailboxes."""
+    from megatron.core import parallel_state
+
+    made = parallel_state._global_process_group_list or []
+    original()
+    for group in made:
+        if dist.is_initialized() and group in dist.distributed_c10d._world.pg_map:
+            dist.destroy_process_group(group)

@@ -16,21 +16,30 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from course_lib.stack.redirection import Redirection
+import torch
 
-__all__ = ["get_state", "megatron_redirections", "on_gpu_stream", "seed", "set_state", "torch_redirections"]
+from course_lib.stack.patches import Patches
 
-_waiting: dict[str, object] = {}
+PATCHES = Patches()
+STREAM = "a GPU has a random stream of its own; tensor-parallel seeds live there"
+TRACKER = "megatron.core.tensor_parallel.random"
+DRAWS = ("normal", "rand", "rand_like", "randint", "randint_like", "randn", "randn_like", "randperm")
+"""Factories of torch that draw."""
+
+_waiting: dict[str, Any] = {}
 """`state` of the GPU's stream while it waits, absent before its first use."""
 _in_place: list[bool] = []
 """Not empty while torch's default generator plays the GPU's stream."""
 
 
-def get_state() -> object:
-    """The state of the GPU's stream, a byte tensor of its own."""
-    import torch
+def _in_cuda(name: str) -> tuple[str, str]:
+    return f"torch.cuda.{name}", f"torch.cuda.random.{name}"
 
+
+def get_state() -> torch.Tensor:
+    """The state of the GPU's stream, a byte tensor of its own."""
     if _in_place:
         return torch.default_generator.get_state()
     if "state" not in _waiting:
@@ -38,28 +47,17 @@ def get_state() -> object:
     return _waiting["state"].clone()
 
 
-def set_state(new_state: object) -> None:
+def set_state(new_state: torch.Tensor) -> None:
     """Set the state of the GPU's stream."""
-    import torch
-
     if _in_place:
         torch.default_generator.set_state(new_state)
     else:
         _waiting["state"] = new_state.clone()
 
 
-def seed(number: int) -> None:
-    """Seed the GPU's stream and leave the CPU's alone."""
-    import torch
-
-    set_state(type(torch.default_generator)().manual_seed(int(number)).get_state())
-
-
 @contextmanager
 def on_gpu_stream() -> Iterator[None]:
     """Let everything that draws in the body draw from the GPU's stream."""
-    import torch
-
     if _in_place:
         yield
         return
@@ -75,12 +73,49 @@ def on_gpu_stream() -> Iterator[None]:
         generator.set_state(cpu_state)
 
 
+@PATCHES.replaces("torch.cuda._is_in_bad_fork", why="else torch.manual_seed seeds no GPU in a fork")
+def _is_in_bad_fork(_):
+    """False."""
+    return False
+
+
+@PATCHES.replaces(*_in_cuda("get_rng_state"), why=STREAM)
+def get_rng_state(_, device="cuda"):
+    """The second stream's state."""
+    return get_state()
+
+
+@PATCHES.replaces(*_in_cuda("set_rng_state"), why=STREAM)
+def set_rng_state(_, new_state, device="cuda"):
+    """Sets the second stream."""
+    set_state(new_state)
+
+
+@PATCHES.replaces(*_in_cuda("get_rng_state_all"), why=STREAM)
+def get_rng_state_all(_):
+    """The second stream's state, in a list."""
+    return [get_state()]
+
+
+@PATCHES.replaces(*_in_cuda("set_rng_state_all"), why=STREAM)
+def set_rng_state_all(_, new_states):
+    """Sets the second stream."""
+    set_state(new_states[0])
+
+
+@PATCHES.replaces(*_in_cuda("manual_seed"), *_in_cuda("manual_seed_all"), why=STREAM)
+def manual_seed(_, seed):
+    """Seeds the second stream and leaves the CPU's alone."""
+    set_state(type(torch.default_generator)().manual_seed(int(seed)).get_state())
+
+
+@PATCHES.makes(*(f"torch.{name}" for name in DRAWS), why=STREAM)
 def random_factory(original: Callable) -> Callable:
-    """Wrap a random factory: asked for CUDA it makes a CPU tensor, and draws from the GPU's stream."""
-    from course_lib.ranks.cpu.device import is_cuda
+    """On the CPU when asked for CUDA, drawn from the second stream."""
+    from course_lib.ranks.cpu.cuda import is_cuda
 
     @functools.wraps(original)
-    def factory(*args: object, **kwargs: object) -> object:
+    def factory(*args, **kwargs):
         if "device" not in kwargs or not is_cuda(kwargs["device"]):
             return original(*args, **kwargs)
         kwargs["device"] = "cpu"
@@ -94,143 +129,36 @@ def random_factory(original: Callable) -> Callable:
     return factory
 
 
-def _dropout(original: Callable) -> Callable:
-    @functools.wraps(original)
-    def dropout(input: object, p: float = 0.5, training: bool = True, inplace: bool = False) -> object:
-        if not training or p == 0.0:
-            return original(input, p, training, inplace)
-        with on_gpu_stream():
-            return original(input, p, training, inplace)
+@PATCHES.replaces(
+    "torch.nn.functional.dropout", why="a mask that tensor-parallel ranks share must not shift the CPU's stream"
+)
+def dropout(original, input, p=0.5, training=True, inplace=False):
+    """Draws from the second stream."""
+    if not training or p == 0.0:
+        return original(input, p, training, inplace)
+    with on_gpu_stream():
+        return original(input, p, training, inplace)
 
-    return dropout
 
-
-def _generator_of(state: object) -> object:
-    import torch
-
+@PATCHES.replaces(f"{TRACKER}._get_cuda_rng_state", why=STREAM)
+def _get_cuda_rng_state(_, device="cuda", clone=False, graph_safe=False):
+    """The second stream's state, or a generator that has it."""
+    if not graph_safe:
+        return get_state()
     generator = type(torch.default_generator)()
-    generator.set_state(state)
+    generator.set_state(get_state())
     return generator
 
 
-def _megatron_get(_: object) -> Callable:
-    def _get_cuda_rng_state(device: object = "cuda", clone: bool = False, graph_safe: bool = False) -> object:
-        return _generator_of(get_state()) if graph_safe else get_state()
-
-    return _get_cuda_rng_state
-
-
-def _megatron_set(_: object) -> Callable:
-    def _set_cuda_rng_state(new_state: object, device: object = -1, graph_safe: bool = False) -> None:
-        set_state(new_state.get_state() if graph_safe else new_state)
-
-    return _set_cuda_rng_state
+@PATCHES.replaces(f"{TRACKER}._set_cuda_rng_state", why=STREAM)
+def _set_cuda_rng_state(_, new_state, device=-1, graph_safe=False):
+    """Sets the second stream."""
+    set_state(new_state.get_state() if graph_safe else new_state)
 
 
-def _fork(original: Callable) -> Callable:
-    @contextmanager
-    @functools.wraps(original)
-    def fork(self: object, *args: object, **kwargs: object) -> Iterator[None]:
-        with original(self, *args, **kwargs), on_gpu_stream():
-            yield
-
-    return fork
-
-
-_STREAM = "a GPU has a random stream of its own; tensor-parallel seeds live there"
-
-
-def torch_redirections() -> list[Redirection]:
-    """What torch offers of the GPU's random stream."""
-
-    def getter(_: object) -> Callable:
-        def get_rng_state(device: object = "cuda") -> object:
-            return get_state()
-
-        return get_rng_state
-
-    def setter(_: object) -> Callable:
-        def set_rng_state(new_state: object, device: object = "cuda") -> None:
-            set_state(new_state)
-
-        return set_rng_state
-
-    def seeder(_: object) -> Callable:
-        def manual_seed(number: int) -> None:
-            seed(number)
-
-        return manual_seed
-
-    def getter_of_all(_: object) -> Callable:
-        def get_rng_state_all() -> list[object]:
-            return [get_state()]
-
-        return get_rng_state_all
-
-    def setter_of_all(_: object) -> Callable:
-        def set_rng_state_all(new_states: list[object]) -> None:
-            set_state(new_states[0])
-
-        return set_rng_state_all
-
-    def never(_: object) -> Callable:
-        def _is_in_bad_fork() -> bool:
-            return False
-
-        return _is_in_bad_fork
-
-    factories = "normal rand rand_like randint randint_like randn randn_like randperm".split()
-    return [
-        Redirection("torch.cuda._is_in_bad_fork", never, "False", "torch.manual_seed seeds no GPU in a fork"),
-        *(
-            Redirection(f"torch.cuda.{module}{name}", make, becomes, _STREAM)
-            for module in ("", "random.")
-            for name, make, becomes in (
-                ("get_rng_state", getter, "the second stream's state"),
-                ("set_rng_state", setter, "sets the second stream"),
-                ("get_rng_state_all", getter_of_all, "the second stream's state, in a list"),
-                ("set_rng_state_all", setter_of_all, "sets the second stream"),
-                ("manual_seed", seeder, "seeds the second stream"),
-                ("manual_seed_all", seeder, "seeds the second stream"),
-            )
-        ),
-        *(
-            Redirection(f"torch.{name}", random_factory, "on the CPU, drawn from the second stream", _STREAM)
-            for name in factories
-        ),
-        Redirection(
-            "torch.nn.functional.dropout",
-            _dropout,
-            "draws from the second stream",
-            "a mask that all tensor-parallel ranks share must not shift the CPU's stream",
-            ("input", "p", "training", "inplace"),
-        ),
-    ]
-
-
-def megatron_redirections() -> list[Redirection]:
-    """Megatron's own access to the GPU's random stream."""
-    tracker = "megatron.core.tensor_parallel.random"
-    return [
-        Redirection(
-            f"{tracker}._get_cuda_rng_state",
-            _megatron_get,
-            "the second stream's state",
-            _STREAM,
-            ("device", "clone", "graph_safe"),
-        ),
-        Redirection(
-            f"{tracker}._set_cuda_rng_state",
-            _megatron_set,
-            "sets the second stream",
-            _STREAM,
-            ("new_state", "device", "graph_safe"),
-        ),
-        Redirection(
-            f"{tracker}.CudaRNGStatesTracker.fork",
-            _fork,
-            "all that draws inside draws from the second stream",
-            "upstream marks here what draws on the GPU",
-            ("self", "name"),
-        ),
-    ]
+@PATCHES.replaces(f"{TRACKER}.CudaRNGStatesTracker.fork", why="upstream marks here what draws on the GPU")
+@contextmanager
+def fork(original, self, *args, **kwargs):
+    """All that draws inside draws from the second stream."""
+    with original(self, *args, **kwargs), on_gpu_stream():
+        yield

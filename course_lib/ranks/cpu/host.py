@@ -1,24 +1,21 @@
-"""How ranks share the cores of a machine that has fewer cores than ranks."""
+"""How ranks share a machine: its cores, and memory that a step frees."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 
-__all__ = ["core_of", "share"]
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names of malloc.h
+LARGEST = 2**30
 
 
 def core_of(rank: int, ranks: int, cores: list[int]) -> int | None:
-    """The core on which a rank stays, or `None` if it may run on any.
+    """The core on which a rank of this machine stays, or `None` if it may run on any of those that this process may use.
 
     Neighbouring ranks get the same core: they are the tensor parallel group, which talks most, and two processes on one
     core hand over without waking the other.  Ranks stay where they are only if every core gets equally many.  One rank for
     each core stays too: Linux likes to put the two ends of a connection on one core, and a pipeline then takes turns.
-
-    Args:
-        rank: Rank on this machine.
-        ranks: Number of ranks on this machine.
-        cores: The cores that this process may use.
 
     Example:
         >>> [core_of(rank, 8, [0, 1]) for rank in range(8)]
@@ -34,7 +31,7 @@ def core_of(rank: int, ranks: int, cores: list[int]) -> int | None:
 
 
 def share(rank: int, ranks: int) -> None:
-    """Let this process be a patient one: a rank that is woken waits until the running one has to wait itself.
+    """Make this process one of a batch: a rank that is woken waits until the running one has to wait itself.
 
     Linux prefers a process that was just woken, so eight ranks on two cores interrupt each other at every message.
     As batch processes, each on its core, they do not: an 8-rank step takes two thirds of the time.
@@ -44,3 +41,15 @@ def share(rank: int, ranks: int) -> None:
         if core is not None:
             os.sched_setaffinity(0, {core})
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
+def keep_memory() -> None:
+    """Let this process's heap give nothing back before it ends, as torch's allocator keeps memory on a GPU.
+
+    By default large tensors are mapped when they are made and unmapped when they go, and the kernel must clear every
+    page of the next one: in a small model that costs as much as its matrix products.
+    """
+    change = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc has it; other C libraries keep their ways
+    if change is not None:
+        change(M_MMAP_THRESHOLD, LARGEST)
+        change(M_TRIM_THRESHOLD, 2 * LARGEST - 1)
