@@ -20,6 +20,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+from course_lib.common import screen
 from course_lib.common.project import variable
 from course_lib.stack import local_layers
 
@@ -201,7 +202,8 @@ def stand_ins() -> list[StandIn]:
 def prepare_imports(*, compiler: bool = False) -> list[StandIn]:
     """Make `import megatron.bridge` work, and work fast, in this process.
 
-    On a GPU node where Transformer Engine and the resiliency extension are installed it changes nothing.
+    On a GPU node where Transformer Engine and the resiliency extension are installed it changes no import.  In a notebook,
+    what the course refuses ends in your cell from now on.
 
     Args:
         compiler: Leave `torch.compile` as it is: a GPU rank trains with it.
@@ -212,6 +214,7 @@ def prepare_imports(*, compiler: bool = False) -> list[StandIn]:
     Raises:
         ImportError: If a pinned package is not installed.
     """
+    screen.shorten_tracebacks()
     absent = [name for name, version in versions().items() if version is None]
     if absent:
         raise ImportError(f"not installed: {', '.join(absent)}. Run `make setup` in the course's directory.")
