@@ -8,7 +8,7 @@ unexport PYTHONDONTWRITEBYTECODE
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-changed lab book archive bench doctor gpu-check lock-check environment clean
+.PHONY: help setup run test test-changed lab book archive bench doctor gpu-bundle gpu-check lock-check environment clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -39,6 +39,9 @@ bench: setup ## measure the engine's speed
 
 doctor: setup ## say what this machine can run, and what to mend
 	@$(COURSE) doctor
+
+gpu-bundle: setup ## with a network: pack what a node with a GPU and without one lacks (OPTIONS="--torch 2.11.0 --arch 90")
+	@.venv/bin/python -m course_lib.machine.gpu_bundle $(OPTIONS)
 
 # The environment of this folder if there is one, else the node's own Python, with its own packages: no set-up, no network.
 gpu-check: ## on a node with a GPU: check the course on it, without a network (OPTIONS="--budget-seconds 500 --out DIR")

@@ -7,13 +7,15 @@ before a rank does.  Ranks are processes of their own, which see everything.
 from __future__ import annotations
 
 import contextlib
+import sys
 
 __all__: list[str] = []
 
-with contextlib.suppress(Exception):  # a check that needs it says why it does not import
-    from course_lib import stack  # noqa: F401
-    from course_lib.machine import gpu_checks  # noqa: F401
+if sys.argv == ["-c"]:  # multiprocessing starts its fork server so; in any other process importing this does nothing
+    with contextlib.suppress(Exception):  # a check that needs it says why it does not import
+        from course_lib import stack
+        from course_lib.machine import gpu_checks  # noqa: F401
 
-    stack.hide_gpu_packages()
-    stack.prepare_imports()
-    import megatron.bridge.recipes.llama  # noqa: F401
+        stack.hide_gpu_packages()
+        stack.prepare_imports()
+        import megatron.bridge.recipes.llama  # noqa: F401

@@ -6,14 +6,13 @@ import json
 import math
 import os
 import time
-from pathlib import Path
 
 import pytest
 
 from course_lib.machine import gpu_check, gpu_report
 from course_lib.planning import ceiling
 
-HERE = Path(__file__).stem
+HERE = __name__
 
 
 def works(context):
@@ -155,8 +154,8 @@ def test_some_checks_join_an_earlier_report(tmp_path):
     checks = [check(differs), check(works)]
     report = gpu_check.run(tmp_path, dry=True, checks=checks, only=["works"], say=lambda line: None)
     assert {name: one["status"] for name, one in report["checks"].items()} == {"differs": "differs", "works": "passed"}
-    with pytest.raises(ValueError, match="no check is named lama: choose from differs, works"):
-        gpu_check.run(tmp_path, dry=True, checks=checks, only=["lama"])
+    with pytest.raises(ValueError, match="no check is named llama_2b: choose from differs, works"):
+        gpu_check.run(tmp_path, dry=True, checks=checks, only=["llama_2b"])
 
 
 def test_the_order_is_data():
