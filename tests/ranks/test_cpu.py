@@ -174,6 +174,9 @@ def rank_devices(_: str) -> None:
     with torch.cuda.device(0), torch.cuda.stream(torch.cuda.Stream()), torch.cuda.nvtx.range("step"):
         made.append(torch.tensor([1], device="cuda"))
     assert {t.device.type for t in made} == {"cpu"}
+    snapshot = (later := torch.zeros(2)).cpu()
+    later += 1
+    assert snapshot.tolist() == [0, 0]
     for moved in (torch.arange(3).expand(2, 3).cuda(), torch.arange(3).expand(2, 3).to("cuda:0")):
         moved[1, 0] = 9  # a GPU's copy of a row that stands for many has a place for each
         assert moved.tolist() == [[0, 1, 2], [9, 1, 2]]

@@ -320,6 +320,18 @@ def to(original):
     return to
 
 
+@PATCHES.makes("torch.Tensor.cpu", why="snapshots of a GPU's tensors must not change with them")
+def _copied(original: Callable) -> Callable:
+    """A copy: what leaves a GPU keeps its values, whatever happens to the tensor that it came from."""
+
+    @functools.wraps(original)
+    def cpu(self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        moved = original(self, *args, **kwargs)
+        return moved.clone() if moved is self else moved
+
+    return cpu
+
+
 @PATCHES.makes("torch.Tensor.cuda", why=THERE)
 def cuda(original):
     """The tensor itself, with memory of its own."""
