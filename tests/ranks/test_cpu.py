@@ -325,9 +325,21 @@ def rank_rate(_: str) -> None:
             optimizer.step()
             torch.testing.assert_close(weight, torch.full((3,), 1 - 0.1 * 0.5 - 0.1))
 
+    both = []
+    for made in (True, False):  # Megatron makes moments without a step before it loads a checkpoint
+        weight = torch.nn.Parameter(torch.ones(3))
+        weight.grad = torch.full((3,), 2.0)
+        optimizer = torch.optim.AdamW([weight], lr=0.1)
+        if made:
+            optimizer.state[weight] = {name: torch.zeros(3) for name in ("exp_avg", "exp_avg_sq")}
+            assert optimizer.state_dict()["state"][0]["step"] == 0
+        optimizer.step()
+        both.append((weight, *(optimizer.state[weight][name] for name in ("step", "exp_avg", "exp_avg_sq"))))
+    assert all(torch.equal(one, other) for one, other in zip(*both, strict=True))
+
 
 def test_the_scheduler_may_bring_the_learning_rate(in_ranks, tmp_path):
-    """Megatron's own configuration has no rate until its scheduler sets it; torch's AdamW refuses that."""
+    """Megatron's own configuration has no rate until its scheduler sets it, and states that it makes have no step."""
     in_ranks(rank_rate, tmp_path)
 
 

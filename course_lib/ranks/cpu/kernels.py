@@ -36,6 +36,21 @@ def fused_adam(original):
                 for group in self.param_groups:
                     group["lr"] = None
 
+        def count_steps(self) -> None:
+            """Give a state that Megatron made its step: TE keeps one for a group, torch one for each parameter."""
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if state := self.state.get(parameter):
+                        state.setdefault("step", torch.tensor(float(group.get("step") or 0)))
+
+        def step(self, closure: object = None) -> object:
+            self.count_steps()
+            return super().step(closure)
+
+        def state_dict(self) -> dict:
+            self.count_steps()
+            return super().state_dict()
+
     return FusedAdamW
 
 
