@@ -25,8 +25,8 @@ from course_lib.launch import forkserver, supervise, torchrun
 from course_lib.launch.supervise import RunFailed, RunInterrupted
 from course_lib.launch.torchrun import command, settings, start_process
 from course_lib.ranks import train
-from course_lib.runs import checkpoints, config_file, foreign_code
-from course_lib.runs.config_file import FieldError
+from course_lib.runs import checkpoints, config_file, field_values, foreign_code
+from course_lib.runs.field_values import FieldError
 from course_lib.stack import devices
 from course_lib.text import microscope, tokenizers
 
@@ -254,9 +254,9 @@ def prepare(
         given = config_file.as_the_ranks_see_it(content, device)
     else:
         devices.refuse_what_cannot_train(cfg, device)
-        config_file.refuse_unknown_fields(cfg)
+        field_values.refuse_unknown_fields(cfg)
         given = config_file.as_the_ranks_see_it(cfg, device)
-    config_file.refuse_wrong_values(given)
+    field_values.refuse_wrong_values(given)
     plan = layout.require(given, ranks)
     resumed = checkpoints.refuse(given, load=source, ranks=ranks)
     if launcher in (None, "warm", "torchrun"):  # another one may start it on a machine with other files

@@ -20,12 +20,7 @@ __all__ = ["figures", "fresh_clone", "import_ratio", "slope"]
 
 def import_ratio() -> bench.Figure:
     """Processor time of all that a rank imports, over that of torch alone."""
-    rank = (
-        "from course_lib import stack; stack.prepare_imports();"
-        "from megatron.bridge.training.pretrain import pretrain;"
-        "from megatron.bridge.training.finetune import finetune;"
-        "from megatron.bridge.training.gpt_step import forward_step"
-    )
+    rank = "from course_lib.ranks import preload"
     for code in ("import torch", rank):
         _processor_seconds(code)  # writes the bytecode that is missing
     ratios = [_processor_seconds(rank) / _processor_seconds("import torch") for _ in range(bench.REPEATS)]

@@ -11,10 +11,11 @@ import pytest
 import yaml
 
 from course_lib import recipes
+from course_lib.common.config import ConfigError
 from course_lib.planning import census, closed_forms, layout
 from course_lib.ranks import train
 from course_lib.recipes import catalogue
-from course_lib.runs import config_file, foreign_code
+from course_lib.runs import field_values, foreign_code
 
 FAMILIES = ("llama", "nemotronh", "qwen")
 ENTRIES = [entry for entry in catalogue.entries() if entry.family in FAMILIES]
@@ -96,7 +97,7 @@ def comes_back(tmp_path_factory: pytest.TempPathFactory) -> Any:
         content = yaml.load(text, Loader=yaml.CSafeLoader)
         foreign_code.refuse(content, file)
         for given in (cfg, content):
-            config_file.refuse_wrong_values(given)
+            field_values.refuse_wrong_values(given)
         if (kind := frozenset(names(content))) not in kinds:
             kinds.add(kind)
             train.read_config(file).to_yaml(str(file))
@@ -200,7 +201,7 @@ def test_recipes_of_other_families_come_back_from_a_file(bridge: Any, no_network
             continue  # a part of a configuration
         built.add(entry.family)
         if entry.name in RUN_CODE:
-            with pytest.raises(config_file.ConfigError, match="hf_tokenizer_kwargs.trust_remote_code"):
+            with pytest.raises(ConfigError, match="hf_tokenizer_kwargs.trust_remote_code"):
                 comes_back(cfg)
         else:
             comes_back(cfg)

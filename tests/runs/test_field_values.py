@@ -11,7 +11,7 @@ import yaml
 
 from course_lib import launch
 from course_lib.planning import layout
-from course_lib.runs import config_file
+from course_lib.runs import field_values
 from course_lib.text import tokenizers
 from support.small import config
 
@@ -99,7 +99,7 @@ def test_a_value_that_makes_no_sense_is_refused(
 )
 def test_a_value_that_upstream_gives_a_meaning_passes(bridge: Any, field: str, value: object) -> None:
     """Zero for none, a negative default, a base that recipes write with a point."""
-    config_file.refuse_wrong_values(config(**{field.replace(".", "__"): value}))
+    field_values.refuse_wrong_values(config(**{field.replace(".", "__"): value}))
 
 
 def test_a_file_is_held_to_the_same(bridge: Any, runs_directory: Path, tmp_path: Path) -> None:
