@@ -24,6 +24,7 @@ from course_lib import launch, stack
 from course_lib.launch import torchrun
 from course_lib.runs import Run, failures
 from course_lib.runs.credentials import secrets
+from course_lib.stack.patches import Patches, applied
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -164,16 +165,13 @@ def quiet() -> Iterator[Words]:
     """Keep what NeMo Run writes to the screen, which is coloured, and long, and knows this machine's paths."""
     import io
 
-    from nemo_run.core.frontend.console.api import CONSOLE
-
-    words, written = Words(), io.StringIO()
-    in_notebook, CONSOLE.is_jupyter = CONSOLE.is_jupyter, False  # there rich would display instead of print
-    stdin, sys.stdin = sys.stdin, io.StringIO()  # its tunnel reads standard input, which a test or a kernel may forbid
+    words, written, mine = Words(), io.StringIO(), Patches()
+    mine.sets(False, "nemo_run.core.frontend.console.api.CONSOLE.is_jupyter", why="there rich would display, not print")
+    mine.sets(io.StringIO(), "sys.stdin", why="the tunnel reads standard input, which a test or a kernel may forbid")
     try:
-        with contextlib.redirect_stdout(written), contextlib.redirect_stderr(written):
+        with applied(mine), contextlib.redirect_stdout(written), contextlib.redirect_stderr(written):
             yield words
     finally:
-        CONSOLE.is_jupyter, sys.stdin = in_notebook, stdin
         words.text = re.sub(r"\x1b\[[0-9;]*m", "", written.getvalue())
 
 

@@ -13,11 +13,11 @@ from __future__ import annotations
 import copy
 import logging
 import sys
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from course_lib import stack
 from course_lib.planning.layout import Layout, embedding_rows, require
 from course_lib.planning.layout.stages import interleaves_unsaid
 
@@ -187,35 +187,27 @@ _HOW_IT_RUNS = (
 )
 
 
-@contextmanager
-def _without_advice() -> Iterator[None]:
+def _without_advice() -> AbstractContextManager[None]:
     """Upstream repeats a few pieces of advice for each model that is built; a table of layouts builds dozens."""
-    names = ("megatron.core.models.gpt.gpt_model", "megatron.core.models.hybrid.hybrid_layer_allocation")
-    names += ("megatron.bridge.peft.lora", "megatron.bridge.peft.canonical_lora", "megatron.bridge.peft.dora")
-    loggers = [logging.getLogger(name) for name in names]
-    before = [logger.disabled for logger in loggers]
-    for logger in loggers:
-        logger.disabled = True
-    try:
-        with warnings.catch_warnings():
-            for message in (
-                "full scope is deprecated",
-                "Transformer Engine cross entropy loss fusion",
-                "If you are using transformer_engine as the transformer implementation, the core_attn",
-                ".*torch.distributed.* is deprecated",
-                "When using sequence parallelism it is recommended to set the environment variable",
-                "moe_hybridep_num_sms is deprecated",
-                "moe_ffn_hidden_size is not set",
-                "MLP requires ffn_hidden_size",
-                "Warning: tp_group is None",
-                "cuda_graph_scope is deprecated",
-                'The fp8 argument in "get_gpt_layer',
-            ):
-                warnings.filterwarnings("ignore", message=message)
-            yield
-    finally:
-        for logger, disabled in zip(loggers, before, strict=True):
-            logger.disabled = disabled
+    return stack.quietly(
+        "megatron.core.models.gpt.gpt_model",
+        "megatron.core.models.hybrid.hybrid_layer_allocation",
+        *(f"megatron.bridge.peft.{kind}" for kind in ("lora", "canonical_lora", "dora")),
+        below=logging.CRITICAL + 1,
+        messages=(
+            "full scope is deprecated",
+            "Transformer Engine cross entropy loss fusion",
+            "If you are using transformer_engine as the transformer implementation, the core_attn",
+            ".*torch.distributed.* is deprecated",
+            "When using sequence parallelism it is recommended to set the environment variable",
+            "moe_hybridep_num_sms is deprecated",
+            "moe_ffn_hidden_size is not set",
+            "MLP requires ffn_hidden_size",
+            "Warning: tp_group is None",
+            "cuda_graph_scope is deprecated",
+            'The fp8 argument in "get_gpt_layer',
+        ),
+    )
 
 
 def _fused(cfg: Any) -> bool:

@@ -15,8 +15,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from course_lib.runs import failures
+from course_lib.stack import patches
+from course_lib.stack.patches import Patches
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.api import MultiprocessContext, RunProcsResult
 
 __all__ = ["rank_process", "serve"]
 
@@ -121,8 +127,8 @@ def _agent(request: dict, writer: object) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     _end_with_parent()
-    _use_the_fork_server_of_my_parent()
-    _do_not_stagger_the_only_node()
+    exits = _Exits()
+    patches.apply(_changes_to_the_launcher(exits))
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -145,7 +151,7 @@ def _agent(request: dict, writer: object) -> None:
         monitor_interval=0.02,
     )
     report: dict = {"dead": {}}
-    fork_server, exits = os.getppid(), _Exits()
+    fork_server = os.getppid()
     try:
         elastic_launch(config, rank_process)(request)
     except ChildFailedError:
@@ -178,32 +184,30 @@ class _Exits:
     """
 
     def __init__(self) -> None:
-        from multiprocessing.connection import wait
-
-        from torch.distributed.elastic.multiprocessing import api
-        from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
-
         self.seen: dict[int, int] = {}
         self._processes: list = []
         self._ending_since = float("inf")
-        poll = api.MultiprocessContext._poll
 
-        def look(context: api.MultiprocessContext) -> api.RunProcsResult | None:
-            self._processes = context._pc.processes
-            if not wait(context._pc.sentinels, 0):
-                return poll(context)
-            self.seen |= {rank: p.exitcode for rank, p in enumerate(self._processes) if p.exitcode is not None}
-            self._ending_since = time.monotonic()
-            returned = context._return_values
-            left = [rank for rank, code in self.seen.items() if code == 0 and rank not in returned]
-            left = [rank for rank in left if context._ret_vals[rank].empty()]
-            if not left or any(self.seen.values()):
-                return poll(context)
-            context.close()
-            failure = ProcessFailure(left[0], self._processes[left[0]].pid, 0, context.error_files[left[0]])
-            return api.RunProcsResult(failures={left[0]: failure}, stdouts=context.stdouts, stderrs=context.stderrs)
+    def look(self, poll: Callable, context: MultiprocessContext, /) -> RunProcsResult | None:
+        """Note who has ended before torch's own look ends the others."""
+        from multiprocessing.connection import wait
 
-        api.MultiprocessContext._poll = look
+        from torch.distributed.elastic.multiprocessing.api import RunProcsResult
+        from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+        self._processes = context._pc.processes
+        if not wait(context._pc.sentinels, 0):
+            return poll(context)
+        self.seen |= {rank: p.exitcode for rank, p in enumerate(self._processes) if p.exitcode is not None}
+        self._ending_since = time.monotonic()
+        returned = context._return_values
+        left = [rank for rank, code in self.seen.items() if code == 0 and rank not in returned]
+        left = [rank for rank in left if context._ret_vals[rank].empty()]
+        if not left or any(self.seen.values()):
+            return poll(context)
+        context.close()
+        failure = ProcessFailure(left[0], self._processes[left[0]].pid, 0, context.error_files[left[0]])
+        return RunProcsResult(failures={left[0]: failure}, stdouts=context.stdouts, stderrs=context.stderrs)
 
     def codes(self) -> dict[int, int]:
         """Exit codes by rank, negative for a signal, without those that this process caused."""
@@ -222,25 +226,32 @@ def _function(name: str) -> Callable:
     return getattr(importlib.import_module(module), attribute)
 
 
-def _use_the_fork_server_of_my_parent() -> None:
-    """Let this process ask for forks of the process that it was forked from.
-
-    Python would start another, cold fork server: it knows the address of the old one, but checks that the server is its
-    own child, which it is not.
-    """
+def _changes_to_the_launcher(exits: _Exits) -> Patches:
+    """How an agent changes Python's fork server and torch's elastic launcher."""
     from multiprocessing import forkserver
 
     if not forkserver._forkserver._forkserver_address:
         raise WarmError("this Python's multiprocessing.forkserver keeps its address elsewhere; use launcher='torchrun'")
-    forkserver._forkserver.ensure_running = lambda: None
+    mine, elastic = Patches(), "torch.distributed.elastic"
+    mine.replaces(f"{elastic}.multiprocessing.api.MultiprocessContext._poll", why="how the ranks ended")(exits.look)
 
+    @mine.replaces(
+        "multiprocessing.forkserver._forkserver.ensure_running",
+        why="this process asks the one that it was forked from; Python starts another, as that is not its own child",
+    )
+    def ensure_running(_: Callable) -> None:
+        """Nothing: the fork server runs."""
 
-def _do_not_stagger_the_only_node() -> None:
-    """Leave out the random wait, up to 0.3 s, that keeps many nodes from asking the rendezvous at once."""
-    from torch.distributed.elastic.rendezvous import dynamic_rendezvous
+    @mine.replaces(
+        f"{elastic}.rendezvous.dynamic_rendezvous._delay",
+        why="a random wait, up to 0.3 s, keeps many nodes from asking the rendezvous at once, and there is one",
+    )
+    def delay(original: Callable, seconds: float | tuple[float, float]) -> None:
+        """No wait of random length."""
+        if not isinstance(seconds, tuple):
+            original(seconds)
 
-    delay = dynamic_rendezvous._delay
-    dynamic_rendezvous._delay = lambda seconds: None if isinstance(seconds, tuple) else delay(seconds)
+    return mine
 
 
 def rank_process(request: dict) -> None:

@@ -30,6 +30,7 @@ from course_lib.common import files
 from course_lib.common.config import ConfigError
 from course_lib.common.project import untested_allowed, variable
 from course_lib.runs import failures, foreign_code, memory_meter
+from course_lib.stack import patches
 
 if TYPE_CHECKING:
     from megatron.bridge.training.callbacks import Callback
@@ -382,7 +383,7 @@ def rank_main(run_directory: str, cfg: ConfigContainer | None = None, *, callbac
     devices.refuse_what_is_missing(device)
     devices.apply(cfg, device)
     if device == "cuda":
-        stack.keep_built_helpers()
+        patches.apply(stack.HELPERS)
     layout.require(cfg, world)
     stage(path, rank, "building the model")
     train = finetune if cfg.checkpoint.pretrained_checkpoint else pretrain

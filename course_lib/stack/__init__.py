@@ -11,21 +11,26 @@ import importlib
 import importlib.machinery
 import importlib.metadata
 import importlib.util
+import io
 import logging
 import os
 import subprocess
 import sys
 import types
 import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
 from course_lib.common import screen
 from course_lib.common.project import variable
-from course_lib.stack import local_layers
+from course_lib.stack import local_layers, patches
+from course_lib.stack.patches import Patches
 
 __all__ = [
     "GPU_SET_UP",
+    "HELPERS",
     "LESSON_RANKS",
     "TESTED",
     "StandIn",
@@ -33,8 +38,8 @@ __all__ = [
     "gpu_count",
     "gpus",
     "hide_gpu_packages",
-    "keep_built_helpers",
     "prepare_imports",
+    "quietly",
     "stand_ins",
     "versions",
 ]
@@ -227,31 +232,68 @@ def prepare_imports(*, compiler: bool = False) -> list[StandIn]:
 
     if not compiler and not lazy.ready():  # whoever prepared this process first has decided
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-        import torch
-
-        torch.compile = _do_not_compile
+        patches.apply(COMPILER)
     lazy.defer(compiler=compiler)
     _put_stand_ins()
     return rows
 
 
-def keep_built_helpers() -> None:
-    """Megatron Core's wheel carries its index helper built and no Makefile, and Bridge calls `make` all the same.
+COMPILER = Patches()
 
-    `make` then ends the first rank of each node.  A source checkout has the Makefile, and is left as it is.
 
-    Source: megatron-core 0.19.2 `datasets/utils.py` `compile_helpers`; megatron-bridge 0.6.2 `training/initialize.py`.
-    """
-    from megatron.bridge.training import initialize
+@COMPILER.replaces("torch.compile", why="under TORCHDYNAMO_DISABLE=1 it does this, and imports the compiler first")
+def _do_not_compile(_: object, model: object = None, /, **__: object) -> object:
+    """Returns the function as it is."""
+    return model if model is not None else (lambda function: function)
+
+
+HELPERS = Patches()
+"""Megatron Core's index helper in every rank that trains.
+
+Source: megatron-core 0.19.2 `datasets/utils.py` `compile_helpers`; megatron-bridge 0.6.2 `training/initialize.py`.
+"""
+
+
+@HELPERS.replaces(
+    "megatron.core.datasets.utils.compile_helpers",
+    "megatron.bridge.training.initialize.compile_helpers",
+    why="the wheel ships helpers_cpp built but no Makefile: `make` fails and ends the first rank, on GPUs too",
+)
+def _compile_helpers(original: Callable) -> None:
+    """Compiles in a source checkout, which has the Makefile, and nowhere else."""
     from megatron.core.datasets import utils
 
-    if not Path(utils.__file__).with_name("Makefile").exists():
-        utils.compile_helpers = initialize.compile_helpers = lambda: None
+    if Path(utils.__file__).with_name("Makefile").exists():
+        original()
 
 
-def _do_not_compile(model: object = None, **_: object) -> object:
-    """What `torch.compile` does under TORCHDYNAMO_DISABLE=1, without importing the compiler first."""
-    return model if model is not None else (lambda function: function)
+@contextmanager
+def quietly(
+    *loggers: str, below: int = logging.WARNING, messages: Iterable[str] = ("Could not determine rank",)
+) -> Iterator[None]:
+    """Keep what upstream prints, logs below a level and warns of by these messages out of a notebook; the rest stays.
+
+    Without loggers it is all of Megatron, whose log of every array and token that it reads is long, and one warning that
+    is wrong where there is one process only.
+
+    Example:
+        >>> with quietly():
+        ...     print("> building train, validation, and test datasets for GPT ...")
+        >>> logging.getLogger("megatron").level == logging.WARNING
+        False
+    """
+    found = [logging.getLogger(name) for name in loggers or ("megatron",)]
+    before = [logger.level for logger in found]
+    for logger in found:
+        logger.setLevel(below)
+    try:
+        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            for message in messages:
+                warnings.filterwarnings("ignore", message=message)
+            yield
+    finally:
+        for logger, level in zip(found, before, strict=True):
+            logger.setLevel(level)
 
 
 def _quiet_first_import() -> None:

@@ -213,6 +213,8 @@ def _check_parameters(patch: Patch, original: Any) -> None:
 
 def _replace_defaults(replacements: dict[int, Any]) -> None:
     """Give Megatron's functions the replacement where a default value was taken from the original when they were defined."""
+    if "megatron.core" not in sys.modules:
+        return
     functions = [thing for thing in gc.get_objects() if type(thing) is FunctionType and thing.__defaults__]
     for function in functions:
         if (function.__module__ or "").startswith("megatron.") and replacements.keys() & set(

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from course_lib import stack
 from course_lib.common import files
 from course_lib.common.config import Fields, changed
 from course_lib.planning.layout.rows import embedding_rows
-from course_lib.stack.quiet import quietly
 
 if TYPE_CHECKING:
     import numpy as np
@@ -264,7 +264,7 @@ def datasets(cfg: Any, *, cache: Path) -> tuple[Any, Any, Any]:
     from megatron.bridge.data.utils import pretrain_train_valid_test_datasets_provider
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
-    with quietly():
+    with stack.quietly():
         mine = changed(cfg.dataset, {"tokenizer": build_tokenizer(cfg.tokenizer), "path_to_cache": str(cache)})
         mine.finalize()
         return pretrain_train_valid_test_datasets_provider(list(get_train_valid_test_num_samples(cfg)), mine)

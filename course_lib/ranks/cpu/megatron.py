@@ -9,10 +9,11 @@ import queue
 
 import torch
 
+from course_lib import stack
 from course_lib.stack import local_layers
 from course_lib.stack.patches import Patches
 
-PATCHES = Patches(local_layers.PATCHES)
+PATCHES = Patches([*local_layers.PATCHES, *stack.HELPERS])
 CORE, BRIDGE = "megatron.core", "megatron.bridge"
 OPTIMIZER = f"{CORE}.optimizer.distrib_optimizer.DistributedOptimizer"
 LAYERS, RANDOM = f"{CORE}.tensor_parallel.layers", f"{CORE}.tensor_parallel.random"
@@ -29,15 +30,6 @@ PATCHES.sets(
     why="torch's flex attention has no gradient on a CPU: Gemma 2's own plain attention has",
     late=True,
 )
-
-
-@PATCHES.replaces(
-    f"{CORE}.datasets.utils.compile_helpers",
-    f"{BRIDGE}.training.initialize.compile_helpers",
-    why="the wheel ships helpers_cpp built but no Makefile: `make` fails and rank 0 exits, on GPUs too",
-)
-def compile_helpers(_):
-    """No effect."""
 
 
 @PATCHES.replaces(
