@@ -1,6 +1,7 @@
 """Levers beside the layout: one change of a configuration each, what it saves for 1B, 3B and 8B, its price and its risk.
 
-`book.builder.levers` writes what they do to `data/levers.json`, which the book shows.  Everything is planned; nothing was run on a GPU.
+`book.builder.levers` writes what they do to `data/levers.json`, which the book shows.  Everything is planned; nothing was run
+on a GPU.
 """
 
 from __future__ import annotations
