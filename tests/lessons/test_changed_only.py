@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from course_lib.common.project import PROJECT
 from support import lesson_runs
 
 SUPPORT = Path(lesson_runs.__file__).parent
@@ -95,6 +96,6 @@ def test_the_hash_sees_a_missing_page_and_not_another_lesson(project: Path) -> N
 
 def test_make_test_runs_everything() -> None:
     """Neither `make test` nor the entry of continuous integration passes the option."""
-    makefile = (SUPPORT.parent / "Makefile").read_text()
+    makefile = (PROJECT / "Makefile").read_text()
     recipe = makefile.split("\ntest: setup", 1)[1].split("\n\n", 1)[0]
-    assert "changed" not in recipe and "changed" not in (SUPPORT.parent / ".ci" / "run").read_text()
+    assert "changed" not in recipe and "changed" not in (PROJECT / ".ci" / "run").read_text()

@@ -231,13 +231,10 @@ def stopped(*, half: float | None) -> dict[str, Any]:
 def shapes(deep: int) -> dict[str, Any]:
     """A base of 139,584 parameters, and the deep model's."""
     cfg, cfg_deep = SimpleNamespace(parameters=139_584), SimpleNamespace(parameters=deep)
-    counts = SimpleNamespace(
-        shrink=lambda *a, **k: None,
-        diff=lambda *a: None,
-        parameter_count=lambda cfg, vocab_size: cfg.parameters,
-    )
+    small = SimpleNamespace(shrink=lambda *a, **k: None, diff=lambda *a: None)
+    counts = SimpleNamespace(parameter_count=lambda cfg, vocab_size: cfg.parameters)
     copied = SimpleNamespace(deepcopy=lambda cfg: cfg_deep)
-    return {"cfg": cfg, "copy": copied, "recipes": counts, "deep_ffn_hidden_size": 152}
+    return {"cfg": cfg, "copy": copied, "recipes": small, "closed_forms": counts, "deep_ffn_hidden_size": 152}
 
 
 class Figure:

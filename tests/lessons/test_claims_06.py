@@ -53,7 +53,7 @@ def page() -> dict[str, Any]:
     values |= {"counted": SimpleNamespace(states=holds(33.7, 11.2)), "kept": 18.3 * GIB}
     values |= {"estimate": {"states": 33.7 * GIB, "activations": 18.0 * GIB}}
     values |= {"rows": {"weights": (2**20, 2**20), "activations": (2**21, 2**21)}}
-    values |= {"vocab_size": 128_256, "ceiling": SimpleNamespace(flops_per_token=lambda model, vocab_size: 51.5e9)}
+    values |= {"vocab_size": 128_256, "closed_forms": SimpleNamespace(flops_per_token=lambda model, vocab_size: 51.5e9)}
     values |= {"by_torch": 57.9e9, "formula": 57.9e9, "rate": RATES, "published": NEMO}
     values |= {"best": {"1B": "1B TP=1 DP=8", "3B": "3B TP=1 DP=8", "8B": "8B CP=2 DP=4"}}
     values |= {"bubble": {m: 6.8 / m for m in (4, 8, 16, 32)}, "waits": 0.78, "work": 6.8}
@@ -73,7 +73,7 @@ BROKEN = {
     "check-run": [("rows", {"weights": (2**20, 1.04 * 2**20)}), ("rows", {"activations": (2**20, 1.15 * 2**20)})],
     "check-time": [
         ("by_torch", 51.5e9),
-        ("ceiling", SimpleNamespace(flops_per_token=lambda model, vocab_size: 57.9e9)),
+        ("closed_forms", SimpleNamespace(flops_per_token=lambda model, vocab_size: 57.9e9)),
         ("rate", RATES | {"3B TP=2 DP=4": 30_000}),
         ("published", NEMO.assign(tokens_per_second_per_gpu=19_000)),
     ],

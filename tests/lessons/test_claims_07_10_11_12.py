@@ -8,9 +8,8 @@ from types import SimpleNamespace as Some
 import pandas as pd
 import pytest
 
-from course_lib import runs
+from course_lib import runs, stack
 from course_lib.launch import cluster
-from course_lib.machine import installation
 from course_lib.reading import throughput
 from support.lesson_cells import falsify, gives, tagged
 
@@ -114,7 +113,7 @@ def lesson_07():
     rented = cluster.docker_run("runs/smoke/config.yaml", image="nemo:26.06")
     address = {"account": "me", "partition": "batch", "image": "nemo:26.06"}
     scripts = {"rented": rented, "plain": cluster.sbatch("runs/smoke/config.yaml", **address)}
-    node = {**scripts, "image": "nemo:26.06", "installation": installation, "cluster": Some(shellcheck=gives([]))}
+    node = {**scripts, "image": "nemo:26.06", "stack": stack, "cluster": Some(shellcheck=gives([]))}
     words = ("--gpus all", "--ipc=host", "--ulimit memlock=-1", "nemo:26.06", "--nproc-per-node 8", "pip install")
     wrong_lines = [{"rented": rented.replace(word, "")} for word in words]
     late = {"plain": "exec torchrun\n" + scripts["plain"]}
@@ -245,7 +244,7 @@ def lesson_11():
     by_group = lambda rows: sent(tp=rows.sent.sum())  # noqa: E731
     halves = {
         "both": both, "stream_bytes": 5, "run": trained(1.0), "run_sp": trained(1.0), "on_cpu": True, "runs": runs,
-        "collectives": Some(by_group=by_group, compare=gives(table())),
+        "collectives": Some(compare=gives(table())), "messages": Some(by_group=by_group),
     }  # fmt: skip
     yield (
         "sp-check",
@@ -253,7 +252,7 @@ def lesson_11():
         [
             {"both": both | {"all-reduce": both["sequence parallel"]}},
             {"run_sp": trained(1.1)},
-            {"collectives": Some(by_group=by_group, compare=gives(table(False)))},
+            {"collectives": Some(compare=gives(table(False)))},
         ],
     )
 
@@ -275,13 +274,14 @@ def lesson_12():
         "sharded": pd.DataFrame({"bytes": [400], "sent": [8]}),
     }
     data = {
-        "recipes": Some(parameter_count=gives(100)), "cfg": Some(model=0), "run": trained(1.0, rows="sharded"), "runs": runs,
+        "closed_forms": Some(parameter_count=gives(100)), "cfg": Some(model=0), "run": trained(1.0, rows="sharded"), "runs": runs,
         "run_plain": trained(1.0, rows="plain"),
-        "collectives": Some(recorded=lambda run: moved[run.rows], by_group=lambda rows: sent(dp_cp=rows.sent.sum())),
+        "collectives": Some(recorded=lambda run: moved[run.rows]),
+        "messages": Some(by_group=lambda rows: sent(dp_cp=rows.sent.sum())),
     }  # fmt: skip
-    twice = Some(recorded=lambda run: moved[run.rows], by_group=lambda rows: sent(dp_cp=1 + (rows is moved["plain"])))
-    wrong = [{"recipes": Some(parameter_count=gives(99))}, {"run": trained(2.0, rows="sharded")}]
-    yield "check-data", data, [*wrong, {"collectives": twice}]
+    twice = Some(by_group=lambda rows: sent(dp_cp=1 + (rows is moved["plain"])))
+    wrong = [{"closed_forms": Some(parameter_count=gives(99))}, {"run": trained(2.0, rows="sharded")}]
+    yield "check-data", data, [*wrong, {"messages": twice}]
 
     def stages(order=lambda m: 1 / (m + 1), busy=lambda m: 1 / (m + 1) + 0.05):
         """`pipeline`, where `order` and `busy` say how long is waited for m passes by order and with real times."""

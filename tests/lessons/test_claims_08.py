@@ -76,7 +76,7 @@ GOOD: dict[str, dict[str, Any]] = {
     },
     "check-order": {"train": Sample(lambda labels: labels), "unigram": 6.8, "bigram": 5.2},
     "check-formula": {
-        "throughput": counted(1e7, 1.1e7), "cfg": SimpleNamespace(model=None), "vocab_size": 8192,
+        "closed_forms": counted(1e7, 1.1e7), "cfg": SimpleNamespace(model=None), "vocab_size": 8192,
         "flops_per_step": 1e10, "tokens_per_step": 1e3,
     },
     "check-work": {

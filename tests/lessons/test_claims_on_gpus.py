@@ -247,9 +247,9 @@ def test_lesson_12_expects_parameters_back_in_bf16():
         for name, cfg in (("plain", "cfg_plain"), ("sharded", "cfg"))
     }
     facts = {
-        "recipes": made["recipes"], "cfg": made["cfg"], "runs": runs, "run_plain": run_of("cuda", 5.0, rows="plain"),
+        "closed_forms": made["closed_forms"], "cfg": made["cfg"], "runs": runs, "run_plain": run_of("cuda", 5.0, rows="plain"),
         "run": run_of("cuda", 5.1, rows="sharded"),
-        "collectives": Some(recorded=lambda run: forms[run.rows], by_group=messages.by_group),
+        "collectives": Some(recorded=lambda run: forms[run.rows]), "messages": messages,
     }  # fmt: skip
     holds("12", "check-data", facts, {"run": run_of("cpu", 5.1, rows="sharded")})
     both = {"cfg": made["cfg"], "runs": runs, "run": run_of("cuda", 5.0), "run_cp": run_of("cuda", 5.1)}
