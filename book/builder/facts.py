@@ -137,6 +137,27 @@ def recipe_families(root: Path) -> str:
     return "\n".join(lines)
 
 
+def gpu_checks(_: Path) -> str:
+    """The checks of one GPU, in their order, with what each settles and needs."""
+    from course_lib.machine.gpu_check import CHECKS
+
+    lines = ["| check | what it settles | needs | limit, s |", "|---|---|---|--:|"]
+    for one in CHECKS:
+        needs = ", ".join([*(["a GPU"] if one.gpu else []), *(f"`{name}`" for name in one.packages)]) or "nothing"
+        lines.append(f"| `{one.name}` | {one.settles} | {needs} | {one.limit_seconds} |")
+    return "\n".join(lines)
+
+
+def gpu_bundle_parts(_: Path) -> str:
+    """What goes into a bundle, and what may be left out."""
+    from course_lib.machine.gpu_bundle import PARTS
+
+    lines = ["| part | what is in it | needed |", "|---|---|---|"]
+    for part in PARTS:
+        lines.append(f"| `{part.name}` | {part.what} | {'no' if part.optional else 'yes'} |")
+    return "\n".join(lines)
+
+
 FACTS: dict[str, Callable[[Path], str]] = {
     "versions": versions,
     "variables": variables,
@@ -145,4 +166,6 @@ FACTS: dict[str, Callable[[Path], str]] = {
     "eight_gpu_plan": plan,
     "recipe_families": recipe_families,
     "sessions": sessions,
+    "gpu_checks": gpu_checks,
+    "gpu_bundle": gpu_bundle_parts,
 }
