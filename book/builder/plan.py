@@ -12,7 +12,7 @@ from typing import Any
 
 from course_lib.common.project import DATA
 
-__all__ = ["FILE", "compute", "markdown", "read"]
+__all__ = ["FILE", "make", "markdown", "read"]
 
 FILE = DATA / "plans_8_gpu.json"
 RANKS = 8
@@ -40,7 +40,7 @@ def models() -> dict[str, Any]:
     return found
 
 
-def compute() -> dict[str, Any]:
+def make() -> dict[str, Any]:
     """Plan every model in every layout, with the functions of lesson 06.
 
     Returns:
@@ -100,5 +100,5 @@ def markdown(plans: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    FILE.write_text(json.dumps(compute(), indent=1) + "\n", encoding="utf-8")
+    FILE.write_text(json.dumps(make(), indent=1) + "\n", encoding="utf-8")
     print(f"wrote {FILE}")

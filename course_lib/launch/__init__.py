@@ -134,7 +134,7 @@ def run(
     devices.refuse_what_is_missing(stack.device(ranks))  # before there are ranks: they start in this environment
     run_ = prepare(cfg, ranks=ranks, name=name, save=save, load=load, launcher=launcher, target=target, record=record)
     view = functools.partial(_view, show, run_.launch["train_iters"], run_.path)
-    return supervise.until_the_end(run_, ranks=ranks, start=_starter(run_), view=view, watch=watch)
+    return supervise.watch(run_, ranks=ranks, start=_starter(run_), view=view, watch=watch)
 
 
 def call(
@@ -182,7 +182,7 @@ def call(
             )
 
     try:
-        supervise.until_the_end(run_, ranks=ranks, start=_starter(run_), view=lambda: None, watch=watch)
+        supervise.watch(run_, ranks=ranks, start=_starter(run_), view=lambda: None, watch=watch)
     except RunFailed:
         raise
     except BaseException:
@@ -202,7 +202,7 @@ def _launcher_for(device: str) -> str:
     return "torchrun" if device == "cuda" else "warm"
 
 
-def _starter(run: runs.Run) -> Callable[[runs.Run, int], forkserver.Launched | torchrun.Started]:
+def _starter(run: runs.Run) -> Callable[[runs.Run, int], forkserver.Launch | torchrun.Started]:
     return _start_warm if run.launch["launcher"] == "warm" else torchrun.start
 
 
@@ -251,11 +251,11 @@ def prepare(
         content = config_file.read_file(Path(cfg))
         foreign_code.refuse(content, Path(cfg))
         devices.refuse_what_cannot_train(content, device)
-        given = config_file.as_the_ranks_see_it(content, device)
+        given = devices.applied(content, device)
     else:
         devices.refuse_what_cannot_train(cfg, device)
-        field_values.refuse_unknown_fields(cfg)
-        given = config_file.as_the_ranks_see_it(cfg, device)
+        field_values.check_fields(cfg)
+        given = devices.applied(cfg, device)
     field_values.refuse_wrong_values(given)
     plan = layout.require(given, ranks)
     resumed = checkpoints.refuse(given, load=source, ranks=ranks)
@@ -275,7 +275,7 @@ def prepare(
             content = runs.Run(path).config
             foreign_code.refuse(content, path / "config.yaml")
         launcher = launcher or _launcher_for(device)
-        about = _about(content, path, ranks, device, launcher, target, plan, record)
+        about = _launch_record(content, path, ranks, device, launcher, target, plan, record)
         before = checkpoints.global_batch_size(resumed) if resumed else None
         runs.write_json(path / "launch.json", about | {"global_batch_size_of_the_checkpoint": before})
     except BaseException:  # a directory without its launch.json would look like a run that goes on
@@ -303,7 +303,7 @@ def _random_states(source: Path | None, device: str) -> dict[str, bool]:
     return {"load_rng": False}
 
 
-def _told(content: dict, section: str, field: str) -> int:
+def _count_of(content: dict, section: str, field: str) -> int:
     try:
         return content[section][field]
     except (KeyError, TypeError):
@@ -312,7 +312,7 @@ def _told(content: dict, section: str, field: str) -> int:
         ) from None
 
 
-def _about(
+def _launch_record(
     content: dict, path: Path, ranks: int, device: str, launcher: str, target: str, plan: Layout, record: bool
 ) -> dict:
     return {
@@ -333,9 +333,9 @@ def _about(
         "versions": stack.versions(),
         "seed": (content.get("rng") or {}).get("seed"),
         "started": time.time(),
-        "train_iters": _told(content, "train", "train_iters"),
-        "global_batch_size": _told(content, "train", "global_batch_size"),
-        "seq_length": _told(content, "model", "seq_length"),
+        "train_iters": _count_of(content, "train", "train_iters"),
+        "global_batch_size": _count_of(content, "train", "global_batch_size"),
+        "seq_length": _count_of(content, "model", "seq_length"),
         "memory_kind": "allocated by torch on the GPU"
         if device == "cuda"
         else "anonymous memory of the process since it started",
@@ -368,7 +368,7 @@ def _threads(ranks: int) -> int:
     return share if share == 1 or _running() <= (os.cpu_count() or 1) else 1
 
 
-def _start_warm(run: runs.Run, ranks: int) -> forkserver.Launched:
+def _start_warm(run: runs.Run, ranks: int) -> forkserver.Launch:
     threads = str(run.launch.get("threads") or variable("COURSE_THREADS") or _threads(ranks))
     environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads} | train.confirmation(run.launch)
     environment |= foreign_code.permission()

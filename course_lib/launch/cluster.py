@@ -60,8 +60,8 @@ def settled(run: Run) -> Run:
     """
     outcome = failures.settle(run.path)
     if outcome.status != "succeeded":
-        raise launch.RunFailed(run.again(), outcome)
-    return run.again()
+        raise launch.RunFailed(run.reload(), outcome)
+    return run.reload()
 
 
 def rank_errors(run: Run) -> pd.DataFrame:

@@ -31,7 +31,7 @@ from pathlib import Path
 from course_lib.common.project import LIBRARY, PROJECT, untested_allowed
 from course_lib.ranks.server import WarmError
 
-__all__ = ["Launched", "Lease", "WarmError", "lease", "rank_code"]
+__all__ = ["Launch", "Server", "WarmError", "lease", "rank_code"]
 
 
 START_SECONDS = 60.0
@@ -54,7 +54,7 @@ def rank_code(course_lib: Path = LIBRARY) -> list[Path]:
     return sorted(file for room in RANK_ROOMS for file in (course_lib / room).rglob("*.py"))
 
 
-class Lease:
+class Server:
     """A connection to the server; while it is open, the server lives."""
 
     def __init__(self, path: Path, connection: socket.socket) -> None:
@@ -63,7 +63,7 @@ class Lease:
 
     def launch(
         self, target: str, argument: str, *, ranks: int, log: Path, env: dict[str, str], prepare: str | None = None
-    ) -> Launched:
+    ) -> Launch:
         """Start `target(argument)` in so many ranks, without waiting for them.
 
         Args:
@@ -89,9 +89,9 @@ class Lease:
         if job is None:
             raise WarmError(f"the warm launcher is gone; see {self.path.with_suffix('.log')}, then run the cell again")
         job.sendall((json.dumps(request) + "\n").encode())
-        return Launched(job)
+        return Launch(job)
 
-    def keep_when_replaced(self) -> None:
+    def survive_exec(self) -> None:
         """Let the lease live on in the program that replaces this one by `exec`; its own children do not get it."""
         self._connection.set_inheritable(True)
 
@@ -100,7 +100,7 @@ class Lease:
         self._connection.close()
 
 
-class Launched:
+class Launch:
     """One launch under way.  Its connection is its life: closing it stops the agent and its ranks."""
 
     def __init__(self, job: socket.socket) -> None:
@@ -161,11 +161,11 @@ def address() -> Path:
 
 
 @functools.lru_cache(maxsize=1)
-def _lease_of(process: int, path: Path) -> Lease:
+def _lease_of(process: int, path: Path) -> Server:
     return _connect(path)
 
 
-def lease() -> Lease:
+def lease() -> Server:
     """This process's lease: the first call starts the server if there is none, and returns at once.
 
     The server imports the stack in the background; a launch waits for that.
@@ -188,7 +188,7 @@ def _alive(path: Path) -> bool:
     return connection is not None
 
 
-def _connect(path: Path) -> Lease:
+def _connect(path: Path) -> Server:
     with open(path.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two notebooks that start at once share one server
         connection = _try(path)
@@ -200,7 +200,7 @@ def _connect(path: Path) -> Lease:
                     raise WarmError(f"the warm launcher did not start; see {path.with_suffix('.log')}")
                 time.sleep(0.02)
     connection.sendall(b'{"lease": true}\n')
-    return Lease(path, connection)
+    return Server(path, connection)
 
 
 def _try(path: Path) -> socket.socket | None:

@@ -13,7 +13,7 @@ from course_lib.runs import failures
 if TYPE_CHECKING:
     from course_lib.figures import live
 
-__all__ = ["RunFailed", "RunInterrupted", "until_the_end"]
+__all__ = ["RunFailed", "RunInterrupted", "watch"]
 
 PATIENCE_SECONDS = 6.0
 """How long a rank may be gone before a launch that says nothing about it is stopped."""
@@ -34,7 +34,7 @@ class RunInterrupted(KeyboardInterrupt):
     """The learner stopped the cell; all ranks are gone."""
 
 
-def until_the_end(
+def watch(
     run: runs.Run, *, ranks: int, start: Callable, view: Callable[[], live.View | None], watch: Callable | None
 ) -> runs.Run:
     """Start the ranks, show what they do, and turn their end into a value or an exception.
@@ -67,9 +67,9 @@ def until_the_end(
             patience = _Patience()
             while (report := launched.wait(0.1)) is None:
                 if shown is not None:
-                    shown.update(run.again())
+                    shown.update(run.reload())
                 if watch is not None:
-                    watch(run.again())
+                    watch(run.reload())
                 if patience.ends(run):
                     left = failures.left(run)
                     launched.stop()
@@ -100,10 +100,10 @@ def until_the_end(
     finally:
         (run.path / ".reserve").unlink(missing_ok=True)
         if shown is not None:
-            shown.close(run.again())
+            shown.close(run.reload())
     if outcome.status != "succeeded":
-        raise RunFailed(run.again(), outcome)
-    return run.again()
+        raise RunFailed(run.reload(), outcome)
+    return run.reload()
 
 
 def _stopped_by(error: BaseException) -> runs.Outcome:

@@ -56,7 +56,7 @@ def claim(condition: object, message: str, *, otherwise: str = "") -> None:
 
 
 def close(
-    measured: float,
+    value: float,
     expected: float,
     *,
     what: str,
@@ -68,7 +68,7 @@ def close(
     """Prove that a measured value is as expected, within a tolerance that you state.
 
     Args:
-        measured: The value that a run or a cell gave, in ``unit``.
+        value: The value that a run or a cell gave, in ``unit``.
         expected: The value that it should have, in ``unit``.
         what: What was measured ("loss at step 1").
         unit: Its unit ("nats/token").
@@ -78,7 +78,7 @@ def close(
 
     Raises:
         ValueError: No tolerance was given.
-        ClaimFailed: The values differ by more than the tolerance, or the measured value is not a number.
+        ClaimFailed: The values differ by more than the tolerance, or the value is not a number.
 
     Example:
         >>> close(6.95, 6.93, atol=0.05, what="loss at step 1", unit="nats/token")
@@ -88,11 +88,11 @@ def close(
         raise ValueError(
             "close() was given no tolerance: pass atol=... in the unit, or rtol=... as a share of expected."
         )
-    measured, expected = float(measured), float(expected)
+    value, expected = float(value), float(expected)
     tolerance = max(atol, rtol * abs(expected))
-    shown = f"{what} is {format_number(measured)} {unit}, "
+    shown = f"{what} is {format_number(value)} {unit}, "
     shown += f"expected {format_number(expected)} within {format_number(tolerance)} {unit}"
-    difference = abs(measured - expected)
+    difference = abs(value - expected)
     if not difference <= tolerance:  # written this way round, so that NaN fails
         raise ClaimFailed(
             f"does not hold: {shown} (they differ by {format_number(difference)} {unit})"

@@ -82,7 +82,7 @@ def start(notebook: str, *, options: Sequence[str] = ()) -> None:
     prepare_workspace(Path(settings["JUPYTERLAB_WORKSPACES_DIR"]), notebook)
     try:
         if (lease := launch.warm_up()) is not None:
-            lease.keep_when_replaced()
+            lease.survive_exec()
     except forkserver.WarmError as error:  # the lessons start it themselves, and will say what is wrong
         print(f"The stack is not imported ahead: {error}", file=sys.stderr)
     sys.stdout.flush()

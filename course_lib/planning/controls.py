@@ -16,7 +16,7 @@ from course_lib.common.units import gib
 from course_lib.figures import style
 from course_lib.planning import ceiling, memory
 from course_lib.planning.layout import LayoutError
-from course_lib.planning.layout.rows import rows_follow_the_tokenizer
+from course_lib.planning.layout.rows import padded_from_tokenizer
 
 if TYPE_CHECKING:
     from ipywidgets import VBox
@@ -97,7 +97,7 @@ def bridge_code(recipe: str, cfg: Any) -> str:
     fields = {f"model.{name}_parallel_size": getattr(model, f"{name}_parallel_size") for name in names}
     fields |= {"model.sequence_parallel": model.sequence_parallel, "model.seq_length": model.seq_length}
     fields |= {"dataset.seq_length": model.seq_length, "mixed_precision": cfg.mixed_precision}
-    if rows_follow_the_tokenizer(Fields.of(cfg)):  # nothing else says how many ids the embedding has
+    if padded_from_tokenizer(Fields.of(cfg)):  # nothing else says how many ids the embedding has
         fields["tokenizer.vocab_size"] = cfg.tokenizer.vocab_size
     if cfg.mixed_precision is None:  # nothing else says which numbers the model holds
         fields |= {f"model.{name}": getattr(model, name) for name in ("bf16", "fp16", "params_dtype")}

@@ -13,7 +13,7 @@ from course_lib.common.config import Fields
 from course_lib.planning.closed_forms import layer_weights
 from course_lib.planning.layout import embedding_rows, stage_layers
 from course_lib.planning.layout.sizes import Layout
-from course_lib.planning.layout.stages import interleaves_unsaid
+from course_lib.planning.layout.stages import has_implicit_chunks
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -111,7 +111,7 @@ def _refuse_what_is_not_counted(fields: Fields, layout: Layout) -> None:
         raise NotCounted(f"cp_comm_type={kind!r} runs inside Transformer Engine, which no CPU rank can record")
     if (instances := fields.get("ddp", "num_distributed_optimizer_instances", 1)) != 1:
         raise NotCounted(f"num_distributed_optimizer_instances={instances} divides the optimizer's state twice")
-    if interleaves_unsaid(fields):
+    if has_implicit_chunks(fields):
         raise NotCounted("the pipeline plan interleaves: set virtual_pipeline_model_parallel_size as well")
     defaults = {"add_bias_linear": True, "normalization": "LayerNorm", "position_embedding_type": "learned_absolute"}
     for name, value in wanted.items():

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from course_lib import stack
 from course_lib.planning.layout import Layout, embedding_rows, require
-from course_lib.planning.layout.stages import interleaves_unsaid
+from course_lib.planning.layout.stages import has_implicit_chunks
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +82,7 @@ def built(
     if dist.is_initialized():
         raise RuntimeError("this process has a process group already: plan in another process than the one that trains")
     layout = require(cfg, ranks)
-    if interleaves_unsaid(cfg):
+    if has_implicit_chunks(cfg):
         raise ValueError("the pipeline plan interleaves: set virtual_pipeline_model_parallel_size as well, to plan it")
     model = _without_devices(cfg)
     excepthook = sys.excepthook  # each process group would put its rank before every line of a traceback

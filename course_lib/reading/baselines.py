@@ -18,7 +18,7 @@ from course_lib.runs import checkpoints
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["bigram_loss", "first_loss", "generate", "known_first_losses", "pairs", "unigram_loss"]
+__all__ = ["bigram_loss", "first_loss", "generate", "known_first_losses", "token_pairs", "unigram_loss"]
 
 
 def first_loss(vocab_size: int, hidden_size: int, init_std: float) -> float:
@@ -69,7 +69,7 @@ def unigram_loss(train: Sequence[int], validation: Sequence[int], *, vocab_size:
     return -sum(math.log((counts[token] + 1) / total) for token in validation) / len(validation)
 
 
-def pairs(samples: Sequence[Mapping[str, Any]]) -> np.ndarray:
+def token_pairs(samples: Sequence[Mapping[str, Any]]) -> np.ndarray:
     """What a trainer asks of these samples: each token, and the label that is to be predicted from it.
 
     Args:
@@ -80,7 +80,7 @@ def pairs(samples: Sequence[Mapping[str, Any]]) -> np.ndarray:
 
     Example:
         >>> import numpy as np
-        >>> pairs([{"tokens": np.array([5, 6]), "labels": np.array([6, 7])}]).tolist()
+        >>> token_pairs([{"tokens": np.array([5, 6]), "labels": np.array([6, 7])}]).tolist()
         [[5, 6], [6, 7]]
     """
     import numpy as np

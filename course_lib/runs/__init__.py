@@ -177,7 +177,7 @@ class Run:
         path = self.path / "logs" / f"rank_{rank}.log"
         return path.read_text(errors="replace") if path.exists() else ""
 
-    def again(self) -> Run:
+    def reload(self) -> Run:
         """The same run, read anew."""
         return Run(self.path)
 

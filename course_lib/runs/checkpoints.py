@@ -35,7 +35,7 @@ __all__ = [
     "WrongCheckpoint",
     "at",
     "compare",
-    "files",
+    "files_of",
     "global_batch_size",
     "hugging_face_rank",
     "latest",
@@ -350,7 +350,7 @@ def _refuse_another_layout(checkpoint: Checkpoint, mine: Fields, theirs: Fields,
             )
 
 
-def files(checkpoint: Checkpoint) -> pd.DataFrame:
+def files_of(checkpoint: Checkpoint) -> pd.DataFrame:
     """The files of a checkpoint: `file, size_bytes, holds`."""
     import pandas as pd
 

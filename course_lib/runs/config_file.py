@@ -14,19 +14,7 @@ from course_lib.runs.credentials import secrets
 if TYPE_CHECKING:
     from megatron.bridge.training.config import ConfigContainer
 
-__all__ = ["as_the_ranks_see_it", "read_file", "write_config", "write_content"]
-
-
-def as_the_ranks_see_it(cfg: ConfigContainer | dict, device: str) -> ConfigContainer | dict:
-    """The configuration with the fields that ranks on this device set; `cfg` itself stays as it is.
-
-    Of a file's content, only the backend is set.
-    """
-    if isinstance(cfg, dict):
-        return cfg | ({"dist": (cfg.get("dist") or {}) | {"distributed_backend": "gloo"}} if device == "cpu" else {})
-    from course_lib.stack import devices
-
-    return devices.applied(cfg, device)
+__all__ = ["read_file", "write_config", "write_content"]
 
 
 def read_file(path: Path) -> dict:

@@ -15,7 +15,7 @@ from course_lib.runs import foreign_code
 if TYPE_CHECKING:
     from megatron.bridge.training.config import ConfigContainer
 
-__all__ = ["FieldError", "refuse_unknown_fields", "refuse_wrong_values"]
+__all__ = ["FieldError", "check_fields", "refuse_wrong_values"]
 
 
 class FieldError(ValueError):
@@ -56,7 +56,7 @@ Source: megatron-bridge training/initialize.py, data/loaders.py @ 0.6.2; megatro
 """
 
 
-def refuse_unknown_fields(cfg: object) -> None:
+def check_fields(cfg: object) -> None:
     """A dataclass accepts `cfg.train.save_interval = 500` and YAML then drops it; catch that before a run."""
     sections = {
         part.name: getattr(cfg, part.name)

@@ -270,7 +270,12 @@ def apply(cfg: object, device: str = "cpu") -> list[Difference]:
 
 
 def applied(cfg: object, device: str = "cpu") -> object:
-    """A copy of the configuration as ranks see it; `cfg` itself stays as it is."""
+    """A copy of the configuration as ranks see it; `cfg` itself stays as it is.
+
+    Of a file's content, only the backend is set: the ranks set the rest when they have read it.
+    """
+    if isinstance(cfg, dict):
+        return cfg | ({"dist": (cfg.get("dist") or {}) | {"distributed_backend": "gloo"}} if device == "cpu" else {})
     return changed(cfg, {each.field: each.in_ranks for each in differences(cfg, device)})
 
 

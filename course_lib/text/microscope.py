@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
-__all__ = ["ForeignFile", "Index", "datasets", "document", "pieces", "read", "realised_blend", "require"]
+__all__ = ["ForeignFile", "Index", "datasets", "document", "sample_pieces", "read", "realised_blend", "require"]
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER_BYTES = 34
@@ -270,7 +270,7 @@ def datasets(cfg: Any, *, cache: Path) -> tuple[Any, Any, Any]:
         return pretrain_train_valid_test_datasets_provider(list(get_train_valid_test_num_samples(cfg)), mine)
 
 
-def pieces(dataset: Any, number: int) -> pd.DataFrame:
+def sample_pieces(dataset: Any, number: int) -> pd.DataFrame:
     """From which documents one sample is cut: the way through shuffle, sample and document index.
 
     Args:

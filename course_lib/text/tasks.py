@@ -18,7 +18,7 @@ from typing import Any
 from course_lib.common import files
 from course_lib.text import corpus, sources
 
-__all__ = ["CHANCE", "Choice", "Pair", "multiple_choice", "pairs", "write"]
+__all__ = ["CHANCE", "Choice", "Pair", "multiple_choice", "docstring_pairs", "write"]
 
 OPTIONS = 4
 CHANCE = 1 / OPTIONS
@@ -58,7 +58,7 @@ class Choice:
     module: str
 
 
-def pairs(built: corpus.Built) -> dict[str, list[Pair]]:
+def docstring_pairs(built: corpus.Built) -> dict[str, list[Pair]]:
     """Signature to docstring pairs of the standard library.
 
     A docstring that several functions share is left out everywhere: it would leak from one split to another.

@@ -339,8 +339,8 @@ def test_a_second_interrupt_leaves_an_outcome(bridge, runs_directory):
         run.path / "ranks" / "0.json", {"rank": 0, "pid": rank.pid, "stage": "training", "time": time.time()}
     )
     with pytest.raises(KeyboardInterrupt):
-        supervise.until_the_end(run, ranks=2, start=lambda *_: fake, view=lambda: None, watch=None)
-    assert run.again().outcome.status == "interrupted" and closed
+        supervise.watch(run, ranks=2, start=lambda *_: fake, view=lambda: None, watch=None)
+    assert run.reload().outcome.status == "interrupted" and closed
     assert rank.wait(10) == -signal.SIGKILL, "the rank is gone as well"
 
 
@@ -355,9 +355,7 @@ def test_a_launcher_that_dies_leaves_no_rank(bridge, runs_directory):
     launcher = subprocess.Popen(sleeper)
     launcher.kill()
     with pytest.raises(launch.RunFailed, match="the launcher was killed: torchrun ended by SIGKILL"):
-        supervise.until_the_end(
-            run, ranks=2, start=lambda *_: torchrun.Started(launcher), view=lambda: None, watch=None
-        )
+        supervise.watch(run, ranks=2, start=lambda *_: torchrun.Started(launcher), view=lambda: None, watch=None)
     assert rank.wait(10) == -signal.SIGKILL
 
 
@@ -369,8 +367,8 @@ def test_a_view_that_fails_leaves_an_outcome(bridge, runs_directory):
 
     run = launch.prepare(small.config(), ranks=2, name="blind")
     with pytest.raises(RuntimeError, match="no widgets"):
-        supervise.until_the_end(run, ranks=2, start=lambda *_: None, view=no_view, watch=None)
-    assert run.again().outcome.status == "failed" and "no widgets" in run.again().outcome.cause
+        supervise.watch(run, ranks=2, start=lambda *_: None, view=no_view, watch=None)
+    assert run.reload().outcome.status == "failed" and "no widgets" in run.reload().outcome.cause
 
 
 def test_an_interrupt_at_the_very_end_keeps_the_success(bridge, runs_directory):
@@ -384,8 +382,8 @@ def test_an_interrupt_at_the_very_end_keeps_the_success(bridge, runs_directory):
         runs.write_json(run.path / "ranks" / f"{rank}.json", {"rank": rank, "pid": 1, "stage": "done", "time": 0.0})
     fake = SimpleNamespace(wait=lambda _: {"dead": {}}, stop=lambda: None, close=interrupted)
     with pytest.raises(KeyboardInterrupt):
-        supervise.until_the_end(run, ranks=2, start=lambda *_: fake, view=lambda: None, watch=None)
-    assert run.again().outcome.status == "succeeded"
+        supervise.watch(run, ranks=2, start=lambda *_: fake, view=lambda: None, watch=None)
+    assert run.reload().outcome.status == "succeeded"
 
 
 def test_a_run_that_ended_is_not_started_again(bridge, runs_directory, monkeypatch):

@@ -57,7 +57,7 @@ def test_tensors_have_the_bytes_that_the_optimizer_implies(whole):
     saved = checkpoints.latest(whole)
     sizes = checkpoints.tensors(saved).groupby("part").size_bytes.sum()
     assert len(sizes) == 4 and sizes.nunique() == 1
-    files = checkpoints.files(saved)
+    files = checkpoints.files_of(saved)
     assert saved.size_bytes == files.size_bytes.sum() > sizes.sum()
     assert files.holds["__1_0.distcp"].endswith("rank 1 wrote") and "run_config.yaml" in files.index
 

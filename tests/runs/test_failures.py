@@ -426,7 +426,7 @@ def test_a_client_that_did_not_look_is_told_what_the_launcher_saw(bridge, runs_d
     fake.stop = lambda: setattr(fake, "wait", lambda _: next(reports))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(launch.RunFailed, match="rank 2 exited with code 1"):
         patch.setattr(supervise, "_Patience", lambda: gone)
-        supervise.until_the_end(
+        supervise.watch(
             runs.Run(runs_directory / "late"), ranks=4, start=lambda *_: fake, view=lambda: None, watch=None
         )
 

@@ -239,7 +239,7 @@ def test_a_folder_with_a_manifest_of_another_program_is_not_deleted(tmp_path):
 
 def test_pairs_follow_the_split_and_share_no_answer(built, tmp_path):
     """Train, validation and test have other modules and other texts."""
-    found = tasks.pairs(built)
+    found = tasks.docstring_pairs(built)
     modules = [{pair.module for pair in found[split]} for split in corpus.SPLITS]
     answers = [{pair.output for pair in found[split]} for split in corpus.SPLITS]
     assert len(found["train"]) > 2000 and min(map(len, found.values())) > 50
@@ -251,7 +251,7 @@ def test_pairs_follow_the_split_and_share_no_answer(built, tmp_path):
 
 def test_choices_are_fair(built):
     """Four different options, the answer among them, no favoured place, distractors from the module if it has them."""
-    questions = tasks.pairs(built)["train"]
+    questions = tasks.docstring_pairs(built)["train"]
     choices = tasks.multiple_choice(questions)
     right = {pair.input: pair for pair in questions}
     of_module = {pair.output: pair.module for pair in questions}

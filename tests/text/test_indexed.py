@@ -184,7 +184,7 @@ def test_the_pieces_of_a_sample_are_its_text(written, encoder_directory, tmp_pat
     prose = train.datasets[0]
     index = microscope.read(written["prose"].prefix)
     for number in range(5):
-        rows = microscope.pieces(prose, number).itertuples(index=False)
+        rows = microscope.sample_pieces(prose, number).itertuples(index=False)
         ids = [microscope.document(index, row[0])[row[1] : row[1] + row[2]] for row in rows]
         sample = prose[number]
         assert np.concatenate(ids).tolist() == [*sample["tokens"].tolist(), sample["labels"][-1].item()]

@@ -67,7 +67,7 @@ def test_sources_of_every_shape_are_found(tmp_path: Path) -> None:
 
 def test_the_plan_is_what_lesson_06_computes(bridge) -> None:
     """Megatron builds each model again; if upstream moved, `python -m book.builder.plan` writes the row again."""
-    assert plan.compute() == plan.read()
+    assert plan.make() == plan.read()
 
 
 def test_a_plan_that_does_not_fit_says_so() -> None:

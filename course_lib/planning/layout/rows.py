@@ -7,7 +7,7 @@ from typing import Any
 from course_lib.common.config import Fields
 from course_lib.planning.layout.sizes import next_multiple
 
-__all__ = ["embedding_rows", "padded_vocab_size", "rows_follow_the_tokenizer"]
+__all__ = ["embedding_rows", "padded_vocab_size", "padded_from_tokenizer"]
 
 
 def padded_vocab_size(vocab_size: int, *, tensor_model_parallel_size: int = 1, divisible_by: int = 128) -> int:
@@ -56,7 +56,7 @@ def embedding_rows(cfg: Any) -> int:
     600
     """
     fields = Fields.of(cfg)
-    if not rows_follow_the_tokenizer(fields):
+    if not padded_from_tokenizer(fields):
         return fields.model("vocab_size")
     if (ids := fields.get("tokenizer", "vocab_size")) is None:
         raise ValueError(
@@ -70,6 +70,6 @@ def embedding_rows(cfg: Any) -> int:
     )
 
 
-def rows_follow_the_tokenizer(fields: Fields) -> bool:
+def padded_from_tokenizer(fields: Fields) -> bool:
     """Whether Bridge takes the tokenizer's size, and pads it, instead of the model's own."""
     return fields.model("vocab_size") is None or fields.get("tokenizer", "use_tokenizer_vocab_size", False)

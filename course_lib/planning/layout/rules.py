@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from math import lcm
 
 from course_lib.common.config import Fields
-from course_lib.planning.layout.rows import padded_vocab_size, rows_follow_the_tokenizer
+from course_lib.planning.layout.rows import padded_from_tokenizer, padded_vocab_size
 from course_lib.planning.layout.sizes import Layout, LayoutError, Refusal, divisors, next_multiple
 from course_lib.planning.layout.stages import stage_layers
 
@@ -214,7 +214,7 @@ def _attention(layout: Layout, fields: Fields) -> Iterator[Refusal]:
 def _vocabulary(layout: Layout, fields: Fields) -> Iterator[Refusal]:
     """``VocabParallelEmbedding``; Bridge's ``_validate_and_set_vocab_size`` decides whether rows are padded."""
     rows, tensor = fields.model("vocab_size"), layout.tensor_model_parallel_size
-    if rows_follow_the_tokenizer(fields):
+    if padded_from_tokenizer(fields):
         return  # they come from the tokenizer, and then they are padded
     field, ids = "model.vocab_size", fields.get("tokenizer", "vocab_size", 0)
     divisible_by = fields.model("make_vocab_size_divisible_by", 128)

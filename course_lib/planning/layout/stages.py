@@ -20,7 +20,7 @@ UNEVEN = {f"model.num_layers_in_{stage}_pipeline_stage": None for stage in ("fir
 COUNTED = {f"model.account_for_{part}_in_pipeline_split": False for part in ("embedding", "loss")}
 
 
-def interleaves_unsaid(cfg: Any) -> bool:
+def has_implicit_chunks(cfg: Any) -> bool:
     """Whether a written pipeline plan interleaves, and no ``virtual_pipeline_model_parallel_size`` says so.
 
     Megatron accepts that and counts the chunks itself; whoever plans from the field would count too few.
