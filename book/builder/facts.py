@@ -1,5 +1,5 @@
 """Tables of the book's pages that are made when the book is built: versions, sources of data,
-the eight-GPU plan, the sessions of a class.
+the eight-GPU plan, what to set on a node, the sessions of a class.
 
 A page says `<!-- facts: NAME -->` where a table belongs.
 """
@@ -10,6 +10,7 @@ import json
 import re
 import tomllib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,50 @@ def gpu_bundle_parts(_: Path) -> str:
     return "\n".join(lines)
 
 
+def first_step(root: Path, section: str) -> str:
+    """What to set before the first step on a node: one section of its data, with the recipe's values and the sources."""
+    lines = ["| what | what to do | source |", "|---|---|---|"]
+    for row in _node(root)["sections"][section]:
+        values = "; ".join(f"`{name}` is `{value!r}`" for name, value in row.get("defaults", {}).items())
+        given = f"<br>In the 1B recipe {values}." if values else ""
+        cells = (row["what"], row["do"] + given, "<br>".join(dict.fromkeys(_sources(row))))
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def rates(root: Path) -> str:
+    """Published rates as shares of the dense peak, with the operations that each counts for a token."""
+    (h100,) = (gpu for gpu in _read(root, "gpus.json")["gpus"] if gpu["name"] == "H100 SXM 80GB")
+    others = _read(root, "published/throughput.json")
+    known = [*_node(root)["rates"], *others["other_rows"], *others["rows"]]
+    lines = [
+        "| run on H100 GPUs | TFLOP/s a GPU | of the dense peak | tokens/s a GPU | GFLOP counted for a token | source |",
+        "|---|--:|--:|--:|--:|---|",
+    ]
+    for row in known:
+        if "tflops_per_gpu" not in row:
+            continue
+        peak = h100["bf16_tflops"] * (2 if row["precision"] == "fp8" else 1)
+        told, tokens = row["tflops_per_gpu"], row["tokens_per_second_per_gpu"]
+        cells = (
+            row["name"],
+            f"{told:.0f}",
+            f"{told / peak:.0%} of {peak:,}",
+            f"{tokens:,.0f}",
+            f"{told * 1e3 / tokens:.1f}",
+        )
+        lines.append("| " + " | ".join((*cells, row["source"])) + " |")
+    return "\n".join(lines)
+
+
+def _node(root: Path) -> dict[str, Any]:
+    return _read(root, "first_step_on_a_node.json")
+
+
+def _read(root: Path, name: str) -> dict[str, Any]:
+    return json.loads((root / "data" / name).read_text(encoding="utf-8"))
+
+
 FACTS: dict[str, Callable[[Path], str]] = {
     "versions": versions,
     "variables": variables,
@@ -168,4 +213,9 @@ FACTS: dict[str, Callable[[Path], str]] = {
     "sessions": sessions,
     "gpu_checks": gpu_checks,
     "gpu_bundle": gpu_bundle_parts,
+    **{
+        f"first_step_{name}": partial(first_step, section=name)
+        for name in ("environment", "wires", "indices", "profilers", "curves", "broken", "stop")
+    },
+    "rates": rates,
 }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -49,11 +50,8 @@ def write_config(cfg: ConfigContainer, path: Path, places: dict[str, str | None]
     Raises:
         ConfigError: If an access token stands in it; no file is left then.
     """
-    mine = changed(
-        cfg,
-        {f"checkpoint.{field}": value for field, value in places.items()}
-        | {"logger.tensorboard_dir": None},  # the run directory records the same numbers
-    )
+    own = _own_places(vars(cfg.profiling) if cfg.profiling else {}, path)
+    mine = changed(cfg, {f"checkpoint.{field}": value for field, value in places.items()} | own)
     with files.replacing(path / "config.yaml") as half:
         mine.to_yaml(str(half))
         _refuse_secrets(half)
@@ -65,11 +63,25 @@ def write_content(content: dict, path: Path, places: dict[str, str | None]) -> N
     mine.setdefault("checkpoint", {"_target_": "megatron.bridge.training.config.CheckpointConfig"})
     if isinstance(mine["checkpoint"], dict):  # what is no mapping is for Bridge to refuse
         mine["checkpoint"].update(places)
-    if isinstance(mine.get("logger"), dict):
-        mine["logger"]["tensorboard_dir"] = None
+    profiling = mine.get("profiling")
+    for name, place in _own_places(profiling if isinstance(profiling, dict) else {}, path).items():
+        section, _, field = name.partition(".")
+        if isinstance(mine.get(section), dict):
+            mine[section][field] = place
     with files.replacing(path / "config.yaml") as half:
         half.write_text(yaml.safe_dump(mine, sort_keys=False))
         _refuse_secrets(half)
+
+
+def _own_places(profiling: Mapping[str, Any], path: Path) -> dict[str, str | None]:
+    """Where a run's files go beside its checkpoints, by field: into its own directory, and nowhere else.
+
+    The directory records what TensorBoard would, so there is no folder for that; but PyTorch's profiler writes its trace
+    beside it.  Source: megatron-bridge 0.6.2 `training/profiling.py`, `training/config.py` (a snapshot goes to /nemo_run).
+    """
+    traced = profiling.get("use_pytorch_profiler")
+    places = {"logger.tensorboard_dir": str(path / "tensorboard") if traced else None}
+    return places | ({"profiling.memory_snapshot_path": str(path / "snapshot.pickle")} if profiling else {})
 
 
 def _refuse_secrets(half: Path) -> None:

@@ -76,7 +76,9 @@ FIELDS: tuple[Field, ...] = (
     Field("model.bias_dropout_fusion", False, _NO_FUSION),
     Field("model.apply_rope_fusion", False, _NO_FUSION),
     Field("model.persist_layer_norm", False, _NO_FUSION),
-    Field("model.cross_entropy_loss_fusion", False, _NO_FUSION),
+    Field(
+        "model.cross_entropy_loss_fusion", False, "the recipes' kernel of the loss, Transformer Engine's, needs CUDA"
+    ),
     Field("model.moe_permute_fusion", False, _NO_FUSION),
     Field("model.moe_router_fusion", False, _NO_FUSION),
     Field("model.moe_grouped_gemm", False, _NO_FUSION),

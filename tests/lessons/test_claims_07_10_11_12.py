@@ -168,9 +168,11 @@ def lesson_10():
     kill = {
         "death": 8, "again": 7, "last_good": Some(step=6), "save_interval": 6, "distance": gives(0), "restarted": 0,
         "whole": 0, "checkpoints": Some(latest=gives(0), compare=gives(pd.DataFrame({"largest_difference": [0.0]}))), **EXACT,
+        "killed": Some(rank=3, exception="SIGKILL"),
     }  # fmt: skip
     apart = Some(latest=gives(0), compare=gives(pd.DataFrame({"largest_difference": [1e-9]})))
-    yield "check-kill", kill, [{"again": 1}, {"distance": gives(1e-6)}, {"checkpoints": apart}]
+    other = Some(rank=0, exception="SIGKILL")
+    yield "check-kill", kill, [{"again": 1}, {"distance": gives(1e-6)}, {"checkpoints": apart}, {"killed": other}]
     listing = pd.DataFrame({"missing": ["", ".metadata: not written"]}, index=[6, 12])
     space = "No space left on device"
 
