@@ -1,6 +1,6 @@
 import sys
 
-from course_lib.ranks import cpu
+from course_lib.ranks import cpu  # CPU
 from course_lib.stack import devices  # CPU
 
 cpu.activate()  # CPU

@@ -218,13 +218,14 @@ def lesson_03():
     two = Some(run=gives(Some(metrics=table, launch={"device": "cpu"})))
     by_hand = {
         "launch": two, "cfg_two": 0, "two_steps": 2, "printed": table, "by_hand": Some(stderr=""), "runs": runs,
-        "throughput": throughput, "place": Some(glob=gives([Path("events.1")])),
+        "throughput": throughput, "place": Some(glob=gives([Path("events.1")])), "on_a_node": "pretrain(cfg, forward_step)",
     }  # fmt: skip
     yield "check-by-hand", by_hand, {
         "a script that failed": {"printed": table[:0]},
         "a script that stopped early": {"printed": table[:1]},
         "another loss": {"printed": table.assign(loss=[6.96875, 6.51])},
         "another gradient": {"printed": table.assign(grad_norm=[1.25, 1.501])},
+        "a line that lost its mark": {"on_a_node": "from course_lib import cpu"},
         "TensorBoard's file elsewhere": {"place": Some(glob=gives([]))},
     }  # fmt: skip
     yield "check-mock", {"counting": [True, True]}, {"other mock data": {"counting": [True, False]}}

@@ -16,12 +16,12 @@ import pytest
 
 from book.builder import facts
 from course_lib import launch, recipes
+from course_lib.common.project import DATA, PROJECT
 from course_lib.runs import checkpoints
 from support.small import config
 
-PROJECT = Path(__file__).resolve().parent.parent
-DATA = json.loads((PROJECT / "data" / "first_step_on_a_node.json").read_text(encoding="utf-8"))
-ROWS = [(section, row) for section, rows in DATA["sections"].items() for row in rows]
+NODE = json.loads((DATA / "first_step_on_a_node.json").read_text(encoding="utf-8"))
+ROWS = [(section, row) for section, rows in NODE["sections"].items() for row in rows]
 FIELD = re.compile(r"`cfg((?:\.\w+)+)")
 
 
@@ -67,7 +67,7 @@ def test_each_row_has_a_source_that_says_so(section, row, recipe) -> None:
 
 def test_the_recipes_set_what_the_page_says(recipe) -> None:
     """The variables of the first table are those of the recipe, and the one that it leaves out is left out."""
-    named = {row["what"].strip("`") for row in DATA["sections"]["environment"][1:]}
+    named = {row["what"].strip("`") for row in NODE["sections"]["environment"][1:]}
     assert named - set(recipe.env_vars) == {"CUDA_DEVICE_MAX_CONNECTIONS"}
     assert set(recipe.env_vars) - named == {"TORCH_NCCL_HIGH_PRIORITY"}
 
