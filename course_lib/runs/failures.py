@@ -81,7 +81,7 @@ _NAMED = re.compile(
     r"rank (\d+) is gone|no word from rank (\d+)|ranks? (\d+)[\d, ]* failed to pass monitored", re.IGNORECASE
 )
 _CONNECTION_ERRORS = {"BrokenPipeError", "ConnectionResetError", "ConnectionRefusedError", "ConnectionAbortedError"}
-_DISTRIBUTED = re.compile(r"torch/distributed/|course_lib/cpu/mailbox\.py")
+_DISTRIBUTED = re.compile(r"torch/distributed/|course_lib/ranks/cpu/mailbox\.py")
 
 
 def lost_a_peer(text: str) -> bool:

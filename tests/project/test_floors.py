@@ -90,3 +90,24 @@ def test_the_readme_shows_the_rooms_that_there_are() -> None:
     folders = {path.name for path in LIBRARY.iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert re.findall(r"^\| \d \| `([\w/]+)/` ", readme, re.MULTILINE) == ROOMS
     assert {name.partition("/")[0] for name in ROOMS} == folders
+
+
+def test_every_file_and_name_of_the_library_that_is_written_down_exists() -> None:
+    """In code, lessons, pages and the Makefile a path or a dotted name in a string may be forgotten by a move."""
+    files = [*PROJECT.glob("*.md"), PROJECT / "Makefile", PROJECT / "pyproject.toml"]
+    for folder in ("course_lib", "book", "notebooks", "data"):
+        files += [path for path in PROJECT.glob(f"{folder}/**/*") if path.suffix in (".py", ".md", ".ipynb", ".json")]
+    generated = [PROJECT / "book" / name for name in ("_build", "lessons", "assets")]
+    dead = []
+    for path in files:
+        if path == Path(__file__).resolve() or any(path.is_relative_to(folder) for folder in generated):
+            continue
+        text = path.read_text(encoding="utf-8").replace("\\", "")
+        paths = [name for name in re.findall(r"\bcourse_lib(?:/\w+)+\.py\b", text) if not (PROJECT / name).is_file()]
+        modules = re.findall(r"\bcourse_lib\.(\w+)(?:\.(\w+))?", text)
+        dead += [f"{path.relative_to(PROJECT)}: {name}" for name in paths]
+        for room_, name in modules:
+            inside = LIBRARY / room_
+            if not (inside.is_dir() or inside.with_suffix(".py").is_file() or room_.startswith("_")):
+                dead.append(f"{path.relative_to(PROJECT)}: course_lib.{room_}.{name}")
+    assert sorted(set(dead)) == []

@@ -486,6 +486,7 @@ def raised(line: str, *files: str) -> str:
     return f"Traceback (most recent call last):\n{frames}{line}\n"
 
 
+MAILBOX = next(PROJECT.rglob("course_lib/**/mailbox.py")).relative_to(PROJECT).as_posix()
 PEERS = [
     (GLOO, True),
     ("RuntimeError: Gloo connectFullMesh failed with [/gloo/transport/tcp/pair.cc:1] timed out", True),
@@ -494,6 +495,7 @@ PEERS = [
     ("torch.distributed.DistStoreError: wait timeout after 1000ms, keys: /x", True),
     ("torch.distributed.DistNetworkError: failed to listen. code: -98, name: EADDRINUSE, message: address already in use", False),
     (raised("BrokenPipeError: [Errno 32] Broken pipe", "torch/distributed/distributed_c10d.py"), True),
+    (raised("BrokenPipeError: [Errno 32] Broken pipe", MAILBOX), True),
     (raised("BrokenPipeError: [Errno 32] Broken pipe", "wandb/sdk/interface/sock.py"), False),
     ("ConnectionRefusedError: [Errno 111] Connection refused", False),
     ("urllib.error.URLError: <urlopen error [Errno 111] Connection refused>", False),
