@@ -14,9 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from book.builder import levers, recipes
 from book.builder import plan as eight_gpu_plan
 from course_lib.common.project import VARIABLES
 from course_lib.lesson import notebooks
+from course_lib.planning import usable
 
 __all__ = ["FACTS", "FactError", "fill"]
 
@@ -127,6 +129,29 @@ def plan(root: Path) -> str:
     return eight_gpu_plan.markdown(eight_gpu_plan.read(root / "data" / eight_gpu_plan.FILE.name))
 
 
+def lever_table(root: Path) -> str:
+    """Levers beside the layout, from their row of data."""
+    return levers.markdown(levers.read(root / "data" / levers.FILE.name))
+
+
+def usable_memory(root: Path) -> str:
+    """What comes off an H100's 80 GB before a plan, and where that was read."""
+    return usable.markdown(root / "data" / usable.FILE.name)
+
+
+def recipes_8gpu(root: Path, *, tasks: tuple[str, ...]) -> str:
+    """NVIDIA's recipes for eight H100 of some tasks, planned."""
+    content = recipes.read(root / "data" / recipes.FILE.name)
+    return recipes.markdown(content, tasks=tasks)
+
+
+def nemotron_4b(root: Path) -> str:
+    """What NVIDIA saw of Nemotron 3 Nano 4B on eight H100, and what you should see."""
+    rows = json.loads((root / "data" / "published" / "nemotron_4b.json").read_text(encoding="utf-8"))["rows"]
+    lines = ["| what | NVIDIA measured | what you should see |", "|---|--:|---|"]
+    return "\n".join(lines + [f"| {row['what']} | {row['value']:,} {row['unit']} | {row['see']} |" for row in rows])
+
+
 def recipe_families(root: Path) -> str:
     """Which family of recipes trains on CPU ranks, by the rows that a test runs."""
     rows = json.loads((root / "data" / "recipe_families.json").read_text(encoding="utf-8"))["rows"]
@@ -209,6 +234,11 @@ FACTS: dict[str, Callable[[Path], str]] = {
     "count": count,
     "provenance": provenance,
     "eight_gpu_plan": plan,
+    "levers": lever_table,
+    "usable_memory": usable_memory,
+    "recipes_pretraining": partial(recipes_8gpu, tasks=("pretrain",)),
+    "recipes_tuning": partial(recipes_8gpu, tasks=("sft", "peft")),
+    "nemotron_4b": nemotron_4b,
     "recipe_families": recipe_families,
     "sessions": sessions,
     "gpu_checks": gpu_checks,

@@ -18,12 +18,12 @@ from course_lib.planning import levers, memory
 FILE = DATA / "levers.json"
 
 
-def compute() -> dict[str, Any]:
-    """Every lever for 1B, 3B and 8B, without a cut and at TP=2, as it stands in the file."""
+def compute(models: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Every lever for some models, 1B, 3B and 8B if None, without a cut and at TP=2, as it stands in the file."""
     from course_lib import stack
 
     rows = []
-    for model, cfg in plan.models().items():
+    for model, cfg in (models or plan.models()).items():
         for tp in (1, 2):
             base = memory.with_layout(cfg, tp=tp, sequence_parallel=tp > 1)
             for lever in levers.LEVERS:

@@ -12,7 +12,7 @@ from typing import Any
 
 from course_lib.common.project import DATA
 
-__all__ = ["FILE", "make", "markdown", "read"]
+__all__ = ["FILE", "make", "markdown", "models", "read"]
 
 FILE = DATA / "plans_8_gpu.json"
 RANKS = 8
@@ -47,17 +47,23 @@ def make() -> dict[str, Any]:
         What stands in the file: settings, and one row a plan with bytes by component.
     """
     from course_lib import stack
+    from course_lib.planning import ceiling as ceilings
     from course_lib.planning import memory, usable
+    from course_lib.reading import baselines
 
-    rows = []
+    rows, first = [], {}
+    gpu = ceilings.gpus()["H100 SXM 80GB"]
     for model, cfg in models().items():
         recipe = RECIPES[model]
+        first[model] = round(baselines.first_loss(VOCAB_SIZE, cfg.model.hidden_size, cfg.model.init_method_std), 3)
         for sizes in (*LAYOUTS, *OTHERS.get(model, ())):
             cut = memory.with_layout(cfg, **sizes, sequence_parallel=sizes.get("tp", 1) > 1)
             plan, room = memory.plan(cut, ranks=RANKS), usable.of(cut, ranks=RANKS)
             row = {"model": model, "recipe": recipe} | {name: sizes.get(name, 1) for name in ("tp", "pp", "cp")}
             row["dp"] = plan.layout.data_parallel_size
             row |= {"seq_length": cfg.model.seq_length, "micro_batch_size": cfg.train.micro_batch_size}
+            best = ceilings.ceiling(cut, ranks=RANKS, gpu=gpu, vocab_size=VOCAB_SIZE).tokens_per_second_per_gpu
+            row["tokens_per_second_per_gpu_at_best"] = round(best)
             rows.append(
                 row | {"bytes": plan.components, "total_bytes": plan.total_bytes, "usable_bytes": room.usable_bytes}
             )
@@ -68,6 +74,7 @@ def make() -> dict[str, Any]:
         "sequence parallelism where TP is above 1, no recomputation. Nothing was run on a GPU.",
         "source": f"course_lib.planning.memory.plan (lesson 06) with {packages}",
         "vocab_size": VOCAB_SIZE,
+        "first_losses": first,
         "plans": rows,
     }
 

@@ -11,7 +11,7 @@ from course_lib.common.project import DATA
 from course_lib.common.units import GiB, MiB
 from course_lib.planning.layout import Layout
 
-__all__ = ["Line", "Usable", "of"]
+__all__ = ["FILE", "Line", "Usable", "markdown", "of"]
 
 FILE = DATA / "usable_memory.json"
 
@@ -81,3 +81,15 @@ def of(cfg: Any, *, ranks: int, path: Path = FILE) -> Usable:
         Line("gradients of one layer", tokens * wide * 2, "tokens x (gate's halves, product, two streams) x 2 bytes")
     )
     return Usable(round(min(row["gib"] for row in facts["allocator_total"]) * GiB), tuple(lines))
+
+
+def markdown(path: Path = FILE) -> str:
+    """The facts as a table: what takes memory, how much, and who reported it."""
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    lines = ["| what | GiB | reported |", "|---|--:|---|"]
+    for row in facts["allocator_total"]:
+        lines.append(f"| torch's allocator sees | {row['gib']} | {row['says']}: {row['source']} |")
+    for name, row in facts["lines"].items():
+        per = " for each group" if row["per"] == "group" else ""
+        lines.append(f"| {name}{per} takes | {row['mib'] / 1024:.2f} | {row['says']}: {row['source']} |")
+    return "\n".join(lines)

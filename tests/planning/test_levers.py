@@ -1,4 +1,4 @@
-"""Levers and usable memory: planned again, held to their closed forms, and to the installed source."""
+"""Levers, usable memory and NVIDIA's own recipes: planned again, held to their closed forms, and to the installed source."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import pytest
 
 from book.builder import levers as lever_table
 from book.builder import plan
+from book.builder import recipes as recipe_table
 from course_lib.common.config import UnknownField, diff
 from course_lib.common.units import gib
-from course_lib.planning import ceiling, closed_forms, fully_sharded, levers, memory, usable
+from course_lib.planning import ceiling, closed_forms, fully_sharded, levers, memory, recipe_plans, usable
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +29,11 @@ def lever(name: str) -> levers.Lever:
     return next(one for one in levers.LEVERS if one.name.startswith(name))
 
 
-def test_the_levers_are_what_the_planner_computes(bridge: Any) -> None:
-    """Every row again; if upstream moved, `python -m book.builder.levers` writes the file again."""
-    assert lever_table.compute() == lever_table.read()
+def test_the_levers_are_what_the_planner_computes(models: dict[str, Any]) -> None:
+    """The rows of the largest model again; if upstream moved, `python -m book.builder.levers` writes the file again."""
+    found, kept = lever_table.compute({"8B": models["8B"]}), lever_table.read()
+    assert found["source"] == kept["source"] and found["rows"] == [row for row in kept["rows"] if row["model"] == "8B"]
+    assert {row["model"] for row in kept["rows"]} == set(models)
 
 
 def test_gradients_follow_the_number_formats_object(models: dict[str, Any]) -> None:
@@ -125,6 +128,10 @@ def test_five_layers_are_what_bf16_needs_without_a_cut(models: dict[str, Any]) -
         for count in (4, 5)
     ]
     assert fits == [False, True]
+    eight_bit = next(row for row in recipe_table.read()["rows"] if "8b_pretrain_8gpu_h100_fp8cs" in row["recipe"])
+    assert eight_bit["recompute"] == "5 layers" and eight_bit["planned_bytes"] <= eight_bit["usable_bytes"]
+    layer = memory.plan(memory.with_layout(levers.applied(cfg, lever("FP8")), **block, recompute_num_layers=5), ranks=8)
+    assert layer.total_bytes >= eight_bit["planned_bytes"], "NVIDIA's has its first and last layer in 8 bits too"
     assert lever("5 layers").fields["model.recompute_num_layers"] == 5
 
 
@@ -139,3 +146,30 @@ def test_usable_memory_is_named_line_by_line(models: dict[str, Any]) -> None:
     facts = json.loads(usable.FILE.read_text(encoding="utf-8"))
     assert all(row["source"] for row in [*facts["allocator_total"], *facts["lines"].values()])
     assert gib(whole.total_bytes) < gib(ceiling.gpus()["H100 SXM 80GB"].memory_bytes), "torch sees less than the driver"
+
+
+def test_every_recipe_for_eight_h100_is_in_the_table(bridge: Any) -> None:
+    """A recipe that an upgrade adds has no row yet: `python -m book.builder.recipes` writes one."""
+    rows = {row["recipe"]: row for row in recipe_table.read()["rows"]}
+    assert [f"{tree}:{name}" for tree, _, name in recipe_plans.names()] == list(rows)
+    assert len(rows) > 40 and {"pretrain", "sft", "peft"} == {row["task"] for row in rows.values()}
+    pretraining = {name for name, row in rows.items() if row["task"] == "pretrain" and "states_bytes" in row}
+    assert set(recipe_plans.NOTES) == pretraining, "every pretraining recipe that is planned has a reason"
+    assert all(row["planned_bytes"] or row["refused"] for row in rows.values() if "states_bytes" in row)
+
+
+def test_pretraining_recipes_are_planned_again(bridge: Any) -> None:
+    """Each row of a pretraining recipe is what the planner says of the installed package."""
+    kept = [row for row in recipe_table.read()["rows"] if row["task"] == "pretrain"]
+    assert recipe_table.compute("pretrain")["rows"] == kept
+
+
+def test_a_verdict_follows_the_bytes() -> None:
+    """What fits, what is cut without need, and what cannot be built, in words."""
+    row = {"usable_bytes": 70 * 2**30, "planned_bytes": 60 * 2**30, "states_bytes": 50 * 2**30}
+    assert recipe_plans.verdict(row) == "10.0 GiB left"
+    assert recipe_plans.verdict(row | {"planned_bytes": 71 * 2**30}) == "does not fit 70.0 GiB"
+    assert recipe_plans.verdict(row | {"planned_bytes": None}) == "the states alone: 20.0 GiB left"
+    needed = row | {"uncut_states_bytes": 90 * 2**30, "smallest_tp": 2}
+    assert "90.0 GiB, and do not fit; TP=2 PP=1 would do" in recipe_plans.verdict(needed)
+    assert recipe_plans.verdict({"refused": "no shape"}) == "not planned: no shape"

@@ -1,0 +1,100 @@
+"""The pages about eight GPUs: their lines prepare the runs that they promise, and their numbers agree with each other."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from book.builder import plan
+from course_lib.common.project import DATA, PROJECT
+from course_lib.common.units import gib
+from course_lib.planning import ceiling, memory
+from course_lib.reading import baselines
+from course_lib.text import microscope, tokenizers
+
+PLAN, LEVERS = ((PROJECT / "book" / f"eight_gpu_{name}.md").read_text(encoding="utf-8") for name in ("plan", "levers"))
+BLOCKS = re.findall(r"^```python\n(.*?)^```", LEVERS, flags=re.DOTALL | re.MULTILINE)
+PUBLISHED = json.loads((DATA / "published" / "nemotron_4b.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def executed(bridge: Any, runs_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function that executes a block of the page as on a node with eight GPUs, and returns its names."""
+    monkeypatch.setenv("COURSE_DEVICE", "cuda")
+    for module in (tokenizers, microscope):
+        monkeypatch.setattr(module, "require", lambda cfg: None)  # files that are on the node only
+
+    def execute(block: str) -> dict[str, Any]:
+        names: dict[str, Any] = {}
+        exec(compile(block, "the page", "exec"), names)  # noqa: S102
+        return names
+
+    return execute
+
+
+def test_ten_lines_prepare_the_1b_step(executed: Any) -> None:
+    """They are ten, and make the run whose first loss and memory the page names."""
+    block = next(one for one in BLOCKS if 'name="step-4"' in one)
+    assert len([line for line in block.splitlines() if line]) == 10
+    names = executed(block)
+    cfg, run = names["cfg"], names["run"]
+    assert run.path.name == "step-4" and (run.path / "config.yaml").is_file() and run.launch["device"] == "cuda"
+    assert (cfg.model.num_layers, cfg.model.hidden_size, cfg.model.seq_length) == (16, 2048, 8192), "its own size"
+    planned = gib(memory.plan(cfg, ranks=8).total_bytes)
+    first = baselines.first_loss(128_256, cfg.model.hidden_size, cfg.model.init_method_std)
+    assert f"first loss of {first:.2f}, and a peak of {planned:.1f} GiB" in LEVERS
+    assert f"| {first:.2f} within 0.05;" in PLAN
+    assert run.launch["layout"]["data_parallel_size"] == 4
+
+
+def test_the_first_losses_of_the_plan_are_the_formulas() -> None:
+    """3B and 8B stand in the row of their step as the data has them."""
+    first = plan.read()["first_losses"]
+    assert f"first losses {first['3B']:.2f} and {first['8B']:.2f}" in PLAN
+
+
+def test_nemotrons_lines_prepare_what_nvidia_ran(executed: Any) -> None:
+    """The recipe, its batch and length, and saving; the published numbers follow from each other and from the formulas."""
+    from megatron.bridge.training.utils.flop_utils import num_floating_point_operations
+
+    block = next(one for one in BLOCKS if 'name="nemotron-4b"' in one)
+    names = executed(block)
+    cfg, run = names["cfg"], names["run"]
+    assert PUBLISHED["recipe"] in block
+    assert (cfg.train.global_batch_size, cfg.model.seq_length, cfg.train.train_iters) == (1024, 4096, 100)
+    assert (run.path / "config.yaml").is_file() and cfg.checkpoint.save_interval == 50
+    rows = {row["what"]: row["value"] for row in PUBLISHED["rows"]}
+    tokens = cfg.train.global_batch_size * cfg.model.seq_length
+    rate = rows["tokens a second and GPU"]
+    assert tokens / 8 / rows["seconds a step, last ten"] == pytest.approx(rate, rel=1e-4)
+XX    assert rate * per_token / 1e12 == pytest.approx(rows["model TFLOP/s a GPU"], rel=0.02)
+    first = baselines.first_loss(cfg.model.vocab_size, cfg.model.hidden_size, cfg.model.init_method_std)
+    assert rows["loss at step 1"] == pytest.approx(first, abs=0.05) and f"{first:.2f} within 0.05" in PLAN
+    last, resumed = rows["loss at step 100"], rows["resumed from step 50: loss at step 100"]
+    assert rows["resumed from step 50: loss at step 51"] == rows["loss at step 51"]
+    assert abs(resumed / last - 1) == pytest.approx(0.0016 / 100, rel=0.02) and 0.0016 / 100 < 0.01
+
+
+def test_the_decision_has_seven_lines() -> None:
+    """No more, and the first names the layout with which the course starts."""
+    lines = re.findall(r"^\d\. .*$", PLAN, flags=re.MULTILINE)
+    assert len(lines) == 7 and "TP=2 PP=1 DP=4" in lines[0] and "pipeline" in lines[-1]
+
+
+def test_what_the_pages_say_of_ceilings() -> None:
+    """TP=2 against TP=1, TP=4 against TP=2, and PP=2 against TP=2, as the data has them."""
+    rates = {
+        (row["model"], row["tp"], row["pp"], row["cp"]): row["tokens_per_second_per_gpu_at_best"]
+        for row in plan.read()["plans"]
+    }
+    needs = {(row["model"], row["tp"], row["pp"]): gib(row["total_bytes"]) for row in plan.read()["plans"]}
+    for model in ("1B", "3B"):
+        assert 1 - rates[model, 2, 1, 1] / rates[model, 1, 1, 1] == pytest.approx(1 / 7, abs=0.01)
+        assert 1 - rates[model, 4, 1, 1] / rates[model, 2, 1, 1] > 1 / 6
+    assert 1 - rates["8B", 4, 1, 1] / rates["8B", 2, 1, 1] == pytest.approx(1 / 6, abs=0.01)
+    assert rates["8B", 1, 2, 1] == pytest.approx(rates["8B", 2, 1, 1], rel=0.02)
+    assert needs["8B", 1, 2] - needs["8B", 2, 1] == pytest.approx(16, abs=0.1)
