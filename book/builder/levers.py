@@ -18,7 +18,7 @@ from course_lib.planning import levers, memory
 FILE = DATA / "levers.json"
 
 
-def compute(models: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def make(models: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Every lever for some models, 1B, 3B and 8B if None, without a cut and at TP=2, as it stands in the file."""
     from course_lib import stack
 
@@ -49,7 +49,7 @@ def markdown(content: Mapping[str, Any]) -> str:
     """The levers as a table: GiB saved for 1B, 3B and 8B, each at TP=1 and at TP=2, price and risk.
 
     Args:
-        content: What `read` or `compute` returned.
+        content: What `read` or `make` returned.
     """
     rows = {(row["lever"], row["tp"], row["model"]): row for row in content["rows"]}
     models = list(dict.fromkeys(row["model"] for row in content["rows"]))
@@ -67,5 +67,5 @@ def markdown(content: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    FILE.write_text(json.dumps(compute(), indent=1) + "\n", encoding="utf-8")
+    FILE.write_text(json.dumps(make(), indent=1) + "\n", encoding="utf-8")
     print(f"wrote {FILE}")

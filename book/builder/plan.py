@@ -88,7 +88,7 @@ def markdown(plans: dict[str, Any]) -> str:
     """The plan as a table in GiB, with what a plan may use of an 80 GB H100 beside each row, and what is left of it.
 
     Args:
-        plans: What `read` or `compute` returned.
+        plans: What `read` or `make` returned.
     """
     from course_lib.common.units import gib
 

@@ -17,7 +17,7 @@ from course_lib.planning import recipe_plans
 FILE = DATA / "recipes_8gpu_h100.json"
 
 
-def compute(task: str = "") -> dict[str, Any]:
+def make(task: str = "") -> dict[str, Any]:
     """All recipes, or those of one task, as they stand in the file."""
     from course_lib import stack
 
@@ -40,7 +40,7 @@ def markdown(content: Mapping[str, Any], *, tasks: tuple[str, ...]) -> str:
     """The recipes of some tasks as a table; all that cannot be built are one line below it.
 
     Args:
-        content: What `read` or `compute` returned.
+        content: What `read` or `make` returned.
         tasks: Of `pretrain`, `sft` and `peft`.
     """
     lines = ["| recipe | layout | number formats | planned, GiB | what memory says |", "|---|---|---|--:|---|"]
@@ -70,5 +70,5 @@ def _short(row: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    FILE.write_text(json.dumps(compute(), indent=1) + "\n", encoding="utf-8")
+    FILE.write_text(json.dumps(make(), indent=1) + "\n", encoding="utf-8")
     print(f"wrote {FILE}")

@@ -31,7 +31,7 @@ def lever(name: str) -> levers.Lever:
 
 def test_the_levers_are_what_the_planner_computes(models: dict[str, Any]) -> None:
     """The rows of the largest model again; if upstream moved, `python -m book.builder.levers` writes the file again."""
-    found, kept = lever_table.compute({"8B": models["8B"]}), lever_table.read()
+    found, kept = lever_table.make({"8B": models["8B"]}), lever_table.read()
     assert found["source"] == kept["source"] and found["rows"] == [row for row in kept["rows"] if row["model"] == "8B"]
     assert {row["model"] for row in kept["rows"]} == set(models)
 
@@ -161,7 +161,7 @@ def test_every_recipe_for_eight_h100_is_in_the_table(bridge: Any) -> None:
 def test_pretraining_recipes_are_planned_again(bridge: Any) -> None:
     """Each row of a pretraining recipe is what the planner says of the installed package."""
     kept = [row for row in recipe_table.read()["rows"] if row["task"] == "pretrain"]
-    assert recipe_table.compute("pretrain")["rows"] == kept
+    assert recipe_table.make("pretrain")["rows"] == kept
 
 
 def test_a_verdict_follows_the_bytes() -> None:
