@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from course_lib.ranks.cpu import host
 from course_lib.runs import failures
 from course_lib.stack import patches
 from course_lib.stack.patches import Patches
@@ -126,7 +127,7 @@ def _agent(request: dict, writer: object) -> None:
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    _end_with_parent()
+    host.end_with_parent()
     exits = _Exits()
     patches.apply(_changes_to_the_launcher(exits))
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -258,28 +259,12 @@ def rank_process(request: dict) -> None:
     """What a rank does first: a session of its own, the client's environment, then the target."""
     import gc
 
-    from course_lib.ranks.cpu import host
-
     os.setsid()
     host.share(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
-    _end_with_parent()
+    host.end_with_parent()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
     sys.path.extend(entry for entry in request["path"] if entry not in sys.path)
     gc.freeze()
     arguments = (request["argument"], request.get("prepared")) if request["prepare"] else (request["argument"],)
     _function(request["target"])(*arguments)
-
-
-def _end_with_parent() -> None:
-    """End this process when the one that asked for it is gone, however that happened."""
-    import multiprocessing
-    from multiprocessing.connection import wait
-
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        wait([parent.sentinel])
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True, name="end-with-parent").start()

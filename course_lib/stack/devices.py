@@ -119,7 +119,11 @@ FIELDS: tuple[Field, ...] = (
     Field("dataset.num_workers", 0, "worker processes would fight the ranks for the same cores"),
     Field("dataset.pin_memory", False, "pinned memory speeds up copies to a GPU"),
     Field("dataset.persistent_workers", False, "there are no workers"),
-    Field("checkpoint.async_save", False, "its worker process starts without the redirection and hangs"),
+    Field(
+        "checkpoint.async_strategy",
+        lambda cfg: "mcore" if cfg.checkpoint.async_save else cfg.checkpoint.async_strategy,
+        "nvidia-resiliency-ext, which writes while the training goes on, is for GPU clusters; Core's own does so, too",
+    ),
 )
 
 

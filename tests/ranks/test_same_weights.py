@@ -108,6 +108,8 @@ def collectives(directory: Path) -> None:
     summed, scattered = torch.full((2,), float(rank)), torch.empty(1)
     handle = dist.all_reduce(summed, op=dist.ReduceOp.AVG, async_op=True)
     handle.wait()
+    scaled = torch.full((2,), float(rank))
+    dist.all_reduce(scaled, op=dist._make_nccl_premul_sum(0.5))
     given = torch.arange(RANKS, dtype=torch.float32) + rank
     dist.reduce_scatter_tensor(scattered, given, op=dist.ReduceOp.AVG)
     # the sizes as a tensor, as Megatron's token dispatcher has them: rank r sends r+1 elements to everyone
@@ -127,6 +129,7 @@ def collectives(directory: Path) -> None:
         "gathered": [part.tolist() for part in rows],
         "reduced": reduced.tolist(),
         "average": summed.tolist(),
+        "scaled": scaled.tolist(),
         "scattered": scattered.tolist(),
         "unchanged": given.tolist(),
         "received": received.tolist(),
@@ -224,7 +227,7 @@ def test_averages_on_gloo(eight_ranks):
     """`ReduceOp.AVG`, which gloo refuses, is an average, leaves a separate input alone, and may be asynchronous."""
     answers = [json.loads((eight_ranks / f"collectives{rank}.json").read_text()) for rank in range(RANKS)]
     for rank, answer in enumerate(answers):
-        assert answer["average"] == [3.5, 3.5]
+        assert answer["average"] == [3.5, 3.5] and answer["scaled"] == [14.0, 14.0]
         assert answer["numbers"] == list(range(RANKS)), "of tensors without a dimension"
         assert answer["backends"] == ["gloo"] * 3
         assert answer["scattered"] == [rank + 3.5]

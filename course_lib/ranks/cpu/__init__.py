@@ -25,9 +25,11 @@ def active() -> bool:
 
 def patches() -> list[Patch]:
     """Every patch of a CPU rank."""
-    from course_lib.ranks.cpu import attention, cuda, gloo, kernels, mailbox, megatron, rng
+    from course_lib.ranks.cpu import attention, cuda, gloo, kernels, mailbox, megatron, rng, saving
 
-    return [patch for part in (cuda, rng, gloo, mailbox, attention, kernels, megatron) for patch in part.PATCHES]
+    return [
+        patch for part in (cuda, rng, gloo, mailbox, attention, kernels, megatron, saving) for patch in part.PATCHES
+    ]
 
 
 def table() -> list[dict[str, str]]:

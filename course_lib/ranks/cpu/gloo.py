@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -74,12 +75,29 @@ def all_to_all_single(
     return original(output, input.contiguous(), *sizes, group=group, async_op=async_op)
 
 
+@dataclass(frozen=True)
+class Scaled:
+    """A sum of tensors that are multiplied first."""
+
+    factor: float
+
+
+PATCHES.sets(
+    Scaled,
+    "torch.distributed._make_nccl_premul_sum",
+    why="gloo has no sum of multiples; sharded layers ask for one",
+    becomes="multiplied before the sum",
+)
+
+
 def _sum_of_shares(tensor: Any, op: Any, group: Any) -> Any:
-    """The operation that takes an average's place once the tensor is divided, which an asynchronous call allows too."""
-    if op != dist.ReduceOp.AVG:
-        return dist.ReduceOp.SUM if op is None else op
-    if (count := dist.get_world_size(group)) > 1:
-        with torch.no_grad():
+    """The operation that takes another's place once the tensor is scaled, which an asynchronous call allows too."""
+    with torch.no_grad():
+        if isinstance(op, Scaled):
+            tensor.mul_(op.factor)
+        elif op != dist.ReduceOp.AVG:
+            return dist.ReduceOp.SUM if op is None else op
+        elif (count := dist.get_world_size(group)) > 1:
             tensor.div_(count, rounding_mode=None if tensor.is_floating_point() else "trunc")
     return dist.ReduceOp.SUM
 
@@ -87,15 +105,17 @@ def _sum_of_shares(tensor: Any, op: Any, group: Any) -> Any:
 @PATCHES.replaces("torch.distributed.all_reduce", why=f"{NO_AVERAGE}; it sends a group of one through its threads")
 def all_reduce(original, tensor, op=None, group=None, async_op=False):
     """An average is a sum of shares; nothing happens in a group of one."""
+    op = _sum_of_shares(tensor, op, group)
     if group is not None and group.size() == 1:
         return Done() if async_op else None
-    return original(tensor, _sum_of_shares(tensor, op, group), group, async_op)
+    return original(tensor, op, group, async_op)
 
 
 @PATCHES.replaces("torch.distributed.reduce_scatter_tensor", why=NO_AVERAGE)
 def reduce_scatter_tensor(original, output, input, op=None, group=None, async_op=False):
     """An average is a sum of shares."""
-    if op == dist.ReduceOp.AVG and output.untyped_storage().data_ptr() != input.untyped_storage().data_ptr():
+    scales = isinstance(op, Scaled) or op == dist.ReduceOp.AVG
+    if scales and output.untyped_storage().data_ptr() != input.untyped_storage().data_ptr():
         input = input.clone()  # in place only where the caller gave up the input anyway
     return original(output, input, _sum_of_shares(input, op, group), group, async_op)
 

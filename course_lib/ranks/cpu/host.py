@@ -1,10 +1,14 @@
-"""How ranks share a machine: its cores, and memory that a step frees."""
+"""How ranks share a machine: its cores, memory that a step frees, and an end with whoever started them."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import multiprocessing
 import os
+import signal
+import threading
+from multiprocessing.connection import wait
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names of malloc.h
 LARGEST = 2**30
@@ -53,3 +57,14 @@ def keep_memory() -> None:
     if change is not None:
         change(M_MMAP_THRESHOLD, LARGEST)
         change(M_TRIM_THRESHOLD, 2 * LARGEST - 1)
+
+
+def end_with_parent() -> None:
+    """End this process when the one that asked for it is gone, however that happened."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True, name="end-with-parent").start()

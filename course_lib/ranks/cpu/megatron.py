@@ -5,8 +5,6 @@ Most of it answers a fault that pip users meet on GPUs too; `why` says which.
 
 from __future__ import annotations
 
-import queue
-
 import torch
 
 from course_lib import stack
@@ -39,15 +37,6 @@ PATCHES.sets(
 def get_model(original, *args, use_cpu_initialization=None, **kwargs):
     """use_cpu_initialization=True."""
     return original(*args, use_cpu_initialization=True, **kwargs)
-
-
-@PATCHES.replaces(
-    f"{CORE}.dist_checkpointing.strategies.filesystem_async.get_write_results_queue",
-    why="upstream spawns a manager process that re-imports the main module (65 s, then EOFError)",
-)
-def get_write_results_queue(_, mp_mode=None):
-    """A plain queue."""
-    return queue.Queue()
 
 
 @PATCHES.replaces(f"{OPTIMIZER}.state_dict", why=LOSES_STEP)
