@@ -17,7 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from course_lib.ranks.cpu import host
 from course_lib.runs import failures
 from course_lib.stack import patches
 from course_lib.stack.patches import Patches
@@ -127,6 +126,8 @@ def _agent(request: dict, writer: object) -> None:
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    from course_lib.ranks.cpu import host
+
     host.end_with_parent()
     exits = _Exits()
     patches.apply(_changes_to_the_launcher(exits))
@@ -258,6 +259,8 @@ def _changes_to_the_launcher(exits: _Exits) -> Patches:
 def rank_process(request: dict) -> None:
     """What a rank does first: a session of its own, the client's environment, then the target."""
     import gc
+
+    from course_lib.ranks.cpu import host
 
     os.setsid()
     host.share(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
