@@ -19,13 +19,12 @@ import contextlib
 import fcntl
 import functools
 import hashlib
-import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing.connection import Client, Connection
 from pathlib import Path
 
 from course_lib.common.project import LIBRARY, PROJECT, untested_allowed
@@ -57,7 +56,7 @@ def rank_code(course_lib: Path = LIBRARY) -> list[Path]:
 class Server:
     """A connection to the server; while it is open, the server lives."""
 
-    def __init__(self, path: Path, connection: socket.socket) -> None:
+    def __init__(self, path: Path, connection: Connection) -> None:
         self.path = path
         self._connection = connection
 
@@ -88,12 +87,12 @@ class Server:
         job = _try(self.path)
         if job is None:
             raise WarmError(f"the warm launcher is gone; see {self.path.with_suffix('.log')}, then run the cell again")
-        job.sendall((json.dumps(request) + "\n").encode())
+        job.send(request)
         return Launch(job)
 
     def survive_exec(self) -> None:
         """Let the lease live on in the program that replaces this one by `exec`; its own children do not get it."""
-        self._connection.set_inheritable(True)
+        os.set_inheritable(self._connection.fileno(), True)
 
     def close(self) -> None:
         """End the lease."""
@@ -103,25 +102,14 @@ class Server:
 class Launch:
     """One launch under way.  Its connection is its life: closing it stops the agent and its ranks."""
 
-    def __init__(self, job: socket.socket) -> None:
+    def __init__(self, job: Connection) -> None:
         self._job = job
-        self._text = b""
 
     def wait(self, seconds: float) -> dict | None:
         """What the agent reported at its end, or `None` if it still runs after so many seconds."""
-        self._job.settimeout(max(seconds, 1e-3))
         try:
-            part = self._job.recv(65536)
-        except (TimeoutError, BlockingIOError):
-            return None
-        except OSError:
-            part = b""
-        self._text += part
-        if part and not self._text.endswith(b"\n"):
-            return None
-        try:
-            return json.loads(self._text)
-        except ValueError:
+            return self._job.recv() if self._job.poll(max(seconds, 0.0)) else None
+        except (OSError, EOFError):
             return {"error": "the launcher was killed: its server, which all notebooks share, is gone"}
 
     def wait_for(self, seconds: float) -> dict:
@@ -139,7 +127,7 @@ class Launch:
     def stop(self) -> None:
         """Ask for the end of all ranks; `wait()` says when they are gone."""
         with contextlib.suppress(OSError):
-            self._job.sendall(b"stop\n")
+            self._job.send("stop")
 
     def close(self) -> None:
         """Let go; what still runs is stopped."""
@@ -199,18 +187,14 @@ def _connect(path: Path) -> Server:
                 if server.poll() is not None or time.monotonic() > end:
                     raise WarmError(f"the warm launcher did not start; see {path.with_suffix('.log')}")
                 time.sleep(0.02)
-    connection.sendall(b'{"lease": true}\n')
+    connection.send(None)  # no request: a lease
     return Server(path, connection)
 
 
-def _try(path: Path) -> socket.socket | None:
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        connection.connect(str(path))
-        return connection
-    except OSError:
-        connection.close()
-        return None
+def _try(path: Path) -> Connection | None:
+    with contextlib.suppress(OSError):
+        return Client(str(path), "AF_UNIX")
+    return None
 
 
 def _start_server(path: Path) -> subprocess.Popen:

@@ -6,14 +6,13 @@ Who is who stands in `course_lib.launch.forkserver`.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection, Listener, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,47 +43,39 @@ def serve(path: str) -> None:
     from multiprocessing import forkserver
 
     tempfile.tempdir = str(Path(path).parent)  # short enough for the fork server's socket, too
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listener.bind(path)
-    os.chmod(path, 0o600)
-    listener.listen(64)
-    listener.settimeout(1.0)
-    multiprocessing.set_forkserver_preload(["course_lib.ranks.preload"])
-    forkserver.ensure_running()  # imports begin now, in the fork server; this process stays light
-    open_connections: set[socket.socket] = set()
-    idle_since = time.monotonic()
-    try:
-        while True:
-            try:
-                connection, _ = listener.accept()
-            except TimeoutError:
-                idle_since = time.monotonic() if open_connections else idle_since
-                if time.monotonic() - idle_since > LINGER_SECONDS:
-                    return
-                continue
-            open_connections.add(connection)
-            threading.Thread(target=_serve_one, args=(connection, open_connections.discard), daemon=True).start()
-    finally:
-        Path(path).unlink(missing_ok=True)
+    served: set[Connection] = set()
+    with (
+        contextlib.suppress(FileNotFoundError),
+        Listener(path, "AF_UNIX", backlog=64) as listener,
+    ):  # it may be unlinked
+        os.chmod(path, 0o600)
+        multiprocessing.set_forkserver_preload(["course_lib.ranks.preload"])
+        forkserver.ensure_running()  # imports begin now, in the fork server; this process stays light
+        accepting = threading.Thread(target=_accept, args=(listener, served), daemon=True)
+        accepting.start()
+        idle_since = time.monotonic()
+        while accepting.is_alive() and time.monotonic() - idle_since < LINGER_SECONDS:
+            time.sleep(1.0)
+            idle_since = time.monotonic() if served else idle_since
 
 
-def _serve_one(connection: socket.socket, finished: Callable[[socket.socket], None]) -> None:
+def _accept(listener: Listener, served: set[Connection]) -> None:
+    while True:
+        connection = listener.accept()
+        served.add(connection)
+        threading.Thread(target=_serve_one, args=(connection, served), daemon=True).start()
+
+
+def _serve_one(connection: Connection, served: set[Connection]) -> None:
     """Serve one connection: a lease lasts until its end; a request becomes an agent that the connection controls."""
-    try:
-        with connection, connection.makefile("r", encoding="utf-8") as lines:
-            request = json.loads(lines.readline() or "{}")
-            if "target" not in request:
-                lines.readline()  # a lease: returns when the client goes away
-                return
-            connection.sendall((json.dumps(_supervise(request, lines)) + "\n").encode())
-    except (OSError, ValueError):
-        pass
-    finally:
-        finished(connection)
+    with contextlib.suppress(OSError, EOFError), connection:
+        request = connection.recv()
+        connection.send(_supervise(request, connection)) if request else connection.recv()
+    served.discard(connection)
 
 
-def _supervise(request: dict, lines: object) -> dict:
-    """Start an agent and wait for its end, or for the client's word or disappearance."""
+def _supervise(request: dict, client: Connection) -> dict:
+    """Start an agent and wait for its end, which the client's word or disappearance brings."""
     import multiprocessing
 
     context = multiprocessing.get_context("forkserver")
@@ -92,27 +83,22 @@ def _supervise(request: dict, lines: object) -> dict:
     agent = context.Process(target=_agent, args=(request, writer), daemon=False)
     agent.start()
     writer.close()
-    ended, abandoned = threading.Event(), threading.Event()
-
-    def watch_client() -> None:
-        word = lines.readline()  # "stop", or the end of the connection
-        if not ended.is_set() and agent.is_alive():
-            if not word:
-                abandoned.set()
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(agent.pid, signal.SIGTERM)
-
-    threading.Thread(target=watch_client, daemon=True).start()
-    try:
+    report, abandoned, talking = None, False, [reader, client]
+    while reader not in wait(talking):
+        talking.remove(client)
+        try:
+            client.recv()
+        except (OSError, EOFError):
+            abandoned = True
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(agent.pid, signal.SIGTERM)
+    with contextlib.suppress(EOFError):
         report = reader.recv()
-    except EOFError:
-        report = None
     agent.join(timeout=10)
     if agent.is_alive():
         agent.kill()
         agent.join()
-    ended.set()
-    if abandoned.is_set():
+    if abandoned:
         failures.abandon(Path(request["argument"]))
     if report is None:
         by = f" by {failures.signal_name(agent.exitcode)}" if agent.exitcode < 0 else ""
@@ -192,8 +178,6 @@ class _Exits:
 
     def look(self, poll: Callable, context: MultiprocessContext, /) -> RunProcsResult | None:
         """Note who has ended before torch's own look ends the others."""
-        from multiprocessing.connection import wait
-
         from torch.distributed.elastic.multiprocessing.api import RunProcsResult
         from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 

@@ -38,7 +38,7 @@ def cfg(bridge, runs_directory):
 def drill(cfg: object, name: str) -> launch.RunFailed:
     """Run a drill on four ranks and hold what every failure must do."""
     with pytest.raises(launch.RunFailed) as caught:
-        launch.run(cfg, ranks=4, name=name.replace("_", "-"), show=None, target=f"drills:{name}")
+        launch.run(cfg, ranks=4, name=name.replace("_", "-"), show=None, target=f"support.drills:{name}")
     failed = caught.value
     hold(failed.run, failed.outcome, str(failed))
     return failed
