@@ -187,7 +187,7 @@ def gpu_bundle_parts(_: Path) -> str:
 def first_step(root: Path, section: str) -> str:
     """What to set before the first step on a node: one section of its data, with the recipe's values and the sources."""
     lines = ["| what | what to do | source |", "|---|---|---|"]
-    for row in _node(root)["sections"][section]:
+    for row in _read(root, "first_step_on_a_node.json")["sections"][section]:
         values = "; ".join(f"`{name}` is `{value!r}`" for name, value in row.get("defaults", {}).items())
         given = f"<br>In the 1B recipe {values}." if values else ""
         cells = (row["what"], row["do"] + given, "<br>".join(dict.fromkeys(_sources(row))))
@@ -199,7 +199,16 @@ def rates(root: Path) -> str:
     """Published rates as shares of the dense peak, with the operations that each counts for a token."""
     (h100,) = (gpu for gpu in _read(root, "gpus.json")["gpus"] if gpu["name"] == "H100 SXM 80GB")
     others = _read(root, "published/throughput.json")
-    known = [*_node(root)["rates"], *others["other_rows"], *others["rows"]]
+    card = _read(root, "published/nemotron_4b.json")
+    verified = {row["what"]: row["value"] for row in card["rows"]}
+    nemotron: dict[str, Any] = {
+        "name": "Nemotron 3 Nano 4B, BF16, not tuned",
+        "precision": "bf16",
+        "source": card["source"],
+    }
+    nemotron["tflops_per_gpu"] = verified["model TFLOP/s a GPU"]
+    nemotron["tokens_per_second_per_gpu"] = verified["tokens a second and GPU"]
+    known = [nemotron, *others["other_rows"], *others["rows"]]
     lines = [
         "| run on H100 GPUs | TFLOP/s a GPU | of the dense peak | tokens/s a GPU | GFLOP counted for a token | source |",
         "|---|--:|--:|--:|--:|---|",
@@ -218,10 +227,6 @@ def rates(root: Path) -> str:
         )
         lines.append("| " + " | ".join((*cells, row["source"])) + " |")
     return "\n".join(lines)
-
-
-def _node(root: Path) -> dict[str, Any]:
-    return _read(root, "first_step_on_a_node.json")
 
 
 def _read(root: Path, name: str) -> dict[str, Any]:
