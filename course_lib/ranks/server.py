@@ -243,10 +243,12 @@ def _changes_to_the_launcher(exits: _Exits) -> Patches:
 def rank_process(request: dict) -> None:
     """What a rank does first: a session of its own, the client's environment, then the target."""
     import gc
+    import multiprocessing
 
     from course_lib.ranks.cpu import host
 
     os.setsid()
+    multiprocessing.set_start_method(None, force=True)  # its own processes are its forks, as under torchrun
     host.share(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
     host.end_with_parent()
     os.environ.update(request["env"])

@@ -19,6 +19,10 @@ def rank_saves(directory: str) -> None:
     from megatron.core.dist_checkpointing import ShardedTensor, load, save
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
+    worker = multiprocessing.Process(target=lambda: None)  # which no process but a fork can be given
+    worker.start()
+    worker.join()
+    assert worker.exitcode == 0
     dist.init_process_group("gloo")
     parallel_state.initialize_model_parallel()
     rank, size = dist.get_rank(), dist.get_world_size()
