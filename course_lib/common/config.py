@@ -33,10 +33,6 @@ def changed(cfg: Any, values: Mapping[str, Any]) -> Any:
 
     Sections are copied however deep, what stands in them (functions, dtypes, process groups) is shared.
 
-    Args:
-        cfg: A configuration, or a part of one.
-        values: New values by dotted name.
-
     Raises:
         UnknownField: If the configuration lacks one of the fields.
 
@@ -82,10 +78,7 @@ def value(cfg: Any, path: str) -> Any:
 
 
 def flatten(cfg: Any) -> dict[str, Any]:
-    """Every setting of a configuration under its dotted name.
-
-    Returns:
-        Values by name.  Functions, types and torch dtypes become text, so that two results can be compared.
+    """Every setting under its dotted name; functions, types and dtypes become text, so that two results can be compared.
 
     >>> flatten({"train": {"train_iters": 10, "sizes": [1, 2]}, "peft": None})
     {'train.train_iters': 10, 'train.sizes': [1, 2], 'peft': None}
@@ -98,14 +91,7 @@ def flatten(cfg: Any) -> dict[str, Any]:
 
 
 def diff(before: Any, after: Any) -> pd.DataFrame:
-    """Which settings differ between two configurations?
-
-    Args:
-        before: A configuration, or what `flatten` made of it.
-        after: The same.
-
-    Returns:
-        One row a setting with columns `field`, `before`, `after`, in the order of `before`.
+    """Which settings differ between two configurations, or what `flatten` made of them: `field, before, after`.
 
     >>> diff({"train": {"a": 1, "b": 2}}, {"train": {"a": 1, "b": 3}}).values.tolist()
     [['train.b', 2, 3]]
@@ -123,12 +109,7 @@ def diff(before: Any, after: Any) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Fields:
-    """Reads the same fields from a `ConfigContainer`, a provider, or mappings of either.
-
-    Attributes:
-        cfg: The configuration.
-        changed: Values by dotted name, such as `model.num_layers`, that replace those of `cfg`.
-    """
+    """Reads a field from a `ConfigContainer`, a provider, or mappings of either; what `changed` has by dotted name wins."""
 
     cfg: Any
     changed: Mapping[str, Any] | None = None

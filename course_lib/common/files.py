@@ -17,15 +17,6 @@ def replacing(path: Path) -> Iterator[Path]:
 
     The block writes to another name in the same directory; the rename follows when it ends.  A block that raises
     leaves nothing of its own behind.
-
-    Args:
-        path: The file to make or to replace.
-
-    Yields:
-        Where to write.
-
-    Raises:
-        OSError: If the directory cannot be written.
     """
     path = path.resolve()  # a link stays a link
     half = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # of threads, processes and nodes that write one file
@@ -63,22 +54,13 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8, whole or not at all.
-
-    Args:
-        path: The file to make or to replace.
-        text: What it holds.
-    """
+    """Write a text file in UTF-8, whole or not at all."""
     with replacing(path) as half:
         half.write_text(text, encoding="utf-8")
 
 
 def append_lines(path: Path, lines: Sequence[str]) -> None:
-    """Append whole lines by one call, so that processes that share a file do not cut each other's.
-
-    Args:
-        path: The file; made if there is none.
-        lines: What to append, without line ends.
+    """Append lines, given without their ends, by one call, so that processes that share a file do not cut each other's.
 
     Raises:
         OSError: If not everything was written; a full disk cuts the last line then.

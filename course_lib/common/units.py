@@ -16,13 +16,7 @@ GB: int = 10**9
 
 
 def gib(size_bytes: float) -> float:
-    """How many GiB (2**30 bytes) are these bytes?
-
-    Args:
-        size_bytes: A size in bytes.
-
-    Returns:
-        The size in GiB.
+    """A size in bytes, in GiB (2**30 bytes).
 
     >>> gib(3 * 2**30)
     3.0
@@ -31,13 +25,7 @@ def gib(size_bytes: float) -> float:
 
 
 def format_bytes(size_bytes: float) -> str:
-    """A size with the largest binary unit that keeps it at 1 or above.
-
-    Args:
-        size_bytes: A size in bytes; may be negative when it is a difference.
-
-    Returns:
-        Text such as ``"1.5 GiB"``; whole bytes have no decimals.
+    """A size, or a difference of two, with the largest binary unit that keeps it at 1 or above.
 
     >>> format_bytes(0), format_bytes(1023), format_bytes(1536), format_bytes(-5 * 2**30)
     ('0 B', '1023 B', '1.5 KiB', '-5.0 GiB')
@@ -55,9 +43,6 @@ def format_bytes(size_bytes: float) -> str:
 
 def format_number(value: float) -> str:
     """A number as a person reads it: whole numbers with separators, others with four digits.
-
-    Args:
-        value: Any number; one that is not finite is named.
 
     >>> format_number(1234567), format_number(6.931471), format_number(0.00012), format_number(float("nan"))
     ('1,234,567', '6.931', '0.00012', 'nan')

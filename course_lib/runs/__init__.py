@@ -69,10 +69,7 @@ class Outcome:
     Attributes:
         status: `"succeeded"`, `"failed"` or `"interrupted"`.
         rank: The first rank that failed; `None` if none did, or if the run failed before there were ranks.
-        cause: One line for people.
         exception: Name of the exception's type, `"SIGKILL"` and the like for a signal, else `None`.
-        tail: The last lines that the failing rank wrote.
-        hint: How to fix it; empty if nobody knows.
         finished: Unix time, seconds.
         provisional: A rank wrote it, and whoever started the ranks may still know better.
         warnings: What the run says of itself although it may have succeeded; as `Run.warnings`.
@@ -92,9 +89,6 @@ class Outcome:
 @dataclass(frozen=True)
 class Run:
     """One run, read from its directory at the moment of access; a table is read once per object.
-
-    Attributes:
-        path: The run's directory.
 
     Tables (pandas): `metrics` has one row a step (`loss` in nats per token, `elapsed_ms`, `tokens_per_second`),
     `validation` one row an evaluation, `memory` one row a rank and step (`memory_bytes`, `peak_memory_bytes`).
@@ -303,7 +297,6 @@ def difference(run: Run | pd.DataFrame, other: Run | pd.DataFrame) -> float:
 
     Args:
         run: A run, or a table with `step`, `loss` and `grad_norm`.
-        other: The same.
     """
     tables = (getattr(each, "metrics", each) for each in (run, other))
     one, two = (table.set_index("step")[["loss", "grad_norm"]].astype(float) for table in tables)
@@ -325,9 +318,6 @@ def create(name: str) -> Path:
 
     Args:
         name: Letters, digits, `-`, `_` and `.`; the directory is `name`, or `name-2`, `name-3`... if that exists.
-
-    Returns:
-        The new directory, with `logs/` and `ranks/` in it.
 
     Raises:
         ValueError: If the name could leave the runs directory, or is too long for a file system.

@@ -116,8 +116,6 @@ class Checkpoint:
     """One saved step.
 
     Attributes:
-        path: Its directory.
-        step: The step after which it was saved.
         latest: True if the tracker names it, so that a run which loads the parent directory starts here.
     """
 
@@ -162,11 +160,7 @@ class Checkpoint:
 
 
 def listing(place: Run | Path) -> pd.DataFrame:
-    """All checkpoints of a run, the oldest first: `step, files, size_bytes, missing, latest`.
-
-    Args:
-        place: A run, or the directory that holds the `iter_...` directories.
-    """
+    """All checkpoints of a run or of a directory of `iter_...`, the oldest first: `step, files, size_bytes, missing, latest`."""
     import pandas as pd
 
     rows = [
@@ -250,9 +244,7 @@ def refuse(cfg: Any, *, load: Run | Path | None, ranks: int) -> Checkpoint | Non
     """Refuse what a run would load and cannot, or must not: looked at before its ranks start, and by each rank before Bridge.
 
     Args:
-        cfg: Bridge's configuration, or the same as nested mappings.
         load: Where it resumes from; its `pretrained_checkpoint` stands in `cfg`.
-        ranks: The world size.
 
     Returns:
         The checkpoint that the run resumes from; `None` if it starts anew.
@@ -285,9 +277,6 @@ def refuse_another_model(checkpoint: Checkpoint, cfg: Any, *, ranks: int, weight
     there, Megatron Core keeps the experts in an optimizer of their own.
 
     Args:
-        checkpoint: As `require()` returned it.
-        cfg: Bridge's configuration, or the same as nested mappings.
-        ranks: The world size.
         weights_only: Whether optimizer and random states stay where they are.
 
     Raises:

@@ -15,8 +15,6 @@ from course_lib.runs.credentials import secrets
 if TYPE_CHECKING:
     from megatron.bridge.training.config import ConfigContainer
 
-__all__ = ["read_file", "write_config", "write_content"]
-
 
 def read_file(path: Path) -> dict:
     """A `config.yaml` as nested dicts.
@@ -43,8 +41,6 @@ def write_config(cfg: ConfigContainer, path: Path, places: dict[str, str | None]
     """Write a configuration as `config.yaml`; `cfg` itself stays as it is.
 
     Args:
-        cfg: Bridge's configuration.
-        path: The run directory.
         places: Where to `save` checkpoints and from where to `load`; `None` for neither.
 
     Raises:

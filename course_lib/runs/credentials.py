@@ -6,8 +6,6 @@ import os
 import re
 from pathlib import Path
 
-__all__ = ["secrets"]
-
 SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|nvapi-[\w-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|sk-[\w-]{20,})")
 """How access tokens of the Hub, NVIDIA, GitHub and others begin."""
 
@@ -18,9 +16,6 @@ def secrets(place: Path | str) -> list[str]:
     """Where access tokens stand in a text, or in the files below a directory, as `where: what`; the value is not shown.
 
     A token is what looks like one, or the value of an environment variable whose name says so.
-
-    Args:
-        place: A directory, or a text.
 
     Example:
         >>> secrets("export HF_TOKEN=hf_" + "a" * 30)

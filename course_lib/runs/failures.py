@@ -22,8 +22,6 @@ from pathlib import Path
 
 from course_lib import runs
 
-__all__ = ["abandon", "describe", "hint_for", "left", "lost_a_peer", "oom_kills", "record", "settle", "signal_name"]
-
 # ------------------------------------------------------------------------------------------------ exceptions, as text
 
 
@@ -33,7 +31,6 @@ class _Raised:
 
     Attributes:
         type: Its name, without modules; empty for a text that names none.
-        message: Its words.
         files: The files on its way, the one that raised last; empty for a text without frames.
     """
 
@@ -87,9 +84,6 @@ _DISTRIBUTED = re.compile(r"torch/distributed/|course_lib/ranks/cpu/mailbox\.py"
 def lost_a_peer(text: str) -> bool:
     """True if an error only says that another rank went away; the oldest exception of a chain decides.
 
-    Args:
-        text: A traceback, or a message.
-
     Example:
         >>> lost_a_peer("[../gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1234")
         True
@@ -113,8 +107,6 @@ class _Hint:
     """What to do about an exception that is told by its type, its words and where it comes from.
 
     Attributes:
-        hint: What to do.
-        words: Pattern that the message must match.
         types: Names of types; any if empty.
         files: Pattern that a file of the traceback must match; any traceback, or none, if empty.
     """
@@ -265,11 +257,6 @@ def hint_for(text: str) -> str:
 def record(path: Path, rank: int, error: BaseException) -> bool:
     """Note a rank's exception in `ranks/N.json`; called by the rank itself.
 
-    Args:
-        path: The run directory.
-        rank: Global rank.
-        error: What it raised.
-
     Returns:
         True if it only lost a peer.
     """
@@ -344,15 +331,10 @@ def settle(
     """Decide how a run ended and write `outcome.json`, unless a verdict stands already that is not provisional.
 
     Args:
-        path: The run directory.
         dead: Exit codes of the ranks that ended before the launcher ended the others, by rank; negative for a signal,
             `None` if a rank is gone and nobody saw how.  By default what torchrun wrote into the launcher's log.
-        launcher: How the launcher itself failed, if it did.
         oom_killed: Whether the kernel counts a process killed for want of memory during the run.
         provisional: For a rank, which speaks while others may know more: the next verdict replaces this one.
-
-    Returns:
-        The outcome that stands in the file.
     """
     run = runs.Run(path)
     if run.outcome is not None and not run.outcome.provisional:

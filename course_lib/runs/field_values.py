@@ -15,8 +15,6 @@ from course_lib.runs import foreign_code
 if TYPE_CHECKING:
     from megatron.bridge.training.config import ConfigContainer
 
-__all__ = ["FieldError", "check_fields", "refuse_wrong_values"]
-
 
 class FieldError(ValueError):
     """The configuration carries a name that Bridge does not know, or a value that its field cannot have."""
@@ -83,9 +81,6 @@ def refuse_wrong_values(cfg: ConfigContainer | dict) -> None:
     What a field can have is read from Bridge's own declarations.  A value must be of the declared type; upstream's default
     passes always.  A whole number must be at least 1, or at least 0 where the default is 0 or 0 means none; where the
     default is negative, negative numbers mean something.  Other numbers are finite and not negative, and shares at most 1.
-
-    Args:
-        cfg: Bridge's configuration, or a `config.yaml` as nested dicts that `foreign_code.refuse` let pass.
 
     Raises:
         FieldError: Names every such field, what it was given, and what it can have.

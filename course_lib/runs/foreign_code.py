@@ -17,8 +17,6 @@ from course_lib import stack
 from course_lib.common.config import ConfigError
 from course_lib.common.project import variable
 
-__all__ = ["permission", "refuse", "resolve"]
-
 _CODE_BY_NAME = ("custom_manager_class", "fp4_quantizer_factory", "fp8_quantizer_factory", "feature_dirs")
 """Fields whose text Bridge, Megatron Core or Transformer Engine imports as code.
 
@@ -72,10 +70,6 @@ def refuse(content: dict, source: Path) -> None:
 
     Layer specifications may also come from the modules that `COURSE_LAYERS` names, with commas between them: the learner's
     own, which whoever starts the process names, and no file can.
-
-    Args:
-        content: The file as nested dicts: a `config.yaml`, or a checkpoint's `run_config.yaml`.
-        source: The file, for the message.
 
     Raises:
         ConfigError: Names file, field and target of the first foreign one.

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from typing import Protocol
 
-__all__ = ["Meter", "meter"]
-
 
 class Meter(Protocol):
     """Reads the memory of this process."""

@@ -53,13 +53,7 @@ LESSON_RANKS = 8
 
 @dataclass(frozen=True)
 class StandIn:
-    """One thing that differs from a GPU node when the stack is imported here.
-
-    Attributes:
-        name: The package or variable.
-        reason: Why it cannot be the real one on this machine.
-        where: What takes its place.
-    """
+    """A package or variable that differs from a GPU node's, why the real one cannot be here, and where its substitute stands."""
 
     name: str
     reason: str
@@ -153,9 +147,6 @@ def gpu_count() -> int:
 def device(ranks: int) -> str:
     """The device on which a run of so many ranks happens here.
 
-    Args:
-        ranks: Number of ranks of the run.
-
     Returns:
         `"cuda"` if every rank can have a GPU of its own, else `"cpu"`.  `COURSE_DEVICE` overrides it.
 
@@ -212,9 +203,6 @@ def prepare_imports(*, compiler: bool = False) -> list[StandIn]:
 
     Args:
         compiler: Leave `torch.compile` as it is: a GPU rank trains with it.
-
-    Returns:
-        What stands in for what, as in `stand_ins()`.
 
     Raises:
         ImportError: If a pinned package is not installed.

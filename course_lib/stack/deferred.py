@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["DEFERRED", "Deferred"]
-
 
 @dataclass(frozen=True)
 class Deferred:
     """One module whose body waits until it is needed.
 
     Attributes:
-        module: Full name of the module.
-        reason: Why waiting is worth it.
         functions: Names that others import at the top of their files; each is answered by a function that loads the
             real module when it is *called*, so that the import alone stays free.
         re_exports: True if the body only imports names from elsewhere.  Then a name is resolved on its own, without

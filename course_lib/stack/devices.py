@@ -36,9 +36,7 @@ class Field:
     """One configuration field that a rank sets.
 
     Attributes:
-        path: Dotted name under the configuration, such as `model.bf16`.
         becomes: The value in the rank, or a function of the configuration that returns it.
-        why: The reason.
     """
 
     path: str
@@ -199,9 +197,6 @@ def refuse_what_is_missing(device: str) -> None:
     attention keeps every score, which no plan of this course counts, and with torch's AdamW the distributed optimizer
     saves what it cannot resume.  COURSE_ALLOW_UNTESTED=1 goes on all the same.
 
-    Args:
-        device: Where the ranks are.
-
     Raises:
         ConfigError: If it is not installed in this environment.
 
@@ -219,10 +214,6 @@ def refuse_what_is_missing(device: str) -> None:
 
 def refuse_what_cannot_train(cfg: object, device: str) -> None:
     """Stop a run of a model that the ranks cannot train, and name one that they can.
-
-    Args:
-        cfg: Bridge's `ConfigContainer`, or its `config.yaml` as nested dicts.
-        device: Where the ranks are.
 
     Raises:
         ConfigError: Names the family, the reason and what would run instead.

@@ -24,8 +24,6 @@ from types import ModuleType
 
 from course_lib.stack.deferred import DEFERRED, Deferred
 
-__all__ = ["DEFERRED", "Deferred", "after", "defer", "load_bridges", "ready"]
-
 
 def _no_dynamo(fn: Callable | None = None, recursive: bool = True, **_: object) -> Callable:
     """What `torch._dynamo.disable` and `allow_in_graph` mean where dynamo is off: the function itself."""

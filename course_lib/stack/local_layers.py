@@ -270,12 +270,6 @@ def _classes() -> dict[str, type]:
 def _other_sequences(packed: Any, queries: int, keys: int, *, causal: bool) -> torch.Tensor:
     """What a query of a packed batch must not see: other sequences, the padding behind its own, and what comes later.
 
-    Args:
-        packed: Megatron's `PackedSeqParams`: where each sequence begins, with and without padding.
-        queries: Number of tokens of the query.
-        keys: Number of tokens of the key.
-        causal: Whether a token sees only what stands before it in its sequence.
-
     Returns:
         A mask [queries, keys], True where a key is hidden.
     """

@@ -35,8 +35,6 @@ class Patch:
     Attributes:
         target: Dotted name, such as `torch.cuda.synchronize`.
         make: Takes the original and returns what stands in its place; of a class method it takes the function.
-        becomes: The effect in a few words.
-        why: What it is needed for.
         parameters: Names that the original's parameters must have, in this order.
         options: Names that they must have in any order.
         late: The target's module is not imported for this: the name is replaced once somebody else imports it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,3 +123,23 @@ def test_every_file_and_name_of_the_library_that_is_written_down_exists() -> Non
                 ):
                     dead.append(f"{path.relative_to(PROJECT)}: {name} of {place}")
     assert sorted(set(dead)) == []
+
+
+def lesson_imports() -> set[Path]:
+    """The files of course_lib that a lesson imports."""
+    found = set()
+    for path in PROJECT.glob("notebooks/*.ipynb"):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+        for _, name in imports(ast.parse(code)):
+            place = PROJECT.joinpath(*name.split("."))
+            if name.startswith("course_lib."):
+                found |= {place.with_suffix(".py"), place / "__init__.py"} & set(FILES)
+    return found
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if room(path) in ("common", "stack", "runs")], ids=name_of)
+def test_what_a_lesson_imports_says_what_it_offers(path: Path) -> None:
+    """`__all__` bounds the face of a room and what a lesson imports; elsewhere the underscore says enough."""
+    has_list = "\n__all__ = " in path.read_text(encoding="utf-8")
+    assert has_list == (path in lesson_imports())
