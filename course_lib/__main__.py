@@ -65,11 +65,11 @@ def ledger(
     yes: Annotated[bool, typer.Option("--yes", help="Forget without a question.")] = False,
 ) -> None:
     """Show your predictions beside what was measured, and your exercises."""
+    from course_lib.lesson import ledger
     from course_lib.lesson import ledger as module
-    from course_lib.lesson import ledger_page
 
     try:
-        typer.echo(ledger_page.text(lesson=lesson, history=history))
+        typer.echo(ledger.text(lesson=lesson, history=history))
         if reset and (yes or typer.confirm("Forget all of this?")):
             module.reset(lesson=lesson)
     except module.LedgerError as error:

@@ -19,8 +19,7 @@ from typing import Any
 
 from book.builder import facts
 from book.builder.assets import vendor
-from book.builder.links import broken
-from book.builder.loads import external_loads
+from book.builder.links import broken, external_loads
 from course_lib.common.project import PROJECT
 from course_lib.lesson import notebooks
 

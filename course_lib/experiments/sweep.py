@@ -7,24 +7,43 @@ difference beyond that is called one.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from course_lib import launch, runs
-from course_lib.common.config import changed, diff
+from course_lib import launch, runs, stack
+from course_lib.common.config import changed, diff, flatten
+from course_lib.common.project import LIBRARY
 from course_lib.common.screen import Line
 from course_lib.common.units import duration
-from course_lib.experiments import finished
+from course_lib.launch import forkserver
 from course_lib.planning import layout
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Change", "Comparison", "NotOneChange", "compare", "held_out", "moved", "one_change", "repeat", "seeded"]
+__all__ = [
+    "Change",
+    "Comparison",
+    "NotOneChange",
+    "compare",
+    "digest",
+    "find",
+    "held_out",
+    "moved",
+    "note",
+    "one_change",
+    "repeat",
+    "seeded",
+]
 
 CONFIDENCE = 0.95
 
@@ -179,8 +198,8 @@ def repeat(
     """
     if len(set(seeds)) != len(seeds) or min(seeds, default=0) < 1:
         raise ValueError(f"seeds={list(seeds)}: give different whole numbers from 1 up")
-    digests = {seed: finished.digest(seeded(cfg, seed), ranks) for seed in seeds}
-    found = {seed: run for seed in seeds if (run := finished.find(digests[seed])) is not None}
+    digests = {seed: digest(seeded(cfg, seed), ranks) for seed in seeds}
+    found = {seed: run for seed in seeds if (run := find(digests[seed])) is not None}
     if found:
         known = ", ".join(f"seed {seed} {held_out(run):.3f}" for seed, run in found.items())
         print(f"{name}, finished before: {known} nats/token")
@@ -196,7 +215,7 @@ def repeat(
                 watch=lambda run: (waiting.watch(run), watch and watch(run)),
             )
             loss = held_out(run)
-            finished.note(run, digest=digests[seed], seed=seed)
+            note(run, digest=digests[seed], seed=seed)
             found[seed] = run
             waiting.ends(f"{name}, seed {seed}: trained as {run.name}, held-out loss {loss:.3f}")
     finally:
@@ -307,3 +326,69 @@ def _half_width(one: Sequence[float], other: Sequence[float]) -> float:
         return 0.0
     freedom = total**2 / sum(s**2 / (len(g) - 1) for s, g in zip(shares, (one, other), strict=True))
     return float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(total)
+
+
+MOST_BYTES_READ = 256 * 2**20
+"""A data file up to this size is told from another by its contents, a larger one by size and time."""
+
+
+def digest(cfg: Any, ranks: int) -> str:
+    """A number that is equal for runs that must give the same result.
+
+    Args:
+        cfg: Bridge's `ConfigContainer`, seeds included.
+        ranks: World size.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.yaml"
+        cfg.to_yaml(str(path))
+        text = path.read_text()
+    leaves = {str(leaf) for leaf in _leaves(flatten(cfg)) if isinstance(leaf, str | Path)} - {"", "."}
+    data = [_stamp(value) for value in sorted(leaves)]
+    whole = json.dumps([text, data, ranks, stack.device(ranks), stack.versions(), _engine()])
+    return hashlib.sha256(whole.encode()).hexdigest()
+
+
+def _engine(course_lib: Path = LIBRARY) -> str:
+    """What this project itself does in a rank: its sums, its norms, its settings for a CPU can change a result too."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in forkserver.rank_code(course_lib))).hexdigest()
+
+
+def _leaves(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [leaf for item in value for leaf in _leaves(item)] if isinstance(value, list) else [value]
+
+
+def _stamp(name: str) -> list[Any]:
+    """What is in the files behind a path or a data prefix, so that new data means a new run and the same data does not.
+
+    A notebook that is run again writes its small files again: their contents count, not their time.  Large ones would
+    take too long to read, so for them size and time stand in.
+    """
+    files = [Path(name), Path(f"{name}.bin"), Path(f"{name}.idx")]
+    if os.path.isdir(name) and not os.path.isfile(f"{name}.bin"):  # below a data prefix Megatron keeps its own indices
+        files += sorted(Path(name).rglob("*"))
+    # os.path, because a text that is no path may be too long for one, which pathlib takes for an error
+    return [[str(file), _content(file)] for file in files if os.path.isfile(file)]
+
+
+def _content(file: Path) -> str | list[int]:
+    about = file.stat()
+    if about.st_size > MOST_BYTES_READ:
+        return [about.st_size, about.st_mtime_ns]
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def note(run: runs.Run, *, digest: str, seed: int) -> None:
+    """Write into a run's directory that it is whole; only after success."""
+    runs.write_json(run.path / "sweep.json", {"digest": digest, "seed": seed})
+
+
+def find(digest: str) -> runs.Run | None:
+    """The newest finished run with this digest, or None."""
+    for run in runs.listing():
+        path = run.path / "sweep.json"
+        if path.exists() and json.loads(path.read_text())["digest"] == digest:
+            return run
+    return None

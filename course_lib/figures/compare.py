@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from course_lib.figures import plots, style
+from course_lib.figures import plots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,9 +55,9 @@ def memory_by_step(run: Run, *, ax: Axes, highlight: int | None = None, title: s
     name = "ranks" if highlight is None else "other ranks"
     for rank, one in run.memory.groupby("rank"):
         if rank == highlight:
-            look = {"color": style.COLOURS["vermilion"], "linestyle": "-", "label": f"rank {rank}", "zorder": 3}
+            look = {"color": plots.COLOURS["vermilion"], "linestyle": "-", "label": f"rank {rank}", "zorder": 3}
         else:
-            look = {"color": style.INK, "linestyle": "-", "linewidth": 1, "label": name}
+            look = {"color": plots.INK, "linestyle": "-", "linewidth": 1, "label": name}
             name = None  # one entry in the legend for all of them
         ax.plot(one["step"], one["memory_bytes"] / unit_bytes, **look)
     last = run.memory.groupby("rank")["memory_bytes"].last() / unit_bytes
@@ -80,9 +80,9 @@ def seeds(groups: Mapping[str, Sequence[float]], *, ax: Axes, title: str = "") -
         The axis.
     """
     names, base = list(groups), next(iter(groups.values()))
-    ax.axvspan(min(base), max(base), color=style.INK, alpha=0.25, linewidth=0)
+    ax.axvspan(min(base), max(base), color=plots.INK, alpha=0.25, linewidth=0)
     for row, losses in enumerate(groups.values()):
-        ax.plot(losses, [row] * len(losses), "o", markersize=7, color=style.COLOURS["blue"])
+        ax.plot(losses, [row] * len(losses), "o", markersize=7, color=plots.COLOURS["blue"])
     _rows(ax, names)
     sentences = [f"{name}: {min(losses):.3f} to {max(losses):.3f}" for name, losses in groups.items()]
     plots.finish(ax, x="held-out loss (nats per token)", y="", title=title, sentences=sentences, whole_x=False)
@@ -100,10 +100,10 @@ def effects(comparisons: Mapping[str, Comparison], *, ax: Axes, title: str = "")
     Returns:
         The axis.
     """
-    ax.axvline(0, color=style.INK, linewidth=1.5, dashes=[6, 3])
+    ax.axvline(0, color=plots.INK, linewidth=1.5, dashes=[6, 3])
     for row, one in enumerate(comparisons.values()):
         inside = one.verdict.startswith("no")
-        look = {"color": style.COLOURS["blue" if inside else "vermilion"], "fmt": "o" if inside else "D"}
+        look = {"color": plots.COLOURS["blue" if inside else "vermilion"], "fmt": "o" if inside else "D"}
         ax.errorbar(one.difference, row, xerr=one.noise, capsize=5, markersize=7, linewidth=2, linestyle="none", **look)
     _rows(ax, list(comparisons))
     sentences = [

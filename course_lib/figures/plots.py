@@ -1,7 +1,7 @@
 """Figures of a run: functions that take a run and an axis and return the axis.
 
 Nothing here touches ``pyplot`` or the global ``rcParams``: a figure is made, drawn and shown inside one ``with`` block.
-Its look is that of `plots_style`, whose colours a lesson names by this module.
+Its colours stand at the end; a lesson names them by this module.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from course_lib.common.screen import where
 from course_lib.common.units import GiB, MiB
-from course_lib.figures.style import COLOURS, CSS_PIXELS_PER_INCH, INK, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,7 +20,21 @@ if TYPE_CHECKING:
 
     from course_lib.runs import Run
 
-__all__ = ["COLOURS", "INK", "describe", "figure", "finish", "loss", "memory", "png", "stacked", "throughput"]
+__all__ = [
+    "COLOURS",
+    "CSS_PIXELS_PER_INCH",
+    "DOTS_PER_INCH",
+    "INK",
+    "describe",
+    "figure",
+    "finish",
+    "loss",
+    "memory",
+    "png",
+    "stacked",
+    "style",
+    "throughput",
+]
 
 LONG, AVERAGED = 100, 25  # steps: from where on batches are drawn faintly, and how many are averaged
 FAINT = {"linewidth": 0.8, "alpha": 0.45}
@@ -280,3 +293,60 @@ def _show(fig: Figure, *, alt: str) -> None:
         from IPython.display import Image, display
 
         display(Image(png(fig), width=int(fig.get_figwidth() * CSS_PIXELS_PER_INCH), alt=alt))
+
+
+# Source: Okabe and Ito, "Color Universal Design" (2008). Orange, sky blue and yellow are left out: under 3:1 on white.
+COLOURS = {"blue": "#0072B2", "vermilion": "#D55E00", "green": "#009E73", "purple": "#CC79A7"}
+INK = "#787878"  # 4.4:1 on white and 4.2:1 on #121212: nearly equal, because one picture serves both
+CSS_PIXELS_PER_INCH = 96
+DOTS_PER_INCH = 2 * CSS_PIXELS_PER_INCH  # sharp on a dense screen, and still about 40 KB a figure
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Apply the course's look inside a ``with`` block, and nowhere else.
+
+    Example:
+        >>> import matplotlib
+        >>> before = matplotlib.rcParams["text.color"]
+        >>> with style():
+        ...     matplotlib.rcParams["text.color"] == before
+        False
+        >>> matplotlib.rcParams["text.color"] == before
+        True
+    """
+    import matplotlib as mpl
+    from cycler import cycler
+
+    # Line style changes with the colour, so that a curve is told apart without colour too.
+    with mpl.rc_context(
+        {
+            "axes.axisbelow": True,
+            "axes.edgecolor": INK,
+            "axes.facecolor": "none",
+            "axes.grid": True,
+            "axes.labelcolor": INK,
+            "axes.prop_cycle": cycler(color=list(COLOURS.values())) + cycler(linestyle=["-", "--", "-.", ":"]),
+            "axes.spines.right": False,
+            "axes.spines.top": False,
+            "axes.titlecolor": INK,
+            "axes.titlelocation": "left",
+            "axes.titlesize": 11,
+            "axes.titleweight": "bold",
+            "figure.dpi": DOTS_PER_INCH,
+            "figure.edgecolor": "none",
+            "figure.facecolor": "none",
+            "font.family": ["DejaVu Sans"],
+            "font.size": 10,
+            "grid.alpha": 0.3,
+            "grid.color": INK,
+            "legend.frameon": False,
+            "legend.labelcolor": INK,
+            "lines.linewidth": 2,
+            "savefig.facecolor": "none",
+            "text.color": INK,
+            "xtick.color": INK,
+            "ytick.color": INK,
+        }
+    ):
+        yield

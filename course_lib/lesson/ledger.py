@@ -1,4 +1,4 @@
-"""The learner's ledger: predictions beside what was measured, and attempts at exercises.
+"""The learner's ledger: predictions beside what was measured, attempts at exercises, and the page that shows both.
 
 It is one JSON file on this machine (``COURSE_LEDGER``, or one below ``XDG_STATE_HOME``), which outlives every rerun of
 a lesson and is never sent anywhere.  Writers take a lock and replace the file whole, so that two notebooks at once lose
@@ -17,17 +17,34 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from course_lib.common import files
 from course_lib.common.project import variable
 from course_lib.common.screen import shell
 from course_lib.common.units import format_number
+from course_lib.figures import plots
+from course_lib.lesson import tables
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from pandas import DataFrame
 
-__all__ = ["LedgerError", "attempted", "exercises", "measured", "path", "predict", "reset", "scores", "table"]
+__all__ = [
+    "LedgerError",
+    "attempted",
+    "draw",
+    "exercises",
+    "forget_button",
+    "measured",
+    "path",
+    "predict",
+    "reset",
+    "scores",
+    "show",
+    "table",
+    "text",
+]
 
 
 class LedgerError(RuntimeError):
@@ -302,3 +319,91 @@ def _open() -> Iterator[_Content]:
             raise LedgerError(
                 f"the ledger {file} cannot be written ({error}). Set COURSE_LEDGER to another file."
             ) from error
+
+
+AT_MOST = 100.0
+"""Ratios beyond this factor are drawn at it; the table has the number."""
+
+
+def show(*, lesson: str | None = None) -> None:
+    """Display the ledger in a notebook: predictions, errors, exercises.
+
+    Args:
+        lesson: Only what belongs to this lesson.
+    """
+    from IPython.display import display
+
+    predictions, scored, solved = (f(lesson=lesson) for f in (table, scores, exercises))
+    if not len(predictions) and not len(solved):
+        print(f"The ledger {path()} is empty. Run the cells of a lesson that predict and measure.")
+        return
+    if len(predictions):
+        display(tables.full(predictions, index=False))
+    if len(scored):
+        near = int(((scored.ratio >= 0.5) & (scored.ratio <= 2)).sum())
+        with plots.figure(height=0.9 + 0.28 * len(scored)) as ax:
+            draw(scored, ax=ax, title=f"{near} of {len(scored)} predictions are within a factor of two")
+    if len(solved):
+        display(tables.full(solved, index=False))
+
+
+def draw(scores: DataFrame, *, ax: Axes, title: str = "") -> Axes:
+    """Draw predicted divided by measured, one row a prediction, on a logarithmic axis.
+
+    Args:
+        scores: What `scores` returns.
+        ax: The axis to draw on.
+        title: What the picture shows.
+
+    Returns:
+        The axis; its label puts the picture into words.
+    """
+    names = [f"{lesson}  {quantity}" for lesson, quantity in zip(scores.lesson, scores.quantity, strict=True)]
+    places = range(len(names))
+    shown = scores.ratio.clip(1 / AT_MOST, AT_MOST)
+    ax.axvspan(0.5, 2, color=plots.COLOURS["green"], alpha=0.15)
+    ax.axvline(1, color=plots.INK, linewidth=1)
+    ax.plot(shown, places, marker="o", linestyle="none", color=plots.COLOURS["blue"])
+    ax.set_xscale("log")
+    ax.set_xlim(min(0.2, shown.min() / 1.5), max(5, shown.max() * 1.5))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter("")
+    ax.set_yticks(places, names)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.set_xlabel("predicted / measured (band: within a factor of two)")
+    if title:
+        ax.set_title(title)
+    worst = scores.ratio.map(lambda ratio: max(ratio, 1 / ratio)).idxmax()
+    ax.set_label(f"The prediction farthest off is {names[worst]}: {scores.ratio[worst]:.3g} times what was measured")
+    return ax
+
+
+def forget_button() -> Any:
+    """A button that empties the ledger; it asks once more before it does."""
+    import ipywidgets
+
+    button = ipywidgets.Button(description="Forget everything", layout=ipywidgets.Layout(width="16em"))
+    said = ipywidgets.HTML()
+
+    def clicked(_: object) -> None:
+        if button.description == "Forget everything":
+            button.description, button.button_style = "Click again to be sure", "danger"
+            return
+        reset()
+        button.description, button.button_style = "Forget everything", ""
+        said.value = "The ledger is empty. Run the cell above again."
+
+    button.on_click(clicked)
+    return ipywidgets.HBox([button, said])
+
+
+def text(*, lesson: str | None = None, history: bool = False) -> str:
+    """The ledger for a terminal.
+
+    Args:
+        lesson: Only what belongs to this lesson.
+        history: All attempts; otherwise the latest of each quantity.
+    """
+    both = table(lesson=lesson, history=history), exercises(lesson=lesson)
+    parts = [frame.to_string(index=False) for frame in both if len(frame)]
+    return "\n\n".join([*(parts or ["nothing yet"]), f"kept in {path()}, and sent nowhere"])

@@ -18,8 +18,8 @@ from course_lib import stack
 from course_lib.common.project import VARIABLES
 from course_lib.lesson import notebooks as lessons
 from course_lib.machine import installation, readings
-from course_lib.machine.findings import Finding
 from course_lib.machine.installation import Package
+from course_lib.machine.readings import Finding
 from course_lib.stack import StandIn
 
 if TYPE_CHECKING:

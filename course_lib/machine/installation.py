@@ -18,7 +18,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 from course_lib import stack
-from course_lib.machine.findings import Finding, fail_unless, warn_unless
+from course_lib.machine.readings import Finding, fail_unless, warn_unless
 
 __all__ = [
     "BESIDE_THE_ENGINE",

@@ -16,20 +16,23 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from course_lib import runs, stack
 from course_lib.common import project
 from course_lib.common.units import GiB
 from course_lib.launch.torchrun import address_of, gloo_address, talk_over
 from course_lib.machine import bootstrap
-from course_lib.machine.findings import Finding, fail_unless, warn_unless
 
 __all__ = [
+    "Finding",
     "available_cores",
     "bytecode",
     "cores",
     "disk",
+    "fail_unless",
     "findings",
     "glibc",
     "gloo",
@@ -45,6 +48,7 @@ __all__ = [
     "shared_memory",
     "text_encoding",
     "topology",
+    "warn_unless",
 ]
 
 OPEN_FILES = 1024  # eight ranks hold some hundred sockets and files each at their start
@@ -279,3 +283,46 @@ def gloo(
             return Finding("gloo", "fail", f"GLOO_SOCKET_IFNAME={interface}: {error}", fix)
         fix = f"Run `export GLOO_SOCKET_IFNAME=lo`, or add the line `127.0.0.1 {hostname}` to /etc/hosts."
         return Finding("gloo", "warn", f"cannot bind to the host name {hostname!r}: {error}", fix)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's table.
+
+    Attributes:
+        name: What was looked at.
+        status: "ok"; "warn" if every lesson still runs; "fail" if one could not.
+        value: What was found, with its unit.
+        fix: What to do about it; empty exactly when the status is "ok".
+    """
+
+    name: str
+    status: Literal["ok", "warn", "fail"]
+    value: str
+    fix: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.status == "ok") == bool(self.fix):
+            raise ValueError(
+                f"finding {self.name!r} is {self.status!r} with the fix {self.fix!r}: a fix belongs to a problem only"
+            )
+
+
+def fail_unless(holds: bool, name: str, value: str, fix: str) -> Finding:
+    """A finding that stops lessons unless it holds.
+
+    Example:
+        >>> fail_unless(6 >= 8, "memory", "6 GiB", "Give it 8 GiB.").status
+        'fail'
+    """
+    return Finding(name, "ok", value) if holds else Finding(name, "fail", value, fix)
+
+
+def warn_unless(holds: bool, name: str, value: str, fix: str) -> Finding:
+    """A finding that the learner should know of unless it holds.
+
+    Example:
+        >>> warn_unless(2 >= 2, "cores", "2", "Give it two cores.")
+        Finding(name='cores', status='ok', value='2', fix='')
+    """
+    return Finding(name, "ok", value) if holds else Finding(name, "warn", value, fix)

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from course_lib.common.config import Fields, changed
 from course_lib.common.units import gib
-from course_lib.figures import style
+from course_lib.figures import plots
 from course_lib.planning import ceiling, memory
 from course_lib.planning.layout import LayoutError
-from course_lib.planning.layout.rows import padded_from_tokenizer
+from course_lib.planning.layout.rules import padded_from_tokenizer
 
 if TYPE_CHECKING:
     from ipywidgets import VBox
@@ -49,7 +49,7 @@ def bars(plans: Mapping[str, memory.Plan], *, gpu: ceiling.Gpu, ax: Axes, title:
     Returns:
         The axis, in GiB.
     """
-    shades = dict(zip(memory.COMPONENTS, (*style.COLOURS.values(), style.INK), strict=True))
+    shades = dict(zip(memory.COMPONENTS, (*plots.COLOURS.values(), plots.INK), strict=True))
     hatches = dict(zip(memory.COMPONENTS, ("", "//", "..", "\\\\", "xx"), strict=True))
     labels, limit = list(plans), gib(gpu.memory_bytes)
     left = [0.0] * len(labels)
@@ -213,9 +213,9 @@ def _frame(plan: memory.Plan, gpu: ceiling.Gpu) -> tuple[bytes, str]:
     """One bar as PNG, and what it shows in words."""
     from matplotlib.figure import Figure
 
-    from course_lib.figures import plots, style
+    from course_lib.figures import plots
 
-    with style.style():
+    with plots.style():
         fig = Figure(figsize=(8, 2.2), layout="constrained")
         ax = bars({str(plan.layout): plan}, gpu=gpu, ax=fig.subplots(), title="Planned, not run")
         return plots.png(fig), ax.get_label()

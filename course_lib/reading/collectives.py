@@ -92,7 +92,7 @@ def picture(layout: Layout, sent: Mapping[str, float], *, ax: Axes, title: str =
     Returns:
         The axis.
     """
-    from course_lib.figures.style import COLOURS, INK
+    from course_lib.figures.plots import COLOURS, INK
 
     tp, dp = layout.tensor_model_parallel_size, layout.data_parallel_size * layout.context_parallel_size
     wide = layout.pipeline_model_parallel_size

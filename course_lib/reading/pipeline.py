@@ -148,7 +148,7 @@ def draw(rows: pd.DataFrame, *, ax: Axes, title: str = "") -> Axes:
     Returns:
         The axis.
     """
-    from course_lib.figures.style import COLOURS
+    from course_lib.figures.plots import COLOURS
 
     styles = {"forward": (COLOURS["blue"], ""), "backward": (COLOURS["vermilion"], "//")}
     for kind, (colour, hatch) in styles.items():

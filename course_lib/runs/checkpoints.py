@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from course_lib.common.config import ConfigError, Fields
-from course_lib.planning.layout.rows import embedding_rows
+from course_lib.planning.layout.rules import embedding_rows
 from course_lib.runs import Run, foreign_code
 
 if TYPE_CHECKING:

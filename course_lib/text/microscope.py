@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from course_lib import stack
 from course_lib.common import files
 from course_lib.common.config import Fields, changed
-from course_lib.planning.layout.rows import embedding_rows
+from course_lib.planning.layout.rules import embedding_rows
 
 if TYPE_CHECKING:
     import numpy as np

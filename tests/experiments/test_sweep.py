@@ -12,7 +12,7 @@ import pytest
 from course_lib import launch, runs
 from course_lib.common import screen
 from course_lib.common.project import LIBRARY
-from course_lib.experiments import finished, sweep
+from course_lib.experiments import sweep
 from course_lib.text import indexed
 from support.small import config
 
@@ -84,27 +84,27 @@ def test_the_same_data_written_again_is_the_same_data(bridge, tmp_path, monkeypa
     for ids, age in (([1, 2], 100), ([1, 2], 200), ([1, 3], 200)):
         prefix = indexed.write([ids], tmp_path / "text", vocab_size=10, end_of_document=0).prefix
         os.utime(f"{prefix}.bin", (age, age))
-        digests.append(finished.digest(cfg, 8))
+        digests.append(sweep.digest(cfg, 8))
     assert digests[0] == digests[1] != digests[2]
-    before = finished.digest(cfg, 8)
+    before = sweep.digest(cfg, 8)
     (tmp_path / "text" / "cache").mkdir(parents=True)
     (tmp_path / "text" / "cache" / "shuffle_index.npy").write_bytes(b"what Megatron makes of the data")
-    assert finished.digest(cfg, 8) == before, "a first run leaves its indices beside the data"
+    assert sweep.digest(cfg, 8) == before, "a first run leaves its indices beside the data"
     cfg.checkpoint.pretrained_checkpoint = str(tmp_path)
-    before = finished.digest(cfg, 8)
+    before = sweep.digest(cfg, 8)
     (tmp_path / "iter_0000002").mkdir()
     (tmp_path / "iter_0000002" / "weights.distcp").write_bytes(b"other weights")
-    assert finished.digest(cfg, 8) != before, "files below a directory count as well"
+    assert sweep.digest(cfg, 8) != before, "files below a directory count as well"
     monkeypatch.chdir(tmp_path)
     cfg.tokenizer.tokenizer_model, cfg.checkpoint.pretrained_checkpoint = "text", "x" * 5000
-    before = finished.digest(cfg, 8)
+    before = sweep.digest(cfg, 8)
     (tmp_path / "text.idx").write_bytes(b"other")
-    assert finished.digest(cfg, 8) != before, "a path without a slash is one, and a long text is none"
+    assert sweep.digest(cfg, 8) != before, "a path without a slash is one, and a long text is none"
     cfg.tokenizer.tokenizer_model = str(tmp_path / "text")
-    monkeypatch.setattr(finished, "MOST_BYTES_READ", 1)
-    before = finished.digest(cfg, 8)
+    monkeypatch.setattr(sweep, "MOST_BYTES_READ", 1)
+    before = sweep.digest(cfg, 8)
     os.utime(f"{prefix}.bin", (300, 300))
-    assert finished.digest(cfg, 8) != before
+    assert sweep.digest(cfg, 8) != before
 
 
 class Clock:
@@ -166,7 +166,7 @@ def test_a_change_that_diverges_is_no_equal(loss: float) -> None:
 def test_another_engine_is_another_run(tmp_path: Path) -> None:
     """A changed file of what a rank executes makes a finished run stale; the same files elsewhere do not."""
     shutil.copytree(LIBRARY, tmp_path, dirs_exist_ok=True)
-    assert finished._engine(tmp_path) == finished._engine()
-    with open(tmp_path / "cpu" / "fused.py", "a") as file:
+    assert sweep._engine(tmp_path) == sweep._engine()
+    with open(tmp_path / "ranks/cpu/kernels.py", "a") as file:
         file.write("# changed\n")
-    assert finished._engine(tmp_path) != finished._engine()
+    assert sweep._engine(tmp_path) != sweep._engine()

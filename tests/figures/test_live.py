@@ -16,7 +16,7 @@ import pytest
 
 from course_lib import runs
 from course_lib.common import screen
-from course_lib.figures import live, live_panels
+from course_lib.figures import live
 
 
 def run_of(steps: int, *, ranks: int = 8, status: str | None = None, stage: str = "training") -> SimpleNamespace:
@@ -130,7 +130,7 @@ def test_a_costly_frame_is_paid_off_without_standing_still(monkeypatch: pytest.M
 
 def test_most_frames_redraw_only_the_curves(notebook: Notebook, monkeypatch: pytest.MonkeyPatch) -> None:
     """The axes are drawn again only when they change: with 40 falling losses, in fewer than a quarter of the frames."""
-    panels = live_panels.Panels(40)
+    panels = live.Panels(40)
     full: list[int] = []
     draw = panels.canvas.draw
     monkeypatch.setattr(panels.canvas, "draw", lambda: (full.append(1), draw())[1])

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from course_lib.figures import plots, style
+from course_lib.figures import plots
 
 
 def run_of(steps: int = 5, *, ranks: int = 4, memory_bytes: int = 300 * 2**20) -> SimpleNamespace:
@@ -52,9 +52,9 @@ def contrast(one: str, other: str) -> float:
 @pytest.mark.parametrize("background", ["#ffffff", "#111111", "#121212"])
 def test_one_picture_serves_light_and_dark(background: str) -> None:
     """Text keeps a contrast of 4:1, and every curve 3:1, on a light and on a dark page."""
-    assert contrast(style.INK, background) >= 4
+    assert contrast(plots.INK, background) >= 4
     assert {
-        name: contrast(colour, background) for name, colour in style.COLOURS.items() if contrast(colour, background) < 3
+        name: contrast(colour, background) for name, colour in plots.COLOURS.items() if contrast(colour, background) < 3
     } == {}
 
 
@@ -67,7 +67,7 @@ def test_the_background_is_transparent() -> None:
     with plots.figure("A finding") as ax:
         plots.loss(run_of(), ax=ax)
         fig = ax.figure
-    with style.style():
+    with plots.style():
         picture = Image.open(BytesIO(plots.png(fig)))
     assert picture.mode == "RGBA"
     assert picture.getpixel((0, 0))[3] == 0 and picture.getpixel((picture.width - 1, picture.height - 1))[3] == 0

@@ -13,8 +13,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from course_lib.common.project import PROJECT
-from course_lib.figures import style
-from course_lib.lesson import checks, ledger, ledger_page, notebooks
+from course_lib.figures import plots
+from course_lib.lesson import checks, ledger, notebooks
 from support import hygiene
 
 
@@ -115,8 +115,8 @@ def test_the_page_compares_predictions_on_one_scale() -> None:
     fill()
     scores = ledger.scores()
     assert list(scores.ratio) == [1, 0.1, 1e6]
-    with style.style():
-        ax = ledger_page.draw(scores, ax=Figure().subplots(), title="1 of 3")
+    with plots.style():
+        ax = ledger.draw(scores, ax=Figure().subplots(), title="1 of 3")
     assert list(ax.lines[-1].get_xdata()) == [1, 0.1, 100]
     assert "03  c" in ax.get_label() and "1e+06" in ax.get_label()
 
@@ -143,7 +143,7 @@ def test_the_command_shows_and_forgets(own_ledger: Path) -> None:
 def test_the_button_asks_before_it_forgets() -> None:
     """The first click only changes what the button says."""
     fill()
-    button, said = ledger_page.forget_button().children
+    button, said = ledger.forget_button().children
     button.click()
     assert len(ledger.table()) == 4 and "sure" in button.description
     button.click()

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from course_lib import recipes, runs
 from course_lib.machine import stack_map
-from course_lib.machine.findings import Finding
+from course_lib.machine.readings import Finding
 from course_lib.planning.census import Census
 from course_lib.reading import baselines, throughput
 from course_lib.recipes import blueprint

@@ -10,7 +10,7 @@ import pytest
 from course_lib import stack
 from course_lib.common.project import VARIABLES
 from course_lib.machine import doctor
-from course_lib.machine.findings import Finding
+from course_lib.machine.readings import Finding
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 from course_lib import runs, stack
 from course_lib.common.units import GiB
 from course_lib.machine import doctor, readings
-from course_lib.machine.findings import Finding
+from course_lib.machine.readings import Finding
 
 
 @pytest.mark.parametrize(

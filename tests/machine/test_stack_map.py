@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from course_lib.machine import installation, stack_diagram, stack_map
+from course_lib.machine import installation, stack_map
 from course_lib.recipes import blueprint
 
 
@@ -63,7 +63,7 @@ def test_what_stands_beside_the_map_has_a_stage_and_a_source() -> None:
 
 def test_the_diagram_links_every_box_to_its_card() -> None:
     """Each box is a link with a hover text, each link has its card on the page, and each arrow its words."""
-    diagram, below = stack_diagram.linked(selected="NeMo Run"), stack_diagram.cards()
+    diagram, below = stack_map.linked(selected="NeMo Run"), stack_map.cards()
     assert diagram.html.count("border-width: 4px") == 1
     for box in stack_map.boxes():
         anchor = re.search(rf'href="#([^"]+)" title="([^"]+)"[^>]*><b>{box.name}</b>', diagram.html)
@@ -77,21 +77,21 @@ def test_the_diagram_links_every_box_to_its_card() -> None:
 
 def test_no_two_boxes_share_a_place() -> None:
     """Every system of the table has a place of its own in the diagram."""
-    places = [stack_diagram._corner(box.name) for box in stack_map.boxes()]
+    places = [stack_map._corner(box.name) for box in stack_map.boxes()]
     assert len(set(places)) == len(places)
 
 
 def test_a_card_says_all_that_the_table_knows() -> None:
     """Role, entry, artifacts, object, version and file of each system stand on its card."""
     for box in stack_map.boxes():
-        text = stack_diagram.card(box)
+        text = stack_map.card(box)
         for words in (box.role, box.enters, box.consumes, box.produces, box.object, stack_map.home(box), box.tested):
             assert html.escape(words) in text
 
 
 def test_clicking_a_box_shows_its_card() -> None:
     """The buttons are laid out as the diagram; the card follows the click, and hovering says the role."""
-    grid, card = stack_diagram.browse().children
+    grid, card = stack_map.browse().children
     buttons = {part.description: part for part in grid.children if hasattr(part, "tooltip") and part.description}
     assert set(buttons) == {box.name for box in stack_map.boxes()}
     assert len({part.layout.grid_area for part in grid.children}) == len(grid.children)

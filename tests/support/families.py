@@ -108,14 +108,13 @@ def build(path: str) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     from course_lib import recipes
-    from course_lib.recipes import model_facts
 
     def facts(model_id: str, known: dict[str, Any]) -> Any:
         if model_id not in SHAPES:
             return original(model_id, known)
-        return model_facts.ModelFacts(model_id, SHAPES[model_id], {}, None)
+        return recipes.ModelFacts(model_id, SHAPES[model_id], {}, None)
 
-    original, for_model = model_facts._facts, transformers.AutoConfig.for_model
+    original, for_model = recipes._facts, transformers.AutoConfig.for_model
 
     def made(model_type: str, **values: Any) -> Any:
         known = model_type in CONFIG_MAPPING_NAMES
@@ -124,7 +123,7 @@ def build(path: str) -> Any:
     module, name = path.split(":")
     with (
         recipes.offline(),
-        mock.patch.object(model_facts, "_facts", facts),
+        mock.patch.object(recipes, "_facts", facts),
         mock.patch.object(transformers.AutoConfig, "for_model", made),
     ):
         return getattr(importlib.import_module(f"megatron.bridge.recipes.{module}"), name)()

@@ -17,8 +17,7 @@ import pytest
 from book import builder
 from book.builder import archive as book_archive
 from book.builder import assets as book_assets
-from book.builder.links import broken
-from book.builder.loads import external_loads
+from book.builder.links import broken, external_loads
 from course_lib.common.project import PROJECT
 from course_lib.lesson import notebooks
 from support.notebooks_made_here import clean, markdown, write

@@ -15,8 +15,7 @@ from math import prod
 from typing import Any
 
 from course_lib.common.config import Fields
-from course_lib.planning.layout.rows import embedding_rows, padded_vocab_size
-from course_lib.planning.layout.rules import refusals
+from course_lib.planning.layout.rules import embedding_rows, padded_vocab_size, refusals
 from course_lib.planning.layout.sizes import Layout, LayoutError, Refusal, divisors
 from course_lib.planning.layout.stages import stage_layers
 
