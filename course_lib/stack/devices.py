@@ -80,6 +80,8 @@ FIELDS: tuple[Field, ...] = (
     Field("model.moe_permute_fusion", False, _NO_FUSION),
     Field("model.moe_router_fusion", False, _NO_FUSION),
     Field("model.moe_grouped_gemm", False, _NO_FUSION),
+    Field("model.moe_single_grouped_weight", False, "as model.moe_grouped_gemm"),
+    Field("model.moe_single_grouped_bias", False, "as model.moe_grouped_gemm"),
     Field(
         "model.recompute_modules", lambda cfg: _recomputed(cfg), "recomputing moe_act is a part of the grouped kernel"
     ),

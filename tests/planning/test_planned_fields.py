@@ -11,7 +11,7 @@ import pytest
 
 from course_lib.planning import memory
 from support import small
-from support.planned_fields import COUNTED, EXPERTS, NO_EFFECT, NOT_TRIED, REFUSED, STAGES, VALUES
+from support.planned_fields import BESIDE, COUNTED, EXPERTS, NO_EFFECT, REFUSED, STAGES, VALUES
 
 GROUPS = {reason: names.split() for reason, names in NO_EFFECT.items()}
 
@@ -56,8 +56,10 @@ def another(path: str, cfg: Any) -> Any:
         return not now
     if isinstance(now, int | float):
         return now + 1
-    if isinstance(now, torch.dtype):
+    if isinstance(now, torch.dtype) or "dtype" in kind:
         return torch.float16
+    if "Callable" in kind:
+        return lambda value=None, *_, **__: value
     if literals := [one for one in re.findall(r"'([^']+)'", kind) if one != now]:
         return literals[0]
     return 2 if "int" in kind else 0.5 if "float" in kind else "x"
@@ -116,5 +118,18 @@ def test_fields_without_effect_leave_the_plan_alone(bases: list[Any], reason: st
     """All fields of a reason at once, on a pipeline and on a model with experts."""
     for fields, wanted in bases:
         cfg = config(fields)
-        tried = {path: another(path, cfg) for path in GROUPS[reason] if path not in NOT_TRIED}
+        tried = {path: another(path, cfg) for path in GROUPS[reason] if path not in BESIDE}
         assert plan(tried | fields) == wanted
+
+
+@pytest.mark.parametrize("path", BESIDE)
+def test_a_field_that_needs_others_has_no_effect_beside_them(bridge: Any, path: str) -> None:
+    """The plan is the one of the others; where those are refused, so is the field with them."""
+    value, beside = BESIDE[path]
+    found = []
+    for fields in (beside, beside | {path: value}):
+        try:
+            found.append(plan(fields))
+        except memory.NotPlanned as refused:
+            found.append(str(refused))
+    assert found[0] == found[1]

@@ -16,7 +16,7 @@ from course_lib.common.project import DATA
 from course_lib.experiments import sweep
 from course_lib.figures import compare, plots
 from course_lib.planning import closed_forms
-from course_lib.reading import health, throughput
+from course_lib.reading import baselines, health, throughput
 from support.small import config
 
 LINE = (
@@ -232,6 +232,18 @@ def test_each_disease_shows_by_its_own_sign(tmp_path, sign, disease):
     assert signs.index[signs.verdict == "look"].tolist() == [sign]
     if "leak_rank" in disease:
         assert signs.loc[sign, "where"] == "rank 2, 4.0 MiB/step"
+
+
+@pytest.mark.parametrize(("above", "verdict"), [(health.START_NATS - 0.01, "ok"), (health.START_NATS + 0.01, "look")])
+def test_signs_are_measured_against_step_1(tmp_path, above, verdict):
+    """The first loss is judged at its limit, which is a quarter of a nat; loss and norm are held against those of step 1."""
+    first = baselines.first_loss(1024, 128, 0.02) + above
+    run = run_in(tmp_path, loss=[first, *FALLING[1:]], grad_norm=[2.0] + [1.0] * 19)
+    signs = health.symptoms(run, vocab_size=1024)
+    assert health.START_NATS == 0.25 and signs.verdict.iloc[0] == verdict
+    assert signs.loc["gradient norm, average of 10, against step 1", "measured"] == 1.0
+    fallen = sum(FALLING[10:]) / 10 - first
+    assert signs.loc["loss, average of the last 10, above step 1", "measured"] == pytest.approx(fallen, abs=1e-3)
 
 
 def test_a_jump_of_memory_is_no_leak(tmp_path):

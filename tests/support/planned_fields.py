@@ -7,6 +7,7 @@ fields that share it.  `test_planned_fields.py` tries every value, and fails whe
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import MagicMock
 
 EXPERTS = {
     "model.num_moe_experts": 4,
@@ -75,6 +76,7 @@ COUNTED: dict[str, tuple[Any, dict[str, Any]]] = {
     "model.activation_func": ("relu", {}),
     "model.activation_func_clamp_value": (0.5, {}),
     "model.qk_layernorm": (True, {}),
+    "model.multi_latent_attention": (True, {}),
     "model.attention_output_gate": (True, {}),
     "model.no_rope_freq": (2, {}),
     "model.softmax_type": ("learnable", {}),
@@ -108,6 +110,8 @@ COUNTED: dict[str, tuple[Any, dict[str, Any]]] = {
     "model.moe_aux_loss_coeff": (0.5, EXPERTS),
     "model.moe_z_loss_coeff": (0.5, EXPERTS),
     "model.moe_router_pre_softmax": (True, EXPERTS),
+    "model.moe_router_group_topk": (1, EXPERTS | {"model.moe_router_num_groups": 2}),
+    "model.moe_router_topk_limited_devices": (1, EXPERTS),
     "model.moe_apply_probs_on_input": (
         True,
         EXPERTS | {"model.moe_router_topk": 1, "model.moe_router_pre_softmax": True},
@@ -152,6 +156,8 @@ REFUSED: dict[str, tuple[Any, dict[str, Any]]] = {
             "model.fused_single_qkv_rope",
             "model.heterogeneous_block_specs",
             "model.hybrid_context_parallel",
+            "model.inference_disable_triton_nvls_kernels",
+            "model.inference_fuse_tp_communication",
             "model.log_max_attention_logit",
             "model.moe_paged_stash",
             "model.moe_router_padding_for_fp8",
@@ -196,12 +202,18 @@ VALUES: dict[str, Any] = {
     "model.cuda_graph_modules": [],
     "model.cuda_graph_scope": [],
     "model.window_size": (8, 0),
+    "model.timers": MagicMock(),
+    "model.flash_attention_version": 2,
+    "model.transformer_layer_spec": "decoder block",
+    "model.inference_cuda_graph_scope": "none",
+    "model.mtp_hybrid_override_pattern": "*-",
     "model.moe_router_load_balancing_type": "none",
     "model.moe_token_drop_policy": "position",
     "model.hierarchical_context_parallel_sizes": [1, 1],
     "model.offload_modules": ["core_attn"],
     "model.mrope_section": [4, 2, 2],
     "model.tp_comm_overlap_cfg": {},
+    "optimizer.timers": MagicMock(),
     "optimizer.grad_norm_skip_threshold": 5.0,
     "ddp.data_parallel_sharding_strategy": "optim",
     "ddp.outer_dp_sharding_strategy": "optim",
@@ -290,8 +302,8 @@ NO_EFFECT: dict[str, str] = {
         model.mamba_training_ssm_states_dtype model.mtp_hybrid_override_pattern""",
     "the plan takes every expert to get equally many tokens, and experts in groups keep what single ones keep": """
         model.moe_router_load_balancing_type model.moe_router_enable_expert_bias
-        model.moe_router_topk_limited_devices model.moe_router_num_groups
-        model.moe_router_group_topk  model.moe_router_force_load_balancing
+         model.moe_router_num_groups
+          model.moe_router_force_load_balancing
         model.moe_router_force_biased model.moe_enable_routing_replay model.moe_grouped_gemm
         model.moe_single_grouped_weight model.moe_single_grouped_bias  
         model.moe_enable_deepep model.moe_flex_dispatcher_backend model.moe_permute_fusion_into_hybridep
@@ -303,12 +315,12 @@ NO_EFFECT: dict[str, str] = {
         model.moe_hybridep_num_blocks_unpermute model.moe_hybridep_num_sms_preprocessing model.moe_ncclep_static_shape
         model.moe_ncclep_zero_copy""",
     "inference only": """model.flash_decode model.inference_rng_tracker model.inference_sampling_seed
-        model.nccl_all_reduce_for_prefill model.use_inference_optimized_layers model.inference_fuse_tp_communication
-        model.inference_disable_triton_nvls_kernels model.inference_grouped_gemm_backend
+        model.nccl_all_reduce_for_prefill model.use_inference_optimized_layers 
+         model.inference_grouped_gemm_backend
         model.inference_moe_disable_fused_quant_kernels model.inference_moe_token_dispatcher_type
         model.inference_cuda_graph_scope model.mlp_chunks_for_prefill""",
     "Bridge's layer specs do not read it": "model.qk_l2_norm",
-    "another provider's class, or a flag that Bridge derives": "model.multi_latent_attention model.mtp_enabled",
+    "a flag that Bridge derives": "model.mtp_enabled",
     "how far and when the optimizer steps": """optimizer.lr optimizer.min_lr optimizer.decoupled_lr
         optimizer.decoupled_min_lr optimizer.weight_decay optimizer.apply_wd_to_qk_layernorm optimizer.loss_scale
         optimizer.initial_loss_scale optimizer.min_loss_scale optimizer.loss_scale_window optimizer.hysteresis
@@ -320,19 +332,23 @@ NO_EFFECT: dict[str, str] = {
     "Core checks it and nothing reads it: gradients follow ddp.grad_reduce_in_fp32": "optimizer.main_grads_dtype",
 }
 
-NOT_TRIED = set(
-    """model.timers model.finalize_model_grads_func model.grad_scale_func model.moe_grad_scale_func
-    model.mtp_grad_scale_func model.no_sync_func model.grad_sync_func model.param_sync_func model._cpu_offloading_context
-    model.experimental_attention_variant_loss_scale_func model.init_method model.output_layer_init_method
-    model.embedding_init_method model._pg_collection model.transformer_layer_spec optimizer.timers
-    model.autocast_dtype model.pipeline_dtype model.flash_attention_version model.use_arbitrary_attention_mask
-    model.yarn_correction_range_round_to_int model.mamba_training_ssm_states_dtype model.inference_cuda_graph_scope
-    ddp.megatron_fsdp_main_grads_dtype ddp.megatron_fsdp_grad_comm_dtype
-    model.variable_seq_lengths model.overlap_p2p_comm_warmup_flush model.fp4_param
-    model.moe_router_group_topk model.moe_router_topk_limited_devices model.moe_router_enable_expert_bias
-    model.moe_single_grouped_weight model.moe_single_grouped_bias
-    model.moe_pad_expert_input_to_capacity model.inference_fuse_tp_communication
-    model.inference_disable_triton_nvls_kernels model.multi_latent_attention
-    model.is_hybrid_model model.mtp_hybrid_override_pattern model.use_inference_optimized_layers""".split()
-)
-"""Fields with no value that a plain model takes: upstream wants others beside them, or a GPU, or an object."""
+BESIDE: dict[str, tuple[Any, dict[str, Any]]] = {
+    "model.overlap_p2p_comm_warmup_flush": (
+        True,
+        STAGES | UNBATCHED | {"model.virtual_pipeline_model_parallel_size": 2},
+    ),
+    "model.variable_seq_lengths": (True, STAGES | {"model.moe_token_dispatcher_type": "alltoall"}),
+    "model.moe_router_enable_expert_bias": (True, EXPERTS | {"model.moe_router_score_function": "sigmoid"}),
+    "model.moe_single_grouped_weight": (
+        True,
+        EXPERTS | {"model.moe_grouped_gemm": True, "model.use_transformer_engine_op_fuser": True},
+    ),
+    "model.moe_single_grouped_bias": (
+        True,
+        EXPERTS
+        | {"model.moe_grouped_gemm": True, "model.add_bias_linear": True, "model.expert_tensor_parallel_size": 1},
+    ),
+    "model.fp4_param": (True, {"model.fp4": "e2m1"}),
+    "model.moe_pad_expert_input_to_capacity": (True, EXPERTS | {"model.moe_expert_capacity_factor": 1.0}),
+}
+"""Fields without effect that upstream takes only with others beside them, which may be refused."""
