@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
+import importlib.metadata
 import json
 import lzma
 import os
@@ -41,6 +42,7 @@ NOT_IMPORTED = {
         ("wandb", "mlflow", "comet-ml", "swanlab"), "a tracker of experiments, imported if a run asks for it"
     ),
     "mistral-common": "Mistral's tokenizers",
+    "grpcio-tools": "a compiler of protocols, which nvidia-resiliency-ext names",
 }
 """Packages that the lock names and no rank of the check imports."""
 
@@ -208,6 +210,8 @@ def _laptop(_: Target, folder: Path, __: Path) -> None:
 
 
 def _resiliency(target: Target, folder: Path, _: Path) -> None:
+    needs = closure(RESILIENCY_NEEDS, without=target.have)
+    install([f"{name}=={version}" for name, version in needs.items()], folder)
     install(
         [RESILIENCY],
         folder,
@@ -221,6 +225,9 @@ def _resiliency(target: Target, folder: Path, _: Path) -> None:
 
 RESILIENCY = "nvidia-resiliency-ext==0.6.0"
 """Bridge's pretrain imports it; its wheel wants glibc 2.39, so the lock leaves it out."""
+
+RESILIENCY_NEEDS = ("defusedxml",)
+"""What it imports beyond what the other parts hold."""
 
 
 def _transformer_engine(target: Target, folder: Path, work: Path) -> None:
@@ -321,12 +328,37 @@ def make(
                 raise CannotBundle(f"{part.name}: {error}") from error
             manifest["left_out"][part.name] = str(error)
             say(f"{part.name}: left out. {error}")
+    folders = [work / name for name in manifest["parts"]]
+    manifest["not_carried"] = {
+        name: by for name, by in lacking(folders, target.have).items() if name not in NOT_IMPORTED
+    }
     _tidy(to, manifest)
     shutil.copy(gpu_bundle_start.__file__, to / "start.py")
     files.write_text(to / "manifest.json", json.dumps(manifest, indent=1))
     pieces = [piece for one in manifest["parts"].values() for piece in one["pieces"]]
     files.write_text(to / "SHA256SUMS", "".join(f"{piece['sha256']}  {piece['file']}\n" for piece in pieces))
     return manifest
+
+
+def lacking(folders: Sequence[Path], there: frozenset[str]) -> dict[str, list[str]]:
+    """What carried packages ask for that neither the bundle nor the node has, with who asks; it may be of no use here.
+
+    Args:
+        folders: Folders of packages.
+        there: Normalized names of what the node has.
+    """
+    from packaging.requirements import Requirement
+
+    carried = list(importlib.metadata.distributions(path=[str(folder) for folder in folders]))
+    known = there | have("\n".join(one.metadata["Name"] for one in carried))
+    found: dict[str, list[str]] = {}
+    for one in carried:
+        for line in one.requires or ():
+            asked = Requirement(line)
+            (name,) = have(asked.name)
+            if name not in known and (asked.marker is None or asked.marker.evaluate({"extra": ""})):
+                found.setdefault(name, []).append(one.metadata["Name"])
+    return dict(sorted(found.items()))
 
 
 def refuse(target: Target) -> None:
@@ -474,6 +506,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"bundle            {to}   ({format_bytes(total)})")
     for name, reason in manifest["left_out"].items():
         print(f"left out          {name}: {reason}")
+    for name, by in manifest["not_carried"].items():
+        print(f"not carried       {name}, which {', '.join(by)} asks for")
     print(f"on the node       python3 {to.name}/start.py --out gpu-report")
     return 0
 

@@ -25,9 +25,10 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from course_lib import stack
@@ -41,6 +42,9 @@ GATE = "COURSE_GPU_GATE"
 
 _JOBS = f"{__package__}.gpu_checks"
 _PRELOAD = f"{__package__}.gpu_check_preload"
+BROKEN = "NO"
+"""How a note of the check `imports` begins for what does not import."""
+
 DRY_PATIENCE = 5
 """A dry run may share two cores with others: its limits are so many times longer."""
 
@@ -184,9 +188,9 @@ class Context:
             time.sleep(0.02)
 
     def seconds_left(self) -> float:
-        """Until this check's limit; the whole limit while it still waits."""
+        """Until this check's limit, which stands in the gate; the whole limit while it still waits."""
         try:
-            return self.limit_seconds - (time.time() - self.gate.stat().st_mtime)
+            return float(self.gate.read_text()) - (time.time() - self.gate.stat().st_mtime)
         except FileNotFoundError:
             return self.limit_seconds
 
@@ -243,7 +247,7 @@ class _Begun:
 
     def finish(self) -> dict[str, Any]:
         """Give it the GPU, wait until it ends or its time is up, leave no process, and return its result."""
-        self.context.gate.touch()
+        files.write_text(self.context.gate, str(self.context.limit_seconds))
         began = time.monotonic()
         self.process.join(self.context.limit_seconds + GRACE_SECONDS)
         timed_out = self.process.is_alive()
@@ -342,7 +346,7 @@ def run(
 
     def begin(check: Check) -> _Begun | None:
         about = {"settles": check.settles, "limit_seconds": check.limit_seconds, "rows": [], "notes": {}}
-        if reason := why_not(check, left_seconds=left(), dry=dry):
+        if reason := why_not(check, left_seconds=left(), dry=dry, told=results.get("imports", {}).get("notes", {})):
             results[check.name] = about | {"status": "skipped", "reason": reason}
             say(f"{check.name}: skipped, {reason}")
             return None
@@ -393,13 +397,25 @@ def run(
     return report
 
 
-def why_not(check: Check, *, left_seconds: float, dry: bool) -> str | None:
-    """Why a check cannot be begun, in words; `None` if it can."""
+def why_not(
+    check: Check, *, left_seconds: float, dry: bool, told: Mapping[str, Any] = MappingProxyType({})
+) -> str | None:
+    """Why a check cannot be begun, in words; `None` if it can.
+
+    Args:
+        check: The check.
+        left_seconds: What is left of the budget.
+        dry: Whether CPU ranks will do it.
+        told: What the check `imports` noted of each package: one that is installed may still not import.
+    """
     if left_seconds < check.least_seconds:
         return f"{max(0.0, left_seconds):.0f} s of the budget are left, and it needs {check.least_seconds}"
     missing = [] if dry else [name for name in check.packages if importlib.util.find_spec(name) is None]
     if missing:
         return f"not installed here: {', '.join(missing)}"
+    broken = [name for name in check.packages if str(told.get(name, "")).startswith(BROKEN)]
+    if broken:
+        return f"installed, but does not import (see the check imports): {', '.join(broken)}"
     if check.gpu and not dry and stack.gpu_count() < 1:
         return "there is no GPU that this process may use (`nvidia-smi`, CUDA_VISIBLE_DEVICES)"
     return None
@@ -414,12 +430,17 @@ def _environment(place: Path, *, dry: bool) -> Iterator[None]:
     before = dict(os.environ)
     places = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor", "XDG_CACHE_HOME": "cache"}
     places |= {"COURSE_RUNS": "runs", "HF_HOME": "huggingface", "MPLCONFIGDIR": "matplotlib", "CUDA_CACHE_PATH": "cuda"}
+    places |= {"TRITON_HOME": "triton-home", "TORCH_EXTENSIONS_DIR": "extensions"}
     os.environ |= {name: str(place / folder) for name, folder in places.items()}
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "COURSE_DEVICE": "cpu" if dry else "cuda"}
-    for name in ("TORCHDYNAMO_DISABLE", "PYTHONDONTWRITEBYTECODE", "NVTE_FRAMEWORK"):
+    os.environ["PYTHONWARNINGS"] = (
+        "ignore::RuntimeWarning:runpy"  # processes import this module a second time, by design
+    )
+    os.environ["COURSE_ALLOW_UNTESTED"] = "1"  # a node's torch may be another; the report says which
+    for name in ("TORCHDYNAMO_DISABLE", "PYTHONDONTWRITEBYTECODE"):
         os.environ.pop(name, None)
     if not dry:
-        os.environ |= {"COURSE_ALLOW_UNTESTED": "1", "NVTE_FRAMEWORK": "pytorch", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+        os.environ |= {"NVTE_FRAMEWORK": "pytorch", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     try:
         yield
     finally:

@@ -25,8 +25,8 @@ from course_lib import launch, recipes, runs, stack
 from course_lib.common import units
 from course_lib.common.config import assign
 from course_lib.machine import gpu_reference
-from course_lib.planning import ceiling as compute
-from course_lib.planning import closed_forms, layout, memory
+from course_lib.machine.gpu_check import BROKEN, DRY_DEVICE
+from course_lib.planning import ceiling, layout, memory
 from course_lib.reading import baselines
 from course_lib.stack import devices
 
@@ -176,8 +176,6 @@ def _shrink_further(cfg: Any) -> None:
 
 def machine(context: Context) -> None:
     """Names, versions and sizes; nothing of it needs a package of the course's stack."""
-    from course_lib.machine.gpu_check import DRY_DEVICE
-
     query = ("name", "driver_version", "memory.total", "power.limit", "clocks.max.sm")
     told = _told(["nvidia-smi", f"--query-gpu={','.join(query)}", "--format=csv,noheader,nounits"])
     gpu = dict(zip(query, map(str.strip, told.splitlines()[0].split(",")), strict=False)) if told else {}
@@ -223,12 +221,12 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _data_sheet(context: Context) -> compute.Gpu | None:
+def _data_sheet(context: Context) -> ceiling.Gpu | None:
     """The row of `data/gpus.json` for the GPU here; a dry run takes the first, whose ceiling it will not reach."""
     if context.dry:
-        return next(iter(compute.gpus().values()))
+        return next(iter(ceiling.gpus().values()))
     names = stack.gpus() or []
-    return compute.named(names[0]) if names else None
+    return ceiling.named(names[0]) if names else None
 
 
 _IMPORTS = {
@@ -272,7 +270,7 @@ def imports(context: Context) -> None:
         lines = told.strip().splitlines()
         if process.returncode != 0 and name not in _OPTIONAL:
             bad.append(name)
-        outcome = "yes" if process.returncode == 0 else "NO"
+        outcome = "yes" if process.returncode == 0 else BROKEN
         context.note(
             **{name: f"{outcome}, {' '.join(lines[-1:])[:400]} ({time.monotonic() - began:.1f} s after all began)"}
         )
@@ -320,9 +318,19 @@ def layers(context: Context) -> None:
 def training(context: Context) -> None:
     """Train the run of the check's name, and hold it against its plan."""
     cfg = config(context.name, dry=context.dry)
+    _do_without_what_is_broken(cfg, context)
     expected = _expect(cfg, context)
     context.take_gpu()
     _train(cfg, context, expected)
+
+
+def _do_without_what_is_broken(cfg: Any, context: Context) -> None:
+    """Core's own layers where Transformer Engine is not to be had: what can be settled without it still is."""
+    notes = context.earlier.get("imports", {}).get("notes", {})
+    missing = str(notes.get("transformer_engine", BROKEN)).startswith(BROKEN)
+    if missing and not context.dry and cfg.model.transformer_impl != "local":
+        _take_local_layers(cfg)
+        context.note(layers="Megatron Core's own, because Transformer Engine does not import here")
 
 
 @dataclass(frozen=True)
@@ -346,15 +354,34 @@ def _expect(cfg: Any, context: Context) -> _Expected:
         context.note(planned_gib={part: round(units.gib(size), 4) for part, size in plan.components.items()})
     except ValueError as error:
         context.note(not_planned=str(error)[:300])
-    try:
-        found["flops_per_token"] = closed_forms.flops_per_token(cfg, vocab_size=rows)
-        sheet = None if "fp8" in str(cfg.mixed_precision) else _data_sheet(context)  # the sheet's rate is that of bf16
-        if sheet:
-            best = compute.ceiling(cfg, ranks=1, gpu=sheet, vocab_size=rows).tokens_per_second_per_gpu
-            found["ceiling_seconds"] = cfg.train.global_batch_size * cfg.model.seq_length / best
-    except (ValueError, AttributeError) as error:
-        context.note(no_ceiling=str(error)[:300])
+    if cfg.peft is not None:
+        context.note(
+            no_ceiling="frozen weights need no gradients, and the count of operations takes all weights as trained"
+        )
+    elif "fp8" in str(cfg.mixed_precision):
+        context.note(no_ceiling="the data sheet's rate is that of bf16")
+    else:
+        found |= _ceiling(cfg, rows, context)
     return _Expected(**found)
+
+
+def _ceiling(cfg: Any, rows: int, context: Context) -> dict[str, float]:
+    """Operations of a token, and seconds of a step at the data sheet's rate; one GPU sends no message."""
+    try:
+        found = {"flops_per_token": ceiling.flops_per_token(cfg, vocab_size=rows)}
+    except ValueError as error:
+        context.note(no_ceiling=str(error)[:300])
+        return {}
+    if sheet := _data_sheet(context):
+        tokens = cfg.train.global_batch_size * cfg.model.seq_length
+        try:
+            best = ceiling.ceiling(cfg, ranks=1, gpu=sheet, vocab_size=rows).tokens_per_second_per_gpu
+        except ValueError:  # the messages of some layers are not counted, and here there are none
+            if cfg.model.recompute_granularity:
+                return found
+            best = sheet.flops_per_second / found["flops_per_token"]
+        found["ceiling_seconds"] = tokens / best
+    return found
 
 
 def _train(cfg: Any, context: Context, expected: _Expected, *, target: str = "rank_main", **options: Any) -> runs.Run:
@@ -426,11 +453,9 @@ def _compare(run: runs.Run, cfg: Any, context: Context, expected: _Expected, smi
                     tolerance=FIRST_LOSS_NATS)  # fmt: skip
     steady = metrics.iloc[min(4, len(metrics) // 2) :]
     seconds, tokens = float(steady.elapsed_ms.median()) / 1e3, float(steady.tokens.iloc[0])
-    ceiling = None if context.dry else expected.ceiling_seconds
-    context.row("one step", "s", ceiling, seconds, "compute.ceiling: the data sheet's rate, nobody reaches it")
-    context.row(
-        "tokens per second", "tokens/s", tokens / ceiling if ceiling else None, tokens / seconds, "compute.ceiling"
-    )
+    best = None if context.dry else expected.ceiling_seconds
+    context.row("one step", "s", best, seconds, "planning.ceiling: the data sheet's rate, nobody reaches it")
+    context.row("tokens per second", "tokens/s", tokens / best if best else None, tokens / seconds, "planning.ceiling")
     if expected.flops_per_token and not context.dry:
         rate = expected.flops_per_token * tokens / seconds / 1e12
         bare = _measured(context.earlier.get("rates"), "TFLOP/s")
@@ -456,6 +481,7 @@ def resume(context: Context) -> None:
         gpu_reference.make(folder, dry=context.dry)
     kept = gpu_reference.read(folder)
     cfg = gpu_reference.config(folder, kept["steps"])
+    _do_without_what_is_broken(cfg, context)
     in_fp32 = context.name.endswith("fp32")
     if in_fp32:
         gpu_reference.set_fp32(cfg)

@@ -180,6 +180,15 @@ def test_packages_follow_the_lock():
     assert set(less) < set(found)
 
 
+def test_what_nobody_carries_is_told(tmp_path):
+    """A package that asks for what neither the bundle nor the node has is named with who asks; extras do not count."""
+    (tmp_path / "one-1.dist-info").mkdir()
+    asked = ("torch>=2", "Typing_Extensions", "fast.api; extra == 'web'", "PyYAML")
+    lines = ["Metadata-Version: 2.1", "Name: One", "Version: 1", *(f"Requires-Dist: {line}" for line in asked)]
+    (tmp_path / "one-1.dist-info" / "METADATA").write_text("\n".join(lines) + "\n")
+    assert gpu_bundle.lacking([tmp_path], frozenset({"torch", "pyyaml"})) == {"typing-extensions": ["One"]}
+
+
 FAT = {75: b"seven five", 90: b"nine zero!!"}
 
 

@@ -129,6 +129,27 @@ def test_no_failure_stops_the_others(tmp_path, monkeypatch):
     assert "DOES NOT HOLD" in (tmp_path / "report.txt").read_text()
 
 
+def notes_times(context):
+    """A check whose rank imports first, and then waits for the GPU."""
+    context.note(begun=time.time())
+    while not context.gate.exists():
+        time.sleep(0.01)
+    context.note(had_the_gpu=time.time(), left=context.seconds_left())
+    time.sleep(0.3)
+    context.note(ended=time.time())
+
+
+def test_the_next_one_imports_while_one_has_the_gpu(tmp_path, monkeypatch):
+    """It begins before the other has ended, gets the GPU after, and its limit counts from then on."""
+    monkeypatch.setattr(gpu_check.stack, "gpu_count", lambda: 1)
+    checks = [gpu_check.Check(name, "?", 30, 1, f"{HERE}:notes_times") for name in ("one", "two", "three")]
+    found = gpu_check.run(tmp_path, checks=checks, budget_seconds=45, say=lambda line: None)["checks"]
+    assert [one["status"] for one in found.values()] == ["passed"] * 3, found
+    one, two, three = (one["notes"] for one in found.values())
+    assert two["begun"] < one["ended"] <= two["had_the_gpu"] and two["ended"] <= three["had_the_gpu"]
+    assert all(0 < notes["left"] <= 45 - gpu_check.GRACE_SECONDS for notes in (one, two, three)), "cut to the budget"
+
+
 def test_what_no_longer_fits_is_skipped_by_name(tmp_path):
     """Nothing is begun with less than it needs, and the report says so."""
     checks = [check(works), gpu_check.Check("long", "?", 900, 500, f"{HERE}:works")]
@@ -143,6 +164,10 @@ def test_what_is_missing_is_skipped_by_name(monkeypatch):
     one = check(works, packages=("no_such_package", "json"))
     assert gpu_check.why_not(one, left_seconds=100, dry=False) == "not installed here: no_such_package"
     assert gpu_check.why_not(one, left_seconds=100, dry=True) is None
+    broken = {"json": "NO, undefined symbol"}
+    assert gpu_check.why_not(check(works, packages=("json",)), left_seconds=100, dry=False, told=broken).endswith(
+        ": json"
+    )
     monkeypatch.setattr(gpu_check.stack, "gpu_count", lambda: 0)
     assert "no GPU" in gpu_check.why_not(check(works), left_seconds=100, dry=False)
     assert gpu_check.why_not(check(works, gpu=False), left_seconds=100, dry=False) is None
