@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pandas as pd
 import pytest
 
 from course_lib import launch
@@ -109,6 +110,10 @@ def test_nothing_is_recorded_unless_asked(bridge, runs_directory):
         ("recompute_granularity", "full"),
         ("cp_comm_type", "p2p"),
         ("add_bias_linear", True),
+        ("normalization", "LayerNorm"),
+        ("position_embedding_type", "learned_absolute"),
+        ("multi_latent_attention", True),
+        ("qk_layernorm", True),
     ],
 )
 def test_what_is_not_counted_is_refused(field, value, bridge):
@@ -116,8 +121,16 @@ def test_what_is_not_counted_is_refused(field, value, bridge):
     cfg = config(model__context_parallel_size=2)
     assert len(messages.expected(cfg, ranks=8))
     setattr(cfg.model, field, value)
-    with pytest.raises(messages.NotCounted):
+    with pytest.raises(messages.NotCounted, match=field):
         messages.expected(cfg, ranks=8)
+
+
+def test_what_a_rank_sends_is_counted_by_group():
+    """A ring passes all but one part on, and the largest sender comes first."""
+    assert [messages.sent_bytes(name, 1000, 4) for name in ("all_to_all", "barrier")] == [750.0, 0.0]
+    rows = [("all_gather", "tp", 4, 1000, 3), ("all_reduce", "dp-cp", 2, 4000, 1), ("all_reduce", "tp", 4, 100, 2)]
+    found = messages.by_group(pd.DataFrame(rows, columns=["operation", "group", "group_size", "bytes", "count"]))
+    assert list(found.itertuples(name=None)) == [("dp-cp", 1, 4000.0), ("tp", 5, 2550.0)]
 
 
 def test_picture_shows_every_rank_and_group(bridge):
