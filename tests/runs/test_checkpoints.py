@@ -316,6 +316,15 @@ def test_nothing_to_load_is_refused_before_a_process_starts(bridge, runs_directo
     assert not runs_directory.exists()
 
 
+def test_another_batch_is_told_before_it_runs(whole, runs_directory):
+    """The checkpoint's own batch stands in launch.json, whether the run or one save of it is loaded."""
+    batch = config().train.global_batch_size
+    assert launch.prepare(config(), ranks=2, load=whole).warnings == ()
+    for place in (whole, checkpoints.at(whole, 2).path):
+        (told,) = launch.prepare(config(train__global_batch_size=2 * batch), ranks=2, load=place).warnings
+        assert f"a global batch of {batch} and this run goes on with {2 * batch}" in told
+
+
 @pytest.mark.parametrize("when", ["mid_save", "mid_step"])
 def test_a_killed_rank_costs_at_most_the_steps_since_the_last_save(whole, runs_directory, when):
     """Killed in a step or while it saves, the run goes on from the last whole checkpoint and ends with equal tensors."""
