@@ -48,10 +48,9 @@ def assign(cfg: Any, values: Mapping[str, Any]) -> None:
     """Set fields by dotted name, in place.
 
     Raises:
-        UnknownField: If the configuration lacks one of them; those before it are set.
+        UnknownField: If the configuration lacks one of them; nothing is set then.
     """
-    for path, new in values.items():
-        holder, name = _holder(cfg, path)
+    for (holder, name), new in [(_holder(cfg, path), new) for path, new in values.items()]:
         if isinstance(holder, dict):
             holder[name] = new
         else:

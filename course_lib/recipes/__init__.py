@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from course_lib.common.config import diff, flatten
+from course_lib.common.config import assign, diff, flatten
 from course_lib.common.project import DATA
 from course_lib.stack.patches import Patches, applied
 
@@ -49,6 +49,10 @@ _HEADLINES = (
 )
 
 
+_TIED = {"seq_length": "dataset.seq_length", "vocab_size": "tokenizer.vocab_size"}
+_ONE_A_LAYER = ("moe_layer_freq", "window_attn_skip_freq", "linear_attention_freq", "no_rope_freq")
+
+
 def describe(cfg: Any) -> pd.DataFrame:
     """The settings that a reader asks for first, of a configuration of some 800.
 
@@ -68,84 +72,50 @@ def describe(cfg: Any) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["field", "value"], dtype=object)
 
 
-def shrink(
-    cfg: Any,
-    *,
-    num_layers: int | None = None,
-    hybrid_layer_pattern: str | None = None,
-    hidden_size: int | None = None,
-    num_attention_heads: int | None = None,
-    num_query_groups: int | None = None,
-    ffn_hidden_size: int | None = None,
-    num_moe_experts: int | None = None,
-    seq_length: int | None = None,
-    vocab_size: int | None = None,
-) -> pd.DataFrame:
+def shrink(cfg: Any, **sizes: Any) -> pd.DataFrame:
     """Make the model of a recipe small, in place, keeping the settings equal that Bridge wants equal.
 
-    ``seq_length`` is set on the model and on the data; ``vocab_size`` on the model and on the tokenizer;
-    ``kv_channels``, which a recipe fixes at the head size of the big model, becomes hidden size / heads;
-    ``hybrid_layer_pattern`` brings its number of layers along; with ``num_layers``, lists with an entry a layer keep
-    their beginning, and a plan of pipeline stages, which names every layer, is dropped.
-
-    Args:
-        cfg: A Bridge ``ConfigContainer``.
-        num_layers: Transformer layers, of a model without a layer pattern.
-        hybrid_layer_pattern: One letter a layer, of a model that has a pattern.
-        hidden_size: Width of the residual stream.
-        num_attention_heads: Query heads.
-        num_query_groups: Key and value heads.
-        ffn_hidden_size: Width of the feed-forward layer.
-        num_moe_experts: Routed experts of a layer, of a model that has them.
-        seq_length: Tokens in a sequence.
-        vocab_size: Ids of the tokenizer.
+    A keyword is a field of the model, such as `num_layers=2`; one that is None stays as it is.  `seq_length` is set on the
+    data too, and `vocab_size` on the tokenizer; `kv_channels`, which a recipe fixes at the head size of the big model,
+    becomes hidden size / heads; `hybrid_layer_pattern` brings its number of layers along; with `num_layers`, lists with an
+    entry a layer keep their beginning, and a plan of pipeline stages, which names every layer, is dropped.
 
     Returns:
-        The settings that changed, as :func:`diff` shows them.
+        The settings that changed, as `diff` shows them.
 
     Raises:
-        ValueError: If the sizes do not fit each other or the model; nothing is changed then.
+        ValueError: If the sizes do not fit each other or the model, or it has no such field; nothing is changed then.
     """
-    model, before = cfg.model, flatten(cfg)
-    hidden, heads = hidden_size or model.hidden_size, num_attention_heads or model.num_attention_heads
-    groups = num_query_groups or model.num_query_groups or heads
-    pattern, experts = getattr(model, "hybrid_layer_pattern", None), getattr(model, "num_moe_experts", None)
-    chosen = getattr(model, "moe_router_topk", 1)
+    model, sizes = cfg.model, {name: value for name, value in sizes.items() if value is not None}
+    hidden, heads, groups = (
+        sizes.get(name, getattr(model, name)) for name in ("hidden_size", "num_attention_heads", "num_query_groups")
+    )
+    pattern, layers = getattr(model, "hybrid_layer_pattern", None), sizes.get("num_layers")
+    experts, chosen = getattr(model, "num_moe_experts", None), getattr(model, "moe_router_topk", 1)
     if hidden % heads:
         raise ValueError(f"hidden_size={hidden} is not a multiple of num_attention_heads={heads}: change one of them")
-    if heads % groups:
+    if heads % (groups or heads):
         raise ValueError(f"num_attention_heads={heads} is not a multiple of num_query_groups={groups}: change one")
-    if pattern and num_layers is not None:
+    if pattern and layers is not None:
         raise ValueError(f"the layers are those of the pattern {pattern}: give hybrid_layer_pattern, not num_layers")
-    if hybrid_layer_pattern and not pattern:
+    if "hybrid_layer_pattern" in sizes and not pattern:
         raise ValueError("the model has no layer pattern: give num_layers, not hybrid_layer_pattern")
-    if num_moe_experts is not None and (not experts or num_moe_experts < chosen):
+    if "num_moe_experts" in sizes and (not experts or sizes["num_moe_experts"] < chosen):
         kept = f"a token chooses {chosen} experts" if experts else "the model has no experts"
-        raise ValueError(f"num_moe_experts={num_moe_experts} does not fit, because {kept}")
-    given = {
-        "num_layers": len(hybrid_layer_pattern) if hybrid_layer_pattern else num_layers,
-        "hybrid_layer_pattern": hybrid_layer_pattern,
-        "hidden_size": hidden_size,
-        "num_attention_heads": num_attention_heads,
-        "num_query_groups": num_query_groups,
-        "ffn_hidden_size": ffn_hidden_size,
-        "num_moe_experts": num_moe_experts,
-        "seq_length": seq_length,
-        "vocab_size": vocab_size,
-        "kv_channels": hidden // heads if hidden_size or num_attention_heads else None,
-    }
-    for name, value in given.items():
-        if value is not None:
-            setattr(model, name, value)
-    if num_layers is not None:
-        model.pipeline_model_parallel_layout = None
-        for name in ("moe_layer_freq", "window_attn_skip_freq", "linear_attention_freq", "no_rope_freq"):
-            if isinstance(getattr(model, name, None), list):
-                setattr(model, name, getattr(model, name)[:num_layers])
-    if seq_length is not None:
-        cfg.dataset.seq_length = seq_length
-    if vocab_size is not None:
-        cfg.tokenizer.vocab_size = vocab_size
+        raise ValueError(f"num_moe_experts={sizes['num_moe_experts']} does not fit, because {kept}")
+    values = {f"model.{name}": value for name, value in sizes.items()}
+    values |= {_TIED[name]: value for name, value in sizes.items() if name in _TIED}
+    if "hybrid_layer_pattern" in sizes:
+        values["model.num_layers"] = len(sizes["hybrid_layer_pattern"])
+    if sizes.keys() & {"hidden_size", "num_attention_heads"}:
+        values.setdefault("model.kv_channels", hidden // heads)
+    if layers is not None:
+        if getattr(model, "pipeline_model_parallel_layout", None):
+            values["model.pipeline_model_parallel_layout"] = None
+        lists = {name: getattr(model, name, None) for name in _ONE_A_LAYER}
+        values |= {f"model.{name}": each[:layers] for name, each in lists.items() if isinstance(each, list)}
+    before = flatten(cfg)
+    assign(cfg, values)
     return diff(before, cfg)
 
 

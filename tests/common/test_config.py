@@ -67,8 +67,11 @@ def test_the_copy_has_the_new_values_and_the_original_its_own(cfg: Any) -> None:
 )
 def test_an_unknown_field_is_refused_with_the_nearest(cfg: Any, path: str, nearest: str) -> None:
     """A slip of a name would otherwise be set and never be read; a section that is None has no fields."""
-    with pytest.raises(UnknownField, match=f"no field '{path}'.*{nearest}"):
-        changed(cfg, {path: 1})
+    before = config.flatten(cfg)
+    for change in (changed, config.assign):
+        with pytest.raises(UnknownField, match=f"no field '{path}'.*{nearest}"):
+            change(cfg, {"mixed_precision": None, path: 1})
+    assert config.flatten(cfg) == before
     assert not config.has(cfg, path)
     assert config.has(cfg, "model.num_layers") and config.value(cfg, "model.num_layers") == 4
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 
 import pytest
+
+from course_lib.common.project import PROJECT
 
 SETUP = """
 from pathlib import Path
@@ -27,6 +31,7 @@ REFUSED = {
     'launch.prepare(cfg, ranks=8, target="x")': "'x' names no function",
     "hello.ranks(0)": "ranks=0 is not a number of ranks",
     "recipes.shrink(cfg, hidden_size=7)": "hidden_size=7 is not a multiple of num_attention_heads=32",
+    "recipes.shrink(cfg, layers=3)": "no field 'model.layers'",
     'config.changed(cfg, {"model.layers": 3})': "no field 'model.layers'",
     "memory.plan(cfg_tp3, ranks=8)": "LayoutError: this layout cannot run",
     "layout.require(cfg_tp3, 8)": "TP=3 does not divide",
@@ -74,3 +79,10 @@ def test_a_refusal_ends_in_the_cell(errors: dict[str, str], cell: str) -> None:
 def test_any_other_error_keeps_its_frames(errors: dict[str, str], cell: str) -> None:
     """Nobody wrote a sentence for it, so where it happened is all there is; of a refusal, `%tb` shows as much."""
     assert all(words in errors[cell] for words in SHOWN_WHOLE[cell])
+
+
+@pytest.mark.parametrize("path", sorted(PROJECT.glob("notebooks/[0-9]*.ipynb")), ids=lambda path: path.stem[:2])
+def test_every_lesson_shortens_its_tracebacks(path: Path) -> None:
+    """`prepare_imports` does it, in the cell of imports."""
+    cells = {cell["id"]: "".join(cell["source"]) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]}
+    assert "stack.prepare_imports()" in cells["imports"]
