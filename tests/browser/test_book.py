@@ -76,7 +76,9 @@ def test_a_control_without_a_kernel_says_so(page, site: str) -> None:
     page.screenshot(path=str(_shot("book_widget_dark.png")))
 
 
-@pytest.mark.parametrize("name", ["index", "eight_gpu_plan", "troubleshooting", "lessons/07_small"])
+@pytest.mark.parametrize(
+    "name", ["index", "eight_gpu_plan", "before_the_first_step", "troubleshooting", "lessons/07_small"]
+)
 def test_a_phone_shows_the_whole_width(page, site: str, name: str) -> None:
     """At 390 pixels no page is wider than the screen."""
     page.set_viewport_size({"width": 390, "height": 800})
