@@ -332,6 +332,7 @@ def rank_rate(_: str) -> None:
         optimizer = torch.optim.AdamW([weight], lr=0.1)
         if made:
             optimizer.state[weight] = {name: torch.zeros(3) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.load_state_dict(torch.optim.Optimizer.state_dict(optimizer))
             assert optimizer.state_dict()["state"][0]["step"] == 0
         optimizer.step()
         both.append((weight, *(optimizer.state[weight][name] for name in ("step", "exp_avg", "exp_avg_sq"))))

@@ -11,6 +11,7 @@ Qwen3-Next), for which Core has a form in plain torch that it uses for determini
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
@@ -22,6 +23,14 @@ LINEAR = f"{CORE}.tensor_parallel.layers.LinearWithGradAccumulationAndAsyncCommu
 DELTA_NET = f"{CORE}.ssm.gated_delta_net"
 PASSES = "fewer passes over memory, as TE's fused kernel on a GPU"
 NEEDS_CUDA = "flash-linear-attention needs CUDA"
+
+
+def _count_steps(states: Any, groups: list[dict]) -> None:
+    """Give a state that Megatron made its step: TE keeps one for a group, torch one for each parameter."""
+    for group in groups:
+        for parameter in group["params"]:
+            if state := states.get(parameter):
+                state.setdefault("step", torch.tensor(float(group.get("step") or 0)))
 
 
 @PATCHES.makes("torch.optim.AdamW", why="as TE's FusedAdam on a GPU")
@@ -36,20 +45,17 @@ def fused_adam(original):
                 for group in self.param_groups:
                     group["lr"] = None
 
-        def count_steps(self) -> None:
-            """Give a state that Megatron made its step: TE keeps one for a group, torch one for each parameter."""
-            for group in self.param_groups:
-                for parameter in group["params"]:
-                    if state := self.state.get(parameter):
-                        state.setdefault("step", torch.tensor(float(group.get("step") or 0)))
-
         def step(self, closure: object = None) -> object:
-            self.count_steps()
+            _count_steps(self.state, self.param_groups)
             return super().step(closure)
 
         def state_dict(self) -> dict:
-            self.count_steps()
+            _count_steps(self.state, self.param_groups)
             return super().state_dict()
+
+        def __setstate__(self, state: dict) -> None:
+            _count_steps(state["state"], state["param_groups"])
+            super().__setstate__(state)
 
     return FusedAdamW
 
