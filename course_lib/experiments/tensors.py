@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from course_lib.runs import Run
 
-__all__ = ["TARGET", "rank_main", "read"]
+__all__ = ["TARGET", "beside_the_plan", "rank_main", "read"]
 
 TARGET = "course_lib.experiments.tensors:rank_main"
 COLUMNS = ("rank", "weights_bytes", "gradients_bytes", "optimizer_bytes", "live_bytes", "activations_bytes")
@@ -54,6 +54,30 @@ def read(run: Run) -> pd.DataFrame:
         )
     rows = [json.loads(path.read_text()) for path in files]
     return pd.DataFrame(rows, columns=list(COLUMNS)).sort_values("rank").set_index("rank")
+
+
+def beside_the_plan(cfg: Any, run: Run) -> dict[str, tuple[int, int]]:
+    """Planned and measured bytes of rank 0 by component, the plan made for the number formats of the run's own device.
+
+    Args:
+        cfg: The configuration of the run, with one pipeline stage.
+        run: As for `read`.
+    """
+    from course_lib.planning import memory
+    from course_lib.stack import devices
+
+    ranks, in_ranks = len(read(run)), devices.applied(cfg, run.launch["device"])
+    states, kept, held = (
+        memory.states(in_ranks, ranks=ranks)[0],
+        memory.activations(in_ranks, ranks=ranks),
+        read(run).loc[0],
+    )
+    return {
+        "weights": (states.weights_bytes, int(held.weights_bytes)),
+        "gradients": (states.gradients_bytes, int(held.gradients_bytes)),
+        "optimizer": (states.optimizer_bytes, int(held.optimizer_bytes)),
+        "activations": (kept.per_microbatch_bytes + kept.loss_bytes, int(held.activations_bytes)),
+    }
 
 
 def rank_main(run_directory: str, cfg: Any = None) -> None:

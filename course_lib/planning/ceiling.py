@@ -112,12 +112,12 @@ def published() -> pd.DataFrame:
 
     Returns:
         Columns `name, gpu, ranks, tp, pp, cp, micro_batch_size, global_batch_size, seq_length, precision,
-        tokens_per_second_per_gpu, tflops_per_gpu, peak_memory_gib, source`; what a source does not say is missing.
+        tokens_per_second_per_gpu, tflops_per_gpu, layout, peak_memory_gib, source`; what a source does not say is missing.
     """
     import pandas as pd
 
     data = json.loads((DATA / "published" / "throughput.json").read_text(encoding="utf-8"))
-    return pd.DataFrame([*data["other_rows"], *data["rows"]]).drop(columns="layout")
+    return pd.DataFrame([*data["other_rows"], *data["rows"]])
 
 
 def counted_flops_per_token(cfg: Any) -> float:

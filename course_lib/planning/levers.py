@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from course_lib.common.config import changed
+from course_lib.common.units import gib
 
-__all__ = ["LEVERS", "Lever", "applied", "code", "effect"]
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["LEVERS", "Lever", "applied", "code", "effect", "table"]
 
 FSDP = "Megatron FSDP"
 
@@ -155,3 +159,27 @@ def effect(cfg: Any, lever: Lever, *, ranks: int, vocab_size: int) -> dict[str, 
         "saved_bytes": before.total_bytes - total,
         "ceiling_change": None if eight_bit else rates[1] / rates[0] - 1,
     }
+
+
+def table(cfg: Any, *, ranks: int, vocab_size: int) -> pd.DataFrame:
+    """Every lever on one configuration: GiB saved, GiB planned then, the ceiling's change, price and risk.
+
+    Args:
+        cfg: As for `effect`, like the other arguments.
+        ranks: World size.
+        vocab_size: Rows of the output layer.
+    """
+    import pandas as pd
+
+    rows = {}
+    for lever in LEVERS:
+        found = effect(cfg, lever, ranks=ranks, vocab_size=vocab_size)
+        change = found["ceiling_change"]
+        rows[lever.name] = {
+            "GiB saved": round(gib(found["saved_bytes"]), 1),
+            "GiB planned": round(gib(found["total_bytes"]), 1),
+            "ceiling": "not computed" if change is None else f"{change:+.0%}",
+            "price": lever.price,
+            "risk": lever.risk,
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")

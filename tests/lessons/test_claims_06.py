@@ -18,24 +18,34 @@ SIZES = {
     **{"3B TP=1 DP=8": 44.0, "3B TP=2 DP=4": 24.3, "3B TP=4 DP=2": 14.5},
     **{"8B TP=1 DP=8": 92.5, "8B TP=2 DP=4": 52.0, "8B TP=4 DP=2": 31.7},
     **{"8B PP=2 DP=4": 67.9, "8B CP=2 DP=4": 74.3, "8B recompute DP=8": 61.3},
+    "8B CP=2 DP=4, bf16 gradients": 59.3,
 }
 RATES = {
     f"{name} {layout}": rate
     for name in ("1B", "3B", "8B")
     for layout, rate in {"TP=1 DP=8": 19_215, "TP=2 DP=4": 17_253, "TP=4 DP=2": 14_328}.items()
-} | {"8B CP=2 DP=4": 19_215}
-PARTS = {"weights": 15.0, "gradients": 29.9, "optimizer": 11.2, "activations": 34.4, "loss": 2.0}
+} | {"8B CP=2 DP=4": 19_215, "8B CP=2 DP=4, bf16 gradients": 19_215, "8B PP=2 DP=4": 17_546}
+PARTS = {
+    "weights": 15.0 * GIB,
+    "gradients": 29.9 * GIB,
+    "optimizer": 11.2 * GIB,
+    "activations": 34.4 * GIB,
+    "loss": 2.0,
+}
+LAYER = {
+    "input of the first product": 64,
+    "both halves before the gate": 448,
+    "product of the halves": 224,
+    "the rest": 363,
+}
 NEMO = pd.DataFrame({"name": ["Llama 3.1 8B, NeMo 24.09, BF16"], "tokens_per_second_per_gpu": [10_153]})
+COUNT = 8_030_261_248
 
 
-def kept(gib: float) -> SimpleNamespace:
-    """A plan that keeps so many GiB of activations."""
-    return SimpleNamespace(activations=SimpleNamespace(total_bytes=gib * GIB), components=PARTS)
-
-
-def holds(states_gib: float, optimizer_gib: float) -> SimpleNamespace:
-    """Planned states."""
-    return SimpleNamespace(total_bytes=states_gib * GIB, optimizer_bytes=optimizer_gib * GIB)
+def layer(**sizes: int) -> dict[str, dict[str, int]]:
+    """What one layer keeps, in bytes."""
+    named = {name.replace("_", " "): size for name, size in sizes.items()}
+    return {"TP=1": {name: size * units.MiB for name, size in (LAYER | named).items()}}
 
 
 def page() -> dict[str, Any]:
@@ -44,32 +54,32 @@ def page() -> dict[str, Any]:
         "checks": checks,
         "units": units,
         "models": dict.fromkeys(["1B", "3B", "8B"]),
-        "limit": 79.6,
-        "headroom_gib": 3.0,
+        "limits": dict.fromkeys(SIZES, 72.5),
+        "alike": 0.05,
+        "count": COUNT,
     }
-    values |= {"planned": {("8B", tp): size for tp, size in ((1, 56.1), (2, 33.7), (4, 22.4))}}
+    values |= {"planned": {("8B", tp): size for tp, size in ((1, 56.1), (2, 33.7), (4, 22.4))}, "by_bridge": 33.7}
     values |= {"by_hand": {(tp, 8 // tp): size * GIB for tp, size in ((1, 56.1), (2, 33.7), (4, 22.4))}}
-    values |= {"needs": SIZES, "plans": {"8B TP=1 DP=8": kept(34.4), "8B PP=2 DP=4": kept(34.3)}}
-    values |= {"counted": SimpleNamespace(states=holds(33.7, 11.2)), "kept": 18.3 * GIB}
-    values |= {"estimate": {"states": 33.7 * GIB, "activations": 18.0 * GIB}}
+    values |= {"needs": SIZES, "plans": {"8B TP=1 DP=8": SimpleNamespace(components=PARTS)}, "one_layer": layer()}
     values |= {"rows": {"weights": (2**20, 2**20), "activations": (2**21, 2**21)}}
     values |= {"vocab_size": 128_256, "closed_forms": SimpleNamespace(flops_per_token=lambda model, vocab_size: 51.5e9)}
     values |= {"by_torch": 57.9e9, "formula": 57.9e9, "rate": RATES, "published": NEMO}
-    values |= {"best": {"1B": "1B TP=1 DP=8", "3B": "3B TP=1 DP=8", "8B": "8B CP=2 DP=4"}}
-    values |= {"bubble": {m: 6.8 / m for m in (4, 8, 16, 32)}, "waits": 0.78, "work": 6.8}
-    values |= {"tp_gb": 349.0, "pp_gb": 2.1, "slow": 7.0}
-    values |= {"by_ep": {ep: holds(size, 44.1) for ep, size in ((1, 161.8), (2, 107.0), (4, 79.7), (8, 66.0))}}
+    values |= {"gradients": [29.9, 29.9, 14.95], "by_layers": {n: 77.5 - 1.008 * n for n in range(1, 9)}}
+    values |= {"sharded": SimpleNamespace(sharded_bytes=2 * COUNT)}
+    values |= {"best": {"1B": "1B TP=1 DP=8", "3B": "3B TP=1 DP=8", "8B": "8B TP=2 DP=4"}}
+    values |= {"bubble": {m: 6.8 / m for m in (4, 8, 16, 32)}, "waits": 0.78}
     return values
 
 
 BROKEN = {
-    "check-states": [("planned", {("8B", 1): 56.1, ("8B", 2): 40.0, ("8B", 4): 22.4})],
+    "check-states": [("planned", {("8B", 1): 56.1, ("8B", 2): 40.0, ("8B", 4): 22.4}), ("by_bridge", 35.0)],
     "check-fit": [
         ("needs", SIZES | {"8B TP=1 DP=8": 70.0}),
-        ("plans", {"8B TP=1 DP=8": SimpleNamespace(components=PARTS | {"activations": 20.0})}),
         ("needs", SIZES | {"8B CP=2 DP=4": 70.0}),
+        ("plans", {"8B TP=1 DP=8": SimpleNamespace(components=PARTS | {"activations": 20.0 * GIB})}),
+        ("one_layer", layer(the_rest=600)),
+        ("plans", {"8B TP=1 DP=8": SimpleNamespace(components=PARTS | {"activations": 40.0 * GIB})}),
     ],
-    "check-bridge": [("kept", 25.0 * GIB), ("estimate", {"states": 35.0 * GIB, "activations": 18.0 * GIB})],
     "check-run": [("rows", {"weights": (2**20, 1.04 * 2**20)}), ("rows", {"activations": (2**20, 1.15 * 2**20)})],
     "check-time": [
         ("by_torch", 51.5e9),
@@ -77,21 +87,20 @@ BROKEN = {
         ("rate", RATES | {"3B TP=2 DP=4": 30_000}),
         ("published", NEMO.assign(tokens_per_second_per_gpu=19_000)),
     ],
+    "check-levers": [
+        ("gradients", [29.9, 29.9, 29.9]),
+        ("gradients", [29.9, 14.95, 14.95]),
+        ("by_layers", {n: 76.0 - 1.008 * n for n in range(1, 9)}),
+        ("sharded", SimpleNamespace(sharded_bytes=2.25 * COUNT)),
+    ],
     "check-verdict": [
         ("best", {"1B": "1B TP=1 DP=8", "3B": "3B TP=1 DP=8", "8B": "8B PP=2 DP=4"}),
         ("rate", RATES | {"1B TP=4 DP=2": 17_000}),
-        ("needs", SIZES | {"8B TP=2 DP=4": 65.0}),
-    ],
-    "check-pipeline": [
-        ("plans", {"8B TP=1 DP=8": kept(34.4), "8B PP=2 DP=4": kept(18.4)}),
-        ("needs", SIZES | {"8B PP=2 DP=4": 50.0}),
+        ("needs", SIZES | {"8B TP=2 DP=4": 55.0}),
+        ("rate", RATES | {"8B PP=2 DP=4": 19_000}),
+        ("needs", SIZES | {"8B PP=2 DP=4": 55.0}),
         ("waits", 0.1),
-        ("pp_gb", 10.0),
-        ("slow", 0.8),
-    ],
-    "check-experts": [
-        ("by_ep", {ep: holds(size, size / 2) for ep, size in ((1, 161.8), (2, 107.0), (4, 79.7), (8, 66.0))}),
-        ("by_ep", {ep: holds(size, 44.1) for ep, size in ((1, 161.8), (2, 107.0), (4, 70.0), (8, 66.0))}),
+        ("rate", RATES | {"8B CP=2 DP=4, bf16 gradients": 17_300}),
     ],
 }
 """For each check cell the values that must make it fail."""
