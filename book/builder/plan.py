@@ -87,6 +87,9 @@ def read(path: Path = FILE) -> dict[str, Any]:
 def markdown(plans: dict[str, Any]) -> str:
     """The plan as a table in GiB, with what a plan may use of an 80 GB H100 beside each row, and what is left of it.
 
+    Less than nothing is left where a plan does not fit.
+    PP and CP are named where they cut.
+
     Args:
         plans: What `read` or `make` returned.
     """
@@ -99,8 +102,8 @@ def markdown(plans: dict[str, Any]) -> str:
         left = gib(row["usable_bytes"] - row["total_bytes"])
         sizes = " | ".join(f"{gib(size):.1f}" for size in row["bytes"].values())
         cut = f" CP={row['cp']}" if row["cp"] > 1 else ""
-        layout = f"TP={row['tp']} PP={row['pp']}{cut} DP={row['dp']}"
-        verdict = f"{left:.1f}" if left >= 0 else "does not fit"
+        layout = f"TP={row['tp']}{f' PP={row["pp"]}' * (row['pp'] > 1)}{cut} DP={row['dp']}"
+        verdict = f"{left:.1f}" if left >= 0 else f"**\u2212{-left:.1f}**"
         total, room = gib(row["total_bytes"]), gib(row["usable_bytes"])
         lines.append(f"| {row['model']} | {layout} | {sizes} | {total:.1f} | {room:.1f} | {verdict} |")
     return "\n".join(lines)

@@ -22,8 +22,8 @@ NOTES = {
     "perf_recipes:llama3_8b_pretrain_8gpu_h100_bf16_config": "CP=2 beside bf16 gradients: both together fit, CP=2 beside fp32 "
     "gradients does not. It sends nothing that a layer waits for, so its ceiling is a tenth above TP=2. Take it as the second "
     "run, and hold its losses against the first",
-    "perf_recipes:llama3_8b_pretrain_8gpu_h100_fp8cs_config": "FP8 and bf16 gradients; without its five recomputed layers the "
-    "plan would be a little too large",
+    "perf_recipes:llama3_8b_pretrain_8gpu_h100_fp8cs_config": "FP8 and bf16 gradients; without its recomputed layers the "
+    "plan would be a little too large; one would do by these lines, and NVIDIA takes five",
     "recipes:nemotron_3_nano_4b_pretrain_8gpu_h100_bf16_config": "no cut, as the course takes for 3B; bf16 gradients; verified "
     "by NVIDIA on this node. Mamba's activations are not planned",
     "recipes:nemotron_3_nano_pretrain_8gpu_h100_bf16_config": "EP=8 is the only way in: experts are most of the weights. What is "

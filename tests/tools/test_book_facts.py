@@ -71,16 +71,16 @@ def test_the_plan_is_what_lesson_06_computes(bridge) -> None:
 
 
 def test_a_plan_that_does_not_fit_says_so() -> None:
-    """What is left is counted from usable memory, and below zero words say so."""
+    """What is left is counted from usable memory, and below zero it does not fit."""
     rows = {
         (row.split(" | ")[0].strip("| "), row.split(" | ")[1]): row
         for row in plan.markdown(plan.read()).splitlines()[2:]
     }
     assert len(rows) == 11
-    assert rows["8B", "TP=1 PP=1 DP=8"].endswith("| 92.5 | 72.7 | does not fit |")
-    assert rows["8B", "TP=2 PP=1 DP=4"].endswith("| 52.0 | 72.4 | 20.5 |")
+    assert rows["8B", "TP=1 DP=8"].endswith("| 92.5 | 72.7 | **−19.7** |")
+    assert rows["8B", "TP=2 DP=4"].endswith("| 52.0 | 72.4 | 20.5 |")
     assert rows["8B", "TP=1 PP=2 DP=4"].endswith("| 67.9 | 72.1 | 4.1 |")
-    assert rows["8B", "TP=1 PP=1 CP=2 DP=4"].endswith("| 74.3 | 72.4 | does not fit |"), "with fp32 gradients"
+    assert rows["8B", "TP=1 CP=2 DP=4"].endswith("| 74.3 | 72.4 | **−1.8** |"), "with fp32 gradients"
 
 
 def test_the_sessions_hold_every_lesson_once() -> None:
