@@ -74,10 +74,9 @@ def standing_in(*, fused: bool, experts: int, chosen: int, one_for_all: bool = T
         **_mamba(),
         **_meta_torch(),
     }
-    gemma = "megatron.bridge.models.gemma.gemma2_provider"
-    if gemma in sys.modules:  # flex attention keeps what flash attention keeps
-        answers[f"{gemma}.Gemma2FlexDotProductAttention.forward"] = _attention(fused)
-    mine = Patches(local_layers.PATCHES)
+    mine, gemma = Patches(local_layers.PATCHES), "megatron.bridge.models.gemma.gemma2_provider"
+    flex, why = f"{gemma}.Gemma2FlexDotProductAttention.forward", "flex attention keeps what flash attention keeps"
+    mine.sets(_attention(fused), flex, why=why, late=gemma)
     for target, answer in answers.items():
         mine.sets(answer, target, why="a model without memory has no GPU")
     if one_for_all:

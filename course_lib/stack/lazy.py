@@ -19,10 +19,89 @@ import importlib.util
 import re
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from course_lib.stack.deferred import DEFERRED, Deferred
+
+@dataclass(frozen=True)
+class Deferred:
+    """One module whose body waits until it is needed.
+
+    Attributes:
+        functions: Names that others import at the top of their files; each is answered by a function that loads the
+            real module when it is *called*, so that the import alone stays free.
+        re_exports: True if the body only imports names from elsewhere.  Then a name is resolved on its own, without
+            running the rest.
+    """
+
+    module: str
+    reason: str
+    functions: tuple[str, ...] = ()
+    re_exports: bool = False
+
+
+DEFERRED: tuple[Deferred, ...] = (
+    Deferred("megatron.bridge", "re-exports every model family", re_exports=True),
+    Deferred("megatron.bridge.models", "imports every model family", re_exports=True),
+    Deferred("megatron.bridge.models.conversion", "its parts import each other in a circle", re_exports=True),
+    Deferred("megatron.bridge.models.hf_pretrained", "as above", re_exports=True),
+    Deferred("megatron.bridge.recipes", "imports the recipes of every model family", re_exports=True),
+    Deferred("megatron.bridge.recipes.llama", "imports recipes for four GPU generations", re_exports=True),
+    Deferred("megatron.bridge.diffusion.models", "imports the diffusion models", re_exports=True),
+    Deferred("modelopt", "quantisation and pruning: a run that never asked for them needs none of it"),
+    Deferred("modelopt.torch", "as above"),
+    Deferred("modelopt.torch.opt", "as above"),
+    Deferred(
+        "modelopt.torch.opt.plugins",
+        "as above; Bridge's checkpoint code imports three functions",
+        functions=("restore_modelopt_state", "save_modelopt_state", "save_sharded_modelopt_state"),
+    ),
+    Deferred("modelopt.torch.distill", "as above"),
+    Deferred("modelopt.torch.distill.plugins", "as above"),
+    Deferred(
+        "modelopt.torch.distill.plugins.megatron",
+        "as above; Bridge's training loop imports one function",
+        functions=("get_tensor_shapes_adjust_fn_for_distillation",),
+    ),
+    Deferred(
+        "megatron.bridge.training.post_training.distillation",
+        "imports all of modelopt; the GPT step imports one function",
+        functions=("loss_func_kd",),
+    ),
+    Deferred("rfc3987_syntax", "compiles a URL grammar for three seconds", functions=("is_valid_syntax",)),
+    Deferred(
+        "megatron.bridge.data.energon.base_energon_datamodule",
+        "imports all of Energon and its object stores, for data sets of pictures; the configuration names one class",
+        functions=("EnergonMultiModalDataModule",),
+    ),
+    Deferred("multistorageclient", "object stores: compiles a URL grammar for three seconds"),
+    Deferred("httpx._main", "a command line with its own colours; httpx names its one function", functions=("main",)),
+    Deferred("wandb", "experiment tracker, used only when a run names a project"),
+    Deferred("datasets", "Hugging Face datasets", functions=("load_dataset", "concatenate_datasets")),
+    Deferred("datasets.builder", "as above; Bridge sets one attribute here"),
+    Deferred(
+        "transformers.quantizers.quantizer_torchao",
+        "imports all of torchao, which only AutoModel needs; transformers wants one class for quantised models",
+        functions=("TorchAoHfQuantizer",),
+    ),
+    Deferred("sklearn.metrics", "transformers wants one function for assisted generation", functions=("roc_curve",)),
+    Deferred("sklearn", "as above"),
+    Deferred("scipy.optimize", "transformers wants one function", functions=("linear_sum_assignment",)),
+    Deferred(
+        "torch._dynamo",
+        "the compiler, switched off here",
+        functions=("disable", "allow_in_graph", "assume_constant_result", "graph_break"),
+    ),
+    Deferred(
+        "torch._dynamo.trace_rules", "as above; torch.distributed clears its cache", functions=("clear_lru_cache",)
+    ),
+    Deferred(
+        "torch._dynamo._trace_wrapped_higher_order_op",
+        "as above; transformers wants one context manager",
+        functions=("TransformGetItemToIndex",),
+    ),
+)
 
 
 def _no_dynamo(fn: Callable | None = None, recursive: bool = True, **_: object) -> Callable:
@@ -165,7 +244,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
     def __init__(self, rules: Iterable[Deferred]) -> None:
         self.rules = {rule.module: rule for rule in rules}
-        self.hooks = {"megatron.bridge.models.conversion.auto_bridge": _load_bridges_on_demand}
+        self.hooks: dict[str, Callable[[ModuleType], None]] = {}
 
     def find_spec(self, name: str, path: object, target: object = None) -> importlib.machinery.ModuleSpec | None:
         rule, hook = self.rules.get(name), self.hooks.get(name)
@@ -195,23 +274,6 @@ class _HookedLoader(importlib.abc.Loader):
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.real, name)
-
-
-def _load_bridges_on_demand(module: ModuleType) -> None:
-    """Importing a model family registers its bridge, so AutoBridge must find the family it is asked for."""
-    bridge = module.AutoBridge
-    supports, listing = bridge.supports.__func__, bridge.list_supported_models.__func__
-
-    def supports_after_loading(cls: type, config: object) -> bool:
-        load_bridges(getattr(config, "architectures", None) or [])
-        return supports(cls, config)
-
-    def list_after_loading(cls: type) -> list[str]:
-        load_bridges(None)
-        return listing(cls)
-
-    bridge.supports = classmethod(supports_after_loading)
-    bridge.list_supported_models = classmethod(list_after_loading)
 
 
 def load_bridges(architectures: Iterable[str] | None) -> None:
@@ -250,16 +312,6 @@ class _QuickDistributions(dict):
         return names
 
 
-def _import_transformers_quickly() -> None:
-    """transformers scans the metadata of all 300 installed packages at import; answer it one package at a time."""
-    scan = importlib.metadata.packages_distributions
-    importlib.metadata.packages_distributions = _QuickDistributions
-    try:
-        importlib.import_module("transformers.utils.import_utils")
-    finally:
-        importlib.metadata.packages_distributions = scan
-
-
 def _finder() -> _Finder | None:
     return next((finder for finder in sys.meta_path if isinstance(finder, _Finder)), None)
 
@@ -285,5 +337,27 @@ def defer(*, compiler: bool = False) -> None:
     """
     if ready():
         return
+    from course_lib.stack.patches import Patches, applied, apply
+
     sys.meta_path.insert(0, _Finder(r for r in DEFERRED if not (compiler and r.module.startswith("torch._dynamo"))))
-    _import_transformers_quickly()
+    bridges, quick = Patches(), Patches()
+    module = "megatron.bridge.models.conversion.auto_bridge"
+    why = "importing a family registers its bridge, so the family that is asked for must be imported now"
+
+    @bridges.replaces(f"{module}.AutoBridge.supports", why=why, late=module)
+    def supports(original: Callable, cls: type, config: object) -> bool:
+        """Imports the family of this configuration first."""
+        load_bridges(getattr(config, "architectures", None) or [])
+        return original(cls, config)
+
+    @bridges.replaces(f"{module}.AutoBridge.list_supported_models", why=why, late=module)
+    def list_supported_models(original: Callable, cls: type) -> list[str]:
+        """Imports all families first."""
+        load_bridges(None)
+        return original(cls)
+
+    apply(bridges)
+    why = "transformers scans the metadata of all 300 installed packages at import: answer it one package at a time"
+    quick.sets(_QuickDistributions, "importlib.metadata.packages_distributions", why=why)
+    with applied(quick):
+        importlib.import_module("transformers.utils.import_utils")

@@ -37,7 +37,7 @@ class Patch:
         make: Takes the original and returns what stands in its place; of a class method it takes the function.
         parameters: Names that the original's parameters must have, in this order.
         options: Names that they must have in any order.
-        late: The target's module is not imported for this: the name is replaced once somebody else imports it.
+        late: A module that is not imported for this: the name is replaced once somebody else imports it.
     """
 
     target: str
@@ -46,13 +46,13 @@ class Patch:
     why: str
     parameters: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
-    late: bool = False
+    late: str = ""
 
 
 class Patches(list[Patch]):
     """Patches that are declared together, each with what it does instead."""
 
-    def replaces(self, *targets: str, why: str, late: bool = False) -> Callable[[Callable], Callable]:
+    def replaces(self, *targets: str, why: str, late: str = "") -> Callable[[Callable], Callable]:
         """Decorator: the function is called in place of each target, with the original as its first argument.
 
         Every parameter that it names must exist upstream under that name, save those before a `/`.
@@ -68,7 +68,7 @@ class Patches(list[Patch]):
 
         return declare
 
-    def makes(self, *targets: str, why: str, becomes: str = "", late: bool = False) -> Callable[[Callable], Callable]:
+    def makes(self, *targets: str, why: str, becomes: str = "", late: str = "") -> Callable[[Callable], Callable]:
         """Decorator: the function takes the original once and returns what stands in its place."""
 
         def declare(make: Callable) -> Callable:
@@ -77,7 +77,7 @@ class Patches(list[Patch]):
 
         return declare
 
-    def sets(self, value: Any, *targets: str, why: str, becomes: str = "", late: bool = False) -> None:
+    def sets(self, value: Any, *targets: str, why: str, becomes: str = "", late: str = "") -> None:
         """Put one and the same object in place of each target."""
         self.makes(*targets, why=why, becomes=becomes or repr(value), late=late)(lambda _: value)
 
@@ -126,17 +126,20 @@ def apply(patches: Iterable[Patch]) -> None:
         Misfit: Naming every patch that does not fit.  Nothing is replaced then.
     """
     made, later = _made(patches, _for_good)
-    for patch in later:
-        after(_module(patch), functools.partial(_apply_late, patch))
     replacements = {id(old): new for owner, name, new in made if callable(old := getattr(owner, name))}
     for owner, name, new in made:
         setattr(owner, name, new)
     _replace_defaults(replacements)
+    for patch in later:
+        if patch.late in sys.modules:  # another target's module has imported it meanwhile
+            _apply_late(patch, None)
+        else:
+            after(patch.late, functools.partial(_apply_late, patch))
 
 
 def _apply_late(patch: Patch, _: object) -> None:
     _for_good.remove(patch.target)
-    apply([replace(patch, late=False)])
+    apply([replace(patch, late="")])
 
 
 @contextmanager
@@ -169,7 +172,7 @@ def _made(patches: Iterable[Patch], taken: set[str]) -> tuple[list[tuple[Any, st
             if patch.target in taken or patch.target in targets:
                 raise Misfit(f"{patch.target}: patched twice; write one function that does both")
             targets.add(patch.target)
-            if patch.late and _module(patch) not in sys.modules:
+            if patch.late and patch.late not in sys.modules:
                 later.append(patch)
                 continue
             owner, name = locate(patch.target)
@@ -182,10 +185,6 @@ def _made(patches: Iterable[Patch], taken: set[str]) -> tuple[list[tuple[Any, st
     made = [(owner, name, _replacement(owner, name, patch)) for owner, name, patch in fitting]
     taken |= targets
     return made, later
-
-
-def _module(patch: Patch) -> str:
-    return patch.target.rpartition(".")[0]
 
 
 def _replacement(owner: Any, name: str, patch: Patch) -> Any:

@@ -16,7 +16,7 @@ import pytest
 from course_lib import launch, stack
 from course_lib.common.project import PROJECT
 from course_lib.stack import lazy
-from course_lib.stack.deferred import Deferred
+from course_lib.stack.lazy import Deferred
 from support import small
 
 FIRST = (

@@ -120,6 +120,31 @@ def test_a_target_occurs_once(victim, every_kind):
     assert seen(victim) == AFTER
 
 
+def test_a_late_patch_waits_for_its_module(victim, tmp_path, monkeypatch):
+    """Nobody imports the module for it; once somebody does, another target's own module too, the name is replaced."""
+    from course_lib.stack import lazy
+
+    monkeypatch.setattr(sys, "meta_path", [lazy._Finder(()), *sys.meta_path])
+    for name in ("slow", "eager"):
+        (tmp_path / f"{name}.py").write_text("value = 1\n")
+    (tmp_path / "importer.py").write_text("import eager\nvalue = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = Patches()
+    for name in ("slow", "eager"):
+        mine.sets(2, f"{name}.value", why="", late=name)
+    mine.sets(2, "importer.value", why="")
+    with patches.applied(mine[:2]):
+        assert not {"slow", "eager"} & set(sys.modules)
+    patches.apply(mine)
+    assert "slow" not in sys.modules
+    import eager
+    import slow
+
+    assert (eager.value, slow.value) == (2, 2)
+    with pytest.raises(Misfit, match="slow.value: patched twice"):
+        patches.apply(mine[:1])
+
+
 def test_all_misfits_are_named_at_once_and_nothing_is_applied(victim):
     """When upstream moved, the message names every patch that no longer fits, and why; none is half applied."""
     rows = [

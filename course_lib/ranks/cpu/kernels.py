@@ -174,10 +174,10 @@ def calculate_logits_max(_, vocab_parallel_logits):
     return logits, logits.amax(dim=-1)
 
 
-PATCHES.sets(True, f"{DELTA_NET}.common.HAVE_FLA", why=NEEDS_CUDA, late=True)
+PATCHES.sets(True, f"{DELTA_NET}.common.HAVE_FLA", why=NEEDS_CUDA, late=f"{DELTA_NET}.common")
 
 
-@PATCHES.makes(f"{DELTA_NET}.gdn.chunk_gated_delta_rule", why=NEEDS_CUDA, late=True)
+@PATCHES.makes(f"{DELTA_NET}.gdn.chunk_gated_delta_rule", why=NEEDS_CUDA, late=f"{DELTA_NET}.gdn")
 def chunk_gated_delta_rule(_):
     """Core's own form of the rule in torch."""
     from megatron.core.ssm.gated_delta_net.common import torch_chunk_gated_delta_rule
@@ -185,13 +185,13 @@ def chunk_gated_delta_rule(_):
     return torch_chunk_gated_delta_rule
 
 
-@PATCHES.makes(f"{DELTA_NET}.common.l2norm", why=NEEDS_CUDA, late=True)
+@PATCHES.makes(f"{DELTA_NET}.common.l2norm", why=NEEDS_CUDA, late=f"{DELTA_NET}.common")
 def l2norm(_):
     """torch's operations."""
     return lambda x, eps=1e-6: x * (x * x).sum(-1, keepdim=True).add(eps).rsqrt()
 
 
-@PATCHES.makes(f"{DELTA_NET}.gdn.causal_conv1d", why=NEEDS_CUDA, late=True)
+@PATCHES.makes(f"{DELTA_NET}.gdn.causal_conv1d", why=NEEDS_CUDA, late=f"{DELTA_NET}.gdn")
 def causal_conv1d(_):
     """torch's convolution of each channel with its own past; `x` is [batch, sequence, channels]."""
 

@@ -26,7 +26,7 @@ PATCHES.sets(
     False,
     f"{BRIDGE}.models.gemma.gemma2_provider._HAVE_FLEX_ATTN",
     why="torch's flex attention has no gradient on a CPU: Gemma 2's own plain attention has",
-    late=True,
+    late=f"{BRIDGE}.models.gemma.gemma2_provider",
 )
 
 
