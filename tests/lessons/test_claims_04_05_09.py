@@ -85,7 +85,7 @@ def cut(*, first_token: int, masked: bool = False) -> dict[str, Any]:
     pieces = pd.DataFrame({"first token": [first_token]})
     fields = dict.fromkeys(("reset_attention_mask", "reset_position_ids", "eod_mask_loss"), masked)
     cfg = SimpleNamespace(dataset=SimpleNamespace(**fields))
-    cuts = SimpleNamespace(pieces=lambda dataset, number: pieces)
+    cuts = SimpleNamespace(sample_pieces=lambda dataset, number: pieces)
     return {"train": source, "labels": [None] * 4, "microscope": cuts, "cfg": cfg}
 
 
