@@ -104,7 +104,14 @@ def test_lesson_03_holds_on_a_gpu(bridge):
         two = run_of(device, 6.9, 6.8, 6.7, 6.6)
         return {"printed": printed, "launch": Some(run=gives(two)), "place": Some(glob=gives([Path("events.1")]))}
 
-    things = {"cfg_two": cfg, "two_steps": 4, "by_hand": Some(stderr=""), "runs": runs, "throughput": throughput}
+    things = {
+        "cfg_two": cfg,
+        "on_a_node": "",
+        "two_steps": 4,
+        "by_hand": Some(stderr=""),
+        "runs": runs,
+        "throughput": throughput,
+    }
     near = things | by_hand(6.9, 6.81, 6.69, 6.6)
     holds("03", "check-by-hand", near, by_hand(6.9, 6.81, 6.0, 6.6))
     assert not all(verdicts("03", "check-by-hand", near | by_hand(6.9, 6.81, 6.69, 6.6, device="cpu")))
