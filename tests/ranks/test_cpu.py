@@ -354,6 +354,12 @@ def rank_defaults(_: str) -> None:
     tensor.init_data("cuda")
     assert tensor.data.device.type == "cpu" and tensor.data.shape == (2,)
 
+    from megatron.core import parallel_state
+
+    assert not parallel_state.is_initialized()
+    first, again = (parallel_state.get_global_memory_buffer().get_tensor((2,), torch.float32, "mpu") for _ in range(2))
+    assert first.data_ptr() == again.data_ptr()
+
 
 def test_a_default_value_is_redirected(in_ranks, tmp_path):
     """A fully parallel load makes its empty tensors with a default that was bound when Megatron was imported."""

@@ -15,6 +15,7 @@ PATCHES = Patches([*local_layers.PATCHES, *stack.HELPERS])
 CORE, BRIDGE = "megatron.core", "megatron.bridge"
 OPTIMIZER = f"{CORE}.optimizer.distrib_optimizer.DistributedOptimizer"
 LAYERS, RANDOM = f"{CORE}.tensor_parallel.layers", f"{CORE}.tensor_parallel.random"
+BUFFERS: dict[str, object] = {}
 LOSES_STEP = "torch's AdamW keeps `step` per parameter, which upstream loses on resume without Transformer Engine"
 
 PATCHES.sets(
@@ -37,6 +38,19 @@ PATCHES.sets(
 def get_model(original, *args, use_cpu_initialization=None, **kwargs):
     """use_cpu_initialization=True."""
     return original(*args, use_cpu_initialization=True, **kwargs)
+
+
+@PATCHES.replaces(
+    f"{CORE}.parallel_state.get_global_memory_buffer",
+    why="Core's own attention asks for it even where a model gets its groups as arguments; Transformer Engine's does not",
+)
+def get_global_memory_buffer(original):
+    """One of the rank's own until Megatron has set up its groups."""
+    from megatron.core import parallel_state, utils
+
+    if parallel_state._GLOBAL_MEMORY_BUFFER is not None:
+        return original()
+    return BUFFERS.setdefault("own", utils.GlobalMemoryBuffer())
 
 
 @PATCHES.replaces(f"{OPTIMIZER}.state_dict", why=LOSES_STEP)
