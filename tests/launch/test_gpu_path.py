@@ -77,9 +77,13 @@ def test_only_the_launcher_asks_for_the_fork_server():
     users = set()
     for path in PACKAGE.rglob("*.py"):
         for node_ in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node_, ast.Attribute) and node_.attr == "lease" and getattr(node_.value, "id", "") == "warm":
-                users.add(path.stem)
-    assert users == {"launch"}
+            if (
+                isinstance(node_, ast.Attribute)
+                and node_.attr == "lease"
+                and getattr(node_.value, "id", "") == "forkserver"
+            ):
+                users.add(path.relative_to(PACKAGE).as_posix())
+    assert users == {"launch/__init__.py"}
 
 
 # ------------------------------------------------------------------------------------------------ a machine with one GPU
@@ -175,7 +179,7 @@ def test_a_host_without_an_address_takes_the_loopback(tmp_path, monkeypatch):
     """gloo beside NCCL would look the host's name up and hang; what the learner set stays."""
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     assert "GLOO_SOCKET_IFNAME" not in _environment_of("cuda", tmp_path / "named")
-    monkeypatch.setattr(torchrun.machine.socket, "gethostname", lambda: "no-such-host.invalid")
+    monkeypatch.setattr(torchrun.socket, "gethostname", lambda: "no-such-host.invalid")
     assert _environment_of("cuda", tmp_path / "nameless")["GLOO_SOCKET_IFNAME"] == "lo"
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
     assert _environment_of("cuda", tmp_path / "set")["GLOO_SOCKET_IFNAME"] == "eth7"
