@@ -18,7 +18,7 @@ import pytest
 
 from course_lib import runs, stack
 from course_lib.common import units
-from course_lib.experiments import sweep
+from course_lib.experiments import sweep, tensors
 from course_lib.lesson import checks, notebooks
 from course_lib.planning import memory, messages
 from course_lib.reading import baselines, collectives, throughput
@@ -164,23 +164,22 @@ def test_lesson_09_sees_the_same_differences_through_rounding():
     holds("09", "figure-all", things, {"by_length": found["by_rate"]})
 
 
-def test_lesson_06_holds_a_gpus_bytes_against_a_gpus_plan():
+def test_lesson_06_holds_a_gpus_bytes_against_a_gpus_plan(monkeypatch):
     """2 bytes of weights, 4 of gradients, 12/DP of optimizer states, and the activations that fused kernels keep."""
     run = run_of("cuda", path=None)
-    made = made_by(
-        "06", ("imports", "parameters", "recipes", "run"), launch=Some(run=gives(run)), notebooks=Some(publish=gives(0))
-    )
+    given = {"launch": Some(run=gives(run)), "notebooks": Some(publish=gives(0))}
+    given["tensors"] = Some(TARGET="", beside_the_plan=gives({}))
+    made = made_by("06", ("imports", "parameters", "recipes", "run"), **given)
     planned = made["small"]
     count = memory.states(planned, ranks=8)[0].parameters
     kept = memory.activations(planned, ranks=8)
     rank_0 = {"weights_bytes": 2 * count, "gradients_bytes": 4 * count, "optimizer_bytes": 12 * count // 4}
     rank_0["activations_bytes"] = kept.per_microbatch_bytes + kept.loss_bytes
-    tensors = Some(read=gives(pd.DataFrame([rank_0])))
+    monkeypatch.setattr(tensors, "read", gives(pd.DataFrame([rank_0] * 8)))
     for device, fits in (("cuda", True), ("cpu", False)):
         run.launch["device"] = device
-        things = made | {"tensors": tensors, "print": gives(None), "units": units}
-        exec(cells("06")["compare"][0], things)
-        assert all(verdicts("06", "check-run", {"rows": things["rows"]})) == fits, device
+        rows = tensors.beside_the_plan(planned, run)
+        assert all(verdicts("06", "check-run", {"rows": rows})) == fits, device
 
 
 def test_lesson_08_expects_nine_bytes_a_parameter():
@@ -282,7 +281,7 @@ ELSEWHERE = {
     "texts, tables, plans and files, which know no device": """00/check-table 00/check-broken 02/check-diff 02/check-pattern
         02/check-count 02/check-columns 02/shrink 03/check-first-loss 03/check-mock 04/check-split 04/check-loss-free
         04/check-labels 04/check-cuts 04/check-blend 05/check-ids 05/compare 05/check-padding 05/check-difference
-        06/check-states 06/check-fit 06/check-bridge 06/check-time 06/check-verdict 06/check-pipeline 06/check-experts
+        06/check-states 06/check-fit 06/check-time 06/check-levers 06/check-verdict
         07/check-slurm 07/check-second 07/check-rented 08/check-published 08/check-order 08/check-formula 08/check-work
         09/base-run 09/one-field 09/shape 10/check-changed""",
     "how a launch, a save or a resume ends, which is the same on every device": """07/check-silence 07/check-first
