@@ -17,19 +17,6 @@ from course_lib.common.project import untested_allowed
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = [
-    "FIELDS",
-    "GPU_FIELDS",
-    "Difference",
-    "Field",
-    "applied",
-    "apply",
-    "differences",
-    "refuse_what_cannot_train",
-    "refuse_what_is_missing",
-    "table",
-]
-
 
 @dataclass(frozen=True)
 class Field:
