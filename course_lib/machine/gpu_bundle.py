@@ -42,6 +42,7 @@ NOT_IMPORTED = {
         ("wandb", "mlflow", "comet-ml", "swanlab"), "a tracker of experiments, imported if a run asks for it"
     ),
     "mistral-common": "Mistral's tokenizers",
+    **dict.fromkeys(("s3fs", "fastapi"), "files in a cloud, and a server"),
     "grpcio-tools": "a compiler of protocols, which nvidia-resiliency-ext names",
 }
 """Packages that the lock names and no rank of the check imports."""
@@ -161,9 +162,12 @@ def _project(_: Target, folder: Path, __: Path) -> None:
 
 
 def _packages(target: Target, folder: Path, _: Path) -> None:
-    wanted = closure(ROOTS, without=target.have | NOT_IMPORTED.keys())
-    install([f"{name}=={version}" for name, version in wanted.items()], folder)
+    install([f"{name}=={version}" for name, version in _wanted(target).items()], folder)
     shutil.rmtree(folder / "pulp" / "solverdir", ignore_errors=True)  # solvers, which no import asks for
+
+
+def _wanted(target: Target) -> dict[str, str]:
+    return closure(ROOTS, without=target.have | NOT_IMPORTED.keys())
 
 
 def install(requirements: Sequence[str], folder: Path, *options: str) -> None:
@@ -329,9 +333,7 @@ def make(
             manifest["left_out"][part.name] = str(error)
             say(f"{part.name}: left out. {error}")
     folders = [work / name for name in manifest["parts"]]
-    manifest["not_carried"] = {
-        name: by for name, by in lacking(folders, target.have).items() if name not in NOT_IMPORTED
-    }
+    manifest["not_carried"] = lacking(folders, target.have | NOT_IMPORTED.keys() | _left_out_on_purpose())
     _tidy(to, manifest)
     shutil.copy(gpu_bundle_start.__file__, to / "start.py")
     files.write_text(to / "manifest.json", json.dumps(manifest, indent=1))
@@ -361,6 +363,12 @@ def lacking(folders: Sequence[Path], there: frozenset[str]) -> dict[str, list[st
     return dict(sorted(found.items()))
 
 
+def _left_out_on_purpose() -> frozenset[str]:
+    """What `pyproject.toml` excludes everywhere: Bridge names it, and no part of the course imports it."""
+    settings = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))
+    return have("\n".join(settings["tool"]["uv"]["override-dependencies"]))
+
+
 def refuse(target: Target) -> None:
     """Say by name what this machine cannot prepare.
 
@@ -385,7 +393,7 @@ def _part(
 ) -> dict[str, Any]:
     """One part: its folder, unless it is there; its pieces, unless they are of this folder and this size."""
     key = hashlib.sha256(
-        json.dumps([part.name, asdict(target) | {"have": sorted(target.have)}, _source(part)]).encode()
+        json.dumps([part.name, asdict(target) | {"have": sorted(target.have)}, _source(part, target)]).encode()
     ).hexdigest()
     folder, record = work / part.name, work / f"{part.name}.json"
     kept = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
@@ -415,8 +423,10 @@ def _part(
     }  # fmt: skip
 
 
-def _source(part: Part) -> str:
-    """What a change of makes a part old: the lock, and for the project every file of it."""
+def _source(part: Part, target: Target) -> str:
+    """What a change of makes a part old: the lock, the list of packages, and for the project every file of it."""
+    if part.name == "packages":
+        return json.dumps(_wanted(target))
     if part.name != "project":
         return hashlib.sha256((PROJECT / "uv.lock").read_bytes()).hexdigest()
     found = sorted(path for name in ("course_lib", "data") for path in (PROJECT / name).rglob("*") if path.is_file())
@@ -439,7 +449,7 @@ def cut(folder: Path, to: Path, name: str, piece_bytes: int) -> list[dict[str, A
         old.unlink()
     archive = to / f".{name}.tar.xz"
     try:
-        with lzma.open(archive, "wb", preset=4) as packed, tarfile.open(fileobj=packed, mode="w|") as tar:
+        with lzma.open(archive, "wb", preset=6) as packed, tarfile.open(fileobj=packed, mode="w|") as tar:
             for path in sorted(folder.rglob("*")):
                 if path.is_symlink() or not path.is_dir():
                     tar.add(path, arcname=str(path.relative_to(folder)), recursive=False, filter=_anonymous)
