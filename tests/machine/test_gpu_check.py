@@ -142,12 +142,12 @@ def notes_times(context):
 def test_the_next_one_imports_while_one_has_the_gpu(tmp_path, monkeypatch):
     """It begins before the other has ended, gets the GPU after, and its limit counts from then on."""
     monkeypatch.setattr(gpu_check.stack, "gpu_count", lambda: 1)
-    checks = [gpu_check.Check(name, "?", 30, 1, f"{HERE}:notes_times") for name in ("one", "two", "three")]
-    found = gpu_check.run(tmp_path, checks=checks, budget_seconds=45, say=lambda line: None)["checks"]
+    checks = [gpu_check.Check(name, "?", 900, 1, f"{HERE}:notes_times") for name in ("one", "two", "three")]
+    found = gpu_check.run(tmp_path, checks=checks, budget_seconds=600, say=lambda line: None)["checks"]
     assert [one["status"] for one in found.values()] == ["passed"] * 3, found
     one, two, three = (one["notes"] for one in found.values())
     assert two["begun"] < one["ended"] <= two["had_the_gpu"] and two["ended"] <= three["had_the_gpu"]
-    assert all(0 < notes["left"] <= 45 - gpu_check.GRACE_SECONDS for notes in (one, two, three)), "cut to the budget"
+    assert all(0 < notes["left"] <= 600 - gpu_check.GRACE_SECONDS for notes in (one, two, three)), "cut to the budget"
 
 
 def test_what_no_longer_fits_is_skipped_by_name(tmp_path):
