@@ -226,8 +226,6 @@ def _classes() -> dict[str, type]:
             )
             if isinstance(self.softmax_offset, torch.nn.Parameter):  # each rank has those of its heads
                 set_tensor_model_parallel_attributes(self.softmax_offset, True, 0, 1)
-            if v_channels is not None:
-                self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
 
         def forward(
             self,
@@ -240,6 +238,8 @@ def _classes() -> dict[str, type]:
             packed_seq_params: Any = None,
             num_splits: int | None = None,
         ) -> torch.Tensor:
+            # latent attention widens the values of packed sequences
+            self.hidden_size_per_partition = value.size(-1) * self.num_attention_heads_per_partition
             if packed_seq_params is None or packed_seq_params.qkv_format != "thd":
                 return super().forward(query, key, value, attention_mask, attn_mask_type, attention_bias)
             kind = attn_mask_type or self.attn_mask_type

@@ -144,14 +144,14 @@ def rank_packed(_: str) -> None:
                     window_size=window,
                 )
                 attention = TEDotProductAttention(config, 1, kind, "self")
-                tokens = begins[-1]
-                whole = [torch.randn(tokens, heads, WIDTH, requires_grad=True) for heads in (HEADS, GROUPS, GROUPS)]
+                tokens, widths = begins[-1], [(HEADS, WIDTH), (GROUPS, WIDTH), (GROUPS, WIDTH + 2)]
+                whole = [torch.randn(tokens, heads, width, requires_grad=True) for heads, width in widths]
                 real = [slice(begins[n], begins[n] + ends[n + 1] - ends[n]) for n in range(3)]
                 alone = [attention(*(part[s][:, None] for part in whole), None, kind)[:, 0] for s in real]
                 lengths, padded = torch.tensor(ends, dtype=torch.int32), torch.tensor(begins, dtype=torch.int32)
                 packed = PackedSeqParams("thd", lengths, lengths, *([padded, padded] if begins != ends else []))
                 out = attention(*whole, None, kind, packed_seq_params=packed)
-                back = torch.randn(tokens, HEADS * WIDTH)
+                back = torch.randn(tokens, HEADS * (WIDTH + 2))
                 together = torch.autograd.grad(sum((out[s] * back[s]).sum() for s in real), whole)
                 apart = torch.autograd.grad(sum((a * back[s]).sum() for a, s in zip(alone, real, strict=True)), whole)
                 for got, right in zip([*(out[s] for s in real), *together], [*alone, *apart], strict=True):
