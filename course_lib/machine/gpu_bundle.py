@@ -82,7 +82,7 @@ class Part:
     Attributes:
         name: Its name, also that of its folder on the node.
         what: What is in it.
-        minutes: How long it takes on two quiet cores, as seen once.
+        minutes: How long it took once, on two cores that others kept busy; `None` if nobody timed it.
         optional: Without it the bundle is of use all the same; the checks that need it are skipped, by name.
         make: Fills a folder.
         on_path: Whether Python looks for packages in it.
@@ -90,7 +90,7 @@ class Part:
 
     name: str
     what: str
-    minutes: float
+    minutes: float | None
     optional: bool
     make: Callable[[Target, Path, Path], None]
     on_path: bool = True
@@ -264,12 +264,12 @@ def _what_they_need(names: Sequence[str], target: Target, folder: Path) -> None:
 
 PARTS: tuple[Part, ...] = (
     Part("project", "course_lib and data/", 0.1, False, _project),
-    Part("packages", "Megatron-Bridge, Megatron Core and what they import, from uv.lock", 1, False, _packages),
-    Part("laptop", "tokens, tokenizer, losses and a checkpoint of a run on one CPU rank", 1, False, _laptop, on_path=False),
-    Part("resiliency", "nvidia-resiliency-ext, which Bridge imports; without it a stand-in", 0.2, True, _resiliency),
-    Part("transformer_engine", "Transformer Engine for one architecture, its torch part built here", 12, True,
+    Part("packages", "Megatron-Bridge, Megatron Core and what they import, from uv.lock", 0.4, False, _packages),
+    Part("laptop", "tokens, tokenizer, losses and a checkpoint of a run on one CPU rank", 1.4, False, _laptop, on_path=False),
+    Part("resiliency", "nvidia-resiliency-ext, which Bridge imports; without it a stand-in", 0.1, True, _resiliency),
+    Part("transformer_engine", "Transformer Engine for one architecture, its torch part built here", 23, True,
          _transformer_engine),
-    Part("mamba", "mamba-ssm and causal-conv1d, for the hybrid Nemotron models", 12, True, _mamba),
+    Part("mamba", "mamba-ssm and causal-conv1d, for the hybrid Nemotron models", None, True, _mamba),
 )  # fmt: skip
 
 
@@ -324,7 +324,8 @@ def make(
         if part not in wanted:
             manifest["left_out"][part.name] = "not asked for"
             continue
-        say(f"{part.name}: {part.what} (about {part.minutes:g} min on two quiet cores)")
+        timed = "nobody timed it" if part.minutes is None else f"{part.minutes:g} min once, on two busy cores"
+        say(f"{part.name}: {part.what} ({timed})")
         try:
             manifest["parts"][part.name] = _part(part, target, to, work, piece_bytes, say)
         except (CannotBundle, gpu_kernels.CannotBuild) as error:
@@ -425,8 +426,8 @@ def _part(
 
 def _source(part: Part, target: Target) -> str:
     """What a change of makes a part old: the lock, the list of packages, and for the project every file of it."""
-    if part.name == "packages":
-        return json.dumps(_wanted(target))
+    if part.name in ("packages", "resiliency"):
+        return json.dumps(_wanted(target) if part.name == "packages" else [RESILIENCY, *RESILIENCY_NEEDS])
     if part.name != "project":
         return hashlib.sha256((PROJECT / "uv.lock").read_bytes()).hexdigest()
     found = sorted(path for name in ("course_lib", "data") for path in (PROJECT / name).rglob("*") if path.is_file())
