@@ -113,7 +113,8 @@ def rank_alone(_: str) -> None:
     with _coalescing_manager(group):
         dist.all_gather_into_tensor(whole, mine, group=group)
     assert torch.equal(whole.view(4, -1).mean(1), torch.arange(4.0))
-    assert len(os.listdir("/proc/self/fd")) == before
+    left = len(os.listdir("/proc/self/fd"))
+    assert left <= before, f"{left} descriptors are open, {before} were; what connected the group may close meanwhile"
     dist.destroy_process_group()
 
 
