@@ -233,6 +233,18 @@ def _read(root: Path, name: str) -> dict[str, Any]:
     return json.loads((root / "data" / name).read_text(encoding="utf-8"))
 
 
+def upstream_tests(root: Path) -> str:
+    """How many of NVIDIA's own unit tests passed on eight CPU ranks, folder by folder."""
+    rows = json.loads((root / "data" / "upstream_tests.json").read_text(encoding="utf-8"))["rows"]
+    lines = ["| folder of `tests/unit_tests` | passed | failed here | what else was not counted |", "|---|--:|--:|---|"]
+    for row in rows:
+        others = ", ".join(f"{number} {reason}" for reason, number in row["not_counted"].items())
+        lines.append(f"| `{row['folder']}` | {row['passed']} | {row['failed']} | {others} |")
+    passed, failed = (sum(row[column] for row in rows) for column in ("passed", "failed"))
+    lines.append(f"| all | {passed} | {failed} | {sum(sum(row['not_counted'].values()) for row in rows)} |")
+    return "\n".join(lines)
+
+
 FACTS: dict[str, Callable[[Path], str]] = {
     "versions": versions,
     "variables": variables,
@@ -245,6 +257,7 @@ FACTS: dict[str, Callable[[Path], str]] = {
     "recipes_tuning": partial(recipes_8gpu, tasks=("sft", "peft")),
     "nemotron_4b": nemotron_4b,
     "recipe_families": recipe_families,
+    "upstream_tests": upstream_tests,
     "sessions": sessions,
     "gpu_checks": gpu_checks,
     "gpu_bundle": gpu_bundle_parts,
