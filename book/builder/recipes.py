@@ -60,7 +60,7 @@ def markdown(content: Mapping[str, Any], *, tasks: tuple[str, ...]) -> str:
         lines.append(f"| `{_short(row)}` | {cuts} | {formats} | {size} | {recipe_plans.verdict(row)}{note} |")
     unknown = [f"`{_short(row)}`" for row in rows if "states_bytes" not in row]
     return "\n".join(
-        [*lines, "", f"Not planned, because this course found their shapes in no public source: {', '.join(unknown)}."]
+        [*lines, "", f"Not planned, because `data/models` does not have their shapes: {', '.join(unknown)}."]
     )
 
 

@@ -73,7 +73,7 @@ def plan(tree: str, module: str, name: str) -> dict[str, Any]:
             cfg = getattr(importlib.import_module(module), name)()
     except recipes.UnknownModel as error:
         wanted = re.search(r"no values for '([^']+)'", str(error))[1]
-        return row | {"refused": f"this course found the shape of {wanted} in no public source"}
+        return row | {"refused": f"data/models has no shape of {wanted}"}
     model = cfg.model
     model.vocab_size = model.vocab_size or getattr(cfg.tokenizer, "vocab_size", None) or _IDS
     cfg.tokenizer.use_tokenizer_vocab_size = False
