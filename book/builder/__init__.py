@@ -92,7 +92,7 @@ def _stage(book: Path, pages: list[Path]) -> Path:
     """Put the pages together for Sphinx; a file that did not change keeps its time, so that Sphinx skips it."""
     source = book / "_build" / "source"
     texts = {path.name: path.read_text(encoding="utf-8") for path in [*book.glob("*.md"), *book.glob("_*.yml")]}
-    wanted = {name: facts.fill(text, root=book.parent) for name, text in texts.items()}
+    wanted = {name: facts.fill(_linked(text, pages), root=book.parent) for name, text in texts.items()}
     wanted |= {f"lessons/{path.name}": _page(path, project=book.parent) for path in pages}
     old = {
         path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file() and not path.is_symlink()
@@ -110,6 +110,16 @@ def _stage(book: Path, pages: list[Path]) -> Path:
         if not link.is_symlink():
             link.symlink_to(os.path.relpath(book / folder, source), target_is_directory=True)
     return source
+
+
+def _linked(text: str, pages: list[Path]) -> str:
+    """Turn links to lesson sources into links to their pages; a lesson that is left out is words alone."""
+    names = {path.name for path in pages}
+    return re.sub(
+        r"\[([^]]+)\]\(\.\./notebooks/([^)]+)\)",
+        lambda link: f"[{link[1]}](lessons/{link[2]})" if link[2] in names else link[1],
+        text,
+    )
 
 
 def _page(path: Path, *, project: Path) -> str:

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from book.builder import levers, recipes
+from book.builder import levers, planner, recipes
 from book.builder import plan as eight_gpu_plan
 from course_lib.common.project import VARIABLES
 from course_lib.lesson import notebooks
@@ -152,6 +152,11 @@ def nemotron_4b(root: Path) -> str:
     return "\n".join(lines + [f"| {row['what']} | {row['value']:,} {row['unit']} | {row['see']} |" for row in rows])
 
 
+def memory_planner(root: Path) -> str:
+    """The planner that needs no kernel, with every plan that it can show."""
+    return planner.html(planner.read(root / "data" / planner.FILE.name))
+
+
 def recipe_families(root: Path) -> str:
     """Which family of recipes trains on CPU ranks, by the rows that a test runs."""
     rows = json.loads((root / "data" / "recipe_families.json").read_text(encoding="utf-8"))["rows"]
@@ -256,6 +261,7 @@ FACTS: dict[str, Callable[[Path], str]] = {
     "recipes_pretraining": partial(recipes_8gpu, tasks=("pretrain",)),
     "recipes_tuning": partial(recipes_8gpu, tasks=("sft", "peft")),
     "nemotron_4b": nemotron_4b,
+    "memory_planner": memory_planner,
     "recipe_families": recipe_families,
     "upstream_tests": upstream_tests,
     "sessions": sessions,

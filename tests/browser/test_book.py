@@ -7,10 +7,13 @@ import http.server
 import os
 import threading
 from pathlib import Path
+from urllib.parse import urlencode
 
 import pytest
 
+from book.builder import planner
 from course_lib.common.project import PROJECT
+from course_lib.common.units import gib
 from support.lab import PATIENCE_MS, QUIET, browser
 
 SHOTS = PROJECT / "book" / "_build" / "screenshots"
@@ -42,16 +45,18 @@ def chromium():
 
 
 @pytest.fixture
-def page(chromium, site: str):
-    """A page that fails the test if it asks another machine for anything."""
+def page(chromium, site: str, built: Path):
+    """A page that fails the test if it asks another machine for anything, or if a script of it fails."""
     opened = chromium.new_page(viewport={"width": 1300, "height": 900})
     opened.set_default_timeout(PATIENCE_MS)
     elsewhere: list[str] = []
-    own = (site, "data:", "blob:")
+    failures: list[str] = []
+    opened.on("pageerror", lambda error: failures.append(str(error)))
+    own = (site, built.as_uri(), "data:", "blob:")
     opened.on("request", lambda request: None if request.url.startswith(own) else elsewhere.append(request.url))
     yield opened
     opened.close()
-    assert elsewhere == []
+    assert elsewhere == [] and failures == []
 
 
 def test_search_finds_a_page(page, site: str) -> None:
@@ -76,9 +81,10 @@ def test_a_control_without_a_kernel_says_so(page, site: str) -> None:
     page.screenshot(path=str(_shot("book_widget_dark.png")))
 
 
-@pytest.mark.parametrize(
-    "name", ["index", "eight_gpu_plan", "before_the_first_step", "troubleshooting", "lessons/07_small"]
-)
+PAGES = ("index", "eight_gpu_plan", "memory_planner", "before_the_first_step", "troubleshooting", "lessons/07_small")
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_a_phone_shows_the_whole_width(page, site: str, name: str) -> None:
     """At 390 pixels no page is wider than the screen."""
     page.set_viewport_size({"width": 390, "height": 800})
@@ -87,6 +93,15 @@ def test_a_phone_shows_the_whole_width(page, site: str, name: str) -> None:
     root = "document.documentElement"
     assert page.evaluate(f"{root}.scrollWidth - {root}.clientWidth") == 0
     page.screenshot(path=str(_shot(f"book_phone_{name.replace('/', '_')}.png")))
+
+
+@pytest.mark.parametrize("name", ["troubleshooting", "what_runs_where", "trust", "versions"])
+def test_a_table_of_words_fits_a_phone(page, site: str, name: str) -> None:
+    """Names of code go on below at their joints, so that nobody scrolls sideways from a symptom to its cure."""
+    page.set_viewport_size({"width": 390, "height": 800})
+    page.goto(f"{site}/{name}.html")
+    beyond = "tables => tables.map(table => table.scrollWidth - table.parentElement.clientWidth)"
+    assert max(page.locator("table.table").evaluate_all(beyond)) <= 0
 
 
 def test_a_wide_table_fits(page, site: str) -> None:
@@ -119,6 +134,63 @@ def test_paper_shows_the_article_alone(page, site: str) -> None:
     assert solution.is_visible()
     page.emulate_media(media="print")
     assert not solution.is_visible()
+
+
+def shown(page) -> dict[str, str]:
+    """The planner's table: GiB by component, as the page says them."""
+    rows = page.locator("#memory-planner tbody tr")
+    return dict(zip(rows.locator("th").all_inner_texts(), rows.locator("td").all_inner_texts(), strict=True))
+
+
+@pytest.mark.parametrize("width", [1300, 390])
+def test_the_planner_plans_without_a_kernel(page, site: str, width: int) -> None:
+    """Choices that an address hands on show the bytes and the lines of the data, whatever the width of the screen."""
+    plans = planner.read()
+    page.set_viewport_size({"width": width, "height": 800})
+    checked = "[...document.querySelectorAll('#memory-planner :checked')].map(input => `${input.name}=${input.value}`)"
+    for choice in planner.sample(60, seed=7):
+        page.goto(f"{site}/memory_planner.html#{urlencode(choice)}")
+        wanted = [f"{lever}={value}" for lever, value in choice.items()]
+        page.wait_for_function(f"wanted => String({checked}) === String(wanted)", arg=wanted)
+        planned, told = planner.planned(choice, plans), page.locator("#memory-planner").inner_text()
+        if isinstance(planned, str):
+            assert all(word in told for word in planned.split()[:12])
+            assert "refused" in told or "not planned" in told
+            continue
+        total = sum(planned.values())
+        expected = {part: f"{gib(size):.1f}" for part, size in planned.items() if part != "whole layers" or size}
+        expected["together"] = f"{gib(total):.1f}"
+        assert expected.items() <= shown(page).items()
+        usable = planner.row_of(choice, plans)["usable"][choice["micro"]]["usable"]
+        assert ("does not fit" in told) == (total > usable)
+        assert page.locator("#memory-planner pre").text_content() == planner.code(choice)
+    root = "document.documentElement"
+    assert page.evaluate(f"{root}.scrollWidth - {root}.clientWidth") == 0
+
+
+def test_the_planner_answers_to_keys_and_keeps_its_choice_in_the_address(page, site: str) -> None:
+    """Arrow keys change a lever, the address follows, and whoever opens that address sees the same; a wrong one is told."""
+    page.goto(f"{site}/memory_planner.html")
+    page.get_by_role("group", name="Tensor parallel (TP)").get_by_role("radio", name="2 ").focus()
+    before = shown(page)["together"]
+    page.keyboard.press("ArrowRight")
+    assert "TP=4" in page.locator("#memory-planner .verdict").inner_text() and shown(page)["together"] != before
+    address, now = page.url, shown(page)
+    assert "tp=4" in address
+    page.goto("about:blank")
+    page.goto(address)
+    assert shown(page) == now
+    page.goto(address.replace("tp=4", "tp=3"))
+    assert "tp=3, which is no choice here" in page.locator("#memory-planner .verdict").inner_text()
+    page.evaluate("document.documentElement.dataset.theme = 'dark'")
+    page.screenshot(path=str(_shot("book_planner_dark.png")))
+
+
+def test_the_planner_works_from_a_file(page, built: Path) -> None:
+    """The archive is opened without a server: the plans are in the page, so nothing has to be fetched."""
+    page.goto((built / "memory_planner.html").as_uri())
+    page.get_by_role("group", name="Model").get_by_role("radio", name="3B").check()
+    assert page.locator("#memory-planner .verdict").inner_text().startswith("3B, TP=2")
 
 
 def _shot(name: str) -> Path:
