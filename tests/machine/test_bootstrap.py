@@ -34,7 +34,7 @@ def executable(path: Path, text: str) -> Path:
 def project(tmp_path: Path) -> Path:
     """A copy of what decides the environment, with no environment."""
     folder = tmp_path / "course"
-    (folder / "course_lib").mkdir(parents=True)
+    (folder / "course_lib/machine").mkdir(parents=True)
     for name in (
         "pyproject.toml",
         "uv.lock",
