@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from course_lib.common.config import Fields, changed
 from course_lib.common.units import MiB, gib
 from course_lib.figures import plots
-from course_lib.planning import ceiling, memory
+from course_lib.planning import ceiling, memory, usable
 from course_lib.planning.layout import LayoutError
 from course_lib.planning.layout.rules import padded_from_tokenizer
 
@@ -84,7 +84,8 @@ def bars(
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=5, fontsize=8, columnspacing=1.0, handlelength=1.4)
     ax.set_title(title, pad=24)
     totals = "; ".join(f"{label} {total:.1f}" for label, total in zip(labels, left, strict=True))
-    ax.set_label(f"Planned GiB of the fullest rank: {totals}. The GPU has {limit:.1f} GiB")
+    has = "A plan may use" if room else "The GPU has"
+    ax.set_label(f"Planned GiB of the fullest rank: {totals}. {has} {limit:.1f} GiB")
     return ax
 
 
@@ -182,7 +183,7 @@ def controls(recipes: Mapping[str, Any], *, ranks: int = 8) -> VBox:
         choice = {name: control.value for name, control in given.items()}
         try:
             cfg = chosen(recipes[choice["recipe"]], choice)
-            picture.value, _ = _frame(memory.plan(cfg, ranks=ranks), ceiling.gpus()[choice["gpu"]])
+            picture.value, _ = _frame(memory.plan(cfg, ranks=ranks), cfg, ceiling.gpus()[choice["gpu"]])
             code.value = _lines(bridge_code(choice["recipe"], cfg))
         except LayoutError as error:
             picture.value, code.value = b"", _reasons([str(refusal) for refusal in error.refusals])
@@ -211,7 +212,7 @@ def frames(choices: Mapping[str, tuple[str, Any]], plans: Mapping[str, memory.Pl
 
     shown = []
     for label, (recipe, cfg) in choices.items():
-        png, words = _frame(plans[label], gpu)
+        png, words = _frame(plans[label], cfg, gpu)
         source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
         picture = f'<img src="{source}" alt="{html.escape(words)}" style="width: 760px">'
         shown.append(widgets.HTML(picture + _lines(bridge_code(recipe, cfg))))
@@ -247,15 +248,14 @@ def chosen(cfg: Any, choice: Mapping[str, Any]) -> Any:
     return changed(cfg, values)
 
 
-def _frame(plan: memory.Plan, gpu: ceiling.Gpu) -> tuple[bytes, str]:
-    """One bar as PNG, and what it shows in words."""
+def _frame(plan: memory.Plan, cfg: Any, gpu: ceiling.Gpu) -> tuple[bytes, str]:
+    """One bar as PNG against what a plan may use where that is known, and what it shows in words."""
     from matplotlib.figure import Figure
 
-    from course_lib.figures import plots
-
+    room = usable.of(cfg, ranks=plan.layout.world_size) if gpu.name == usable.GPU else None
     with plots.style():
         fig = Figure(figsize=(8, 2.2), layout="constrained")
-        ax = bars({str(plan.layout): plan}, gpu=gpu, ax=fig.subplots(), title="Planned, not run")
+        ax = bars({str(plan.layout): plan}, gpu=gpu, ax=fig.subplots(), title="Planned, not run", room=room)
         return plots.png(fig), ax.get_label()
 
 

@@ -11,9 +11,11 @@ from course_lib.common.project import DATA
 from course_lib.common.units import GiB, MiB
 from course_lib.planning.layout import Layout
 
-__all__ = ["FILE", "Line", "Usable", "markdown", "of"]
+__all__ = ["FILE", "GPU", "Line", "Usable", "markdown", "of"]
 
 FILE = DATA / "usable_memory.json"
+GPU = "H100 SXM 80GB"
+"""The one GPU, by its name in `ceiling.gpus()`, whose lines the file holds."""
 
 
 @dataclass(frozen=True)

@@ -163,6 +163,7 @@ def test_lesson_06_runs_and_its_planner_answers(desk):
 def planned(tp: int) -> tuple[Any, memory.Plan]:
     """A configuration and a plan of a model that nobody built, to draw."""
     fields = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": 1, "context_parallel_size": 1}
+    fields |= {"hidden_size": 4096, "ffn_hidden_size": 14336, "gated_linear_unit": True}
     model = SimpleNamespace(**fields, sequence_parallel=tp > 1, seq_length=8192, recompute_granularity=None)
     train = SimpleNamespace(micro_batch_size=1, global_batch_size=128)
     size = 2**36 // tp

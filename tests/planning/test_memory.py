@@ -19,6 +19,7 @@ from course_lib.planning import (
     messages,
     meta_kernels,
     meta_model,
+    usable,
 )
 from course_lib.planning.closed_forms import mixers
 from course_lib.stack import devices
@@ -408,6 +409,8 @@ def test_frames_are_stepped_through_without_a_kernel(llama):
     whole, half = (frame.value for frame in stack.children)
     assert "data:image/png;base64," in whole and 'alt="Planned GiB of the fullest rank: TP=2' in half
     assert "tensor_model_parallel_size = 2" in half and "tensor_model_parallel_size = 1" in whole
+    room = usable.of(llama, ranks=8).usable_bytes / 2**30
+    assert f"A plan may use {room:.1f} GiB" in whole, "a frame's limit is not the one that the lesson argues with"
 
 
 def test_a_bar_that_does_not_fit_says_so(llama):
