@@ -20,8 +20,6 @@ FILE = DATA / "levers.json"
 
 def make(models: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Every lever for some models, 1B, 3B and 8B if None, without a cut and at TP=2, as it stands in the file."""
-    from course_lib import stack
-
     rows = []
     for model, cfg in (models or plan.models()).items():
         for tp in (1, 2):
@@ -31,11 +29,9 @@ def make(models: Mapping[str, Any] | None = None) -> dict[str, Any]:
                 change = found["ceiling_change"]
                 found["ceiling_change"] = None if change is None else round(change, 4)
                 rows.append({"model": model, "tp": tp, "dp": plan.RANKS // tp, "lever": lever.name} | found)
-    versions = stack.versions()
-    packages = ", ".join(f"{name} {versions[name]}" for name in ("megatron-bridge", "megatron-core"))
     return {
         "about": "Planned effect of one change each on the layouts of plans_8_gpu.json. Nothing was run on a GPU.",
-        "source": f"course_lib.planning.levers with {packages}",
+        "source": f"course_lib.planning.levers with {plan.packages()}",
         "rows": rows,
     }
 

@@ -46,7 +46,6 @@ def make() -> dict[str, Any]:
     Returns:
         What stands in the file: settings, and one row a plan with bytes by component.
     """
-    from course_lib import stack
     from course_lib.planning import ceiling as ceilings
     from course_lib.planning import memory, usable
     from course_lib.reading import baselines
@@ -67,16 +66,22 @@ def make() -> dict[str, Any]:
             rows.append(
                 row | {"bytes": plan.components, "total_bytes": plan.total_bytes, "usable_bytes": room.usable_bytes}
             )
-    versions = stack.versions()
-    packages = ", ".join(f"{name} {versions[name]}" for name in ("megatron-bridge", "megatron-core"))
     return {
         "about": "Planned bytes of the rank that needs the most, bf16 with fp32 gradients and the distributed optimizer, "
         "sequence parallelism where TP is above 1, no recomputation. Nothing was run on a GPU.",
-        "source": f"course_lib.planning.memory.plan (lesson 06) with {packages}",
+        "source": f"course_lib.planning.memory.plan (lesson 06) with {packages()}",
         "vocab_size": VOCAB_SIZE,
         "first_losses": first,
         "plans": rows,
     }
+
+
+def packages() -> str:
+    """What a planned number was computed with: the installed packages that decide it, and their versions."""
+    from course_lib import stack
+
+    versions = stack.versions()
+    return ", ".join(f"{name} {versions[name]}" for name in ("megatron-bridge", "megatron-core"))
 
 
 def read(path: Path = FILE) -> dict[str, Any]:

@@ -158,8 +158,6 @@ def make(*, say: Callable[[str], None] = print) -> dict[str, Any]:
         What stands in the file: one row a layout of a model, with the reason where it is refused, else for each part
         a tree by the values of its levers.  A leaf holds the bytes of the first and the last stage, or the reason.
     """
-    from course_lib import stack
-
     first = {name: next(iter(values)) for name, values in LEVERS.items()} | {"sp": "off"}
     every, rows = list(choices("model", *LAYOUT, given=first)), []
     with ProcessPoolExecutor() as pool:
@@ -171,11 +169,9 @@ def make(*, say: Callable[[str], None] = print) -> dict[str, Any]:
     for model in LEVERS["model"]:
         cfg = configuration(first | {"model": model})
         settings[model] = {"seq_length": cfg.model.seq_length, "global_batch_size": cfg.train.global_batch_size}
-    versions = stack.versions()
-    packages = ", ".join(f"{name} {versions[name]}" for name in ("megatron-bridge", "megatron-core"))
     return {
         "about": "Planned bytes of a rank, for each choice of the planner in the book. Nothing was run on a GPU.",
-        "source": f"course_lib.planning.memory (lesson 06) with {packages}",
+        "source": f"course_lib.planning.memory (lesson 06) with {plan.packages()}",
         "ranks": RANKS,
         "gpu": json.loads(usable.FILE.read_text(encoding="utf-8"))["gpu"],
         "components": COMPONENTS,

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from book.builder import plan
 from course_lib.common.project import DATA
 from course_lib.common.units import gib
 from course_lib.planning import recipe_plans
@@ -22,11 +23,9 @@ def make(task: str = "") -> dict[str, Any]:
     from course_lib import stack
 
     stack.prepare_imports()
-    versions = stack.versions()
     return {
         "about": "Every recipe of the installed package for 8gpu_h100, planned on eight ranks. Nothing was run on a GPU.",
-        "source": f"course_lib.planning.recipe_plans with megatron-bridge {versions['megatron-bridge']}, megatron-core "
-        f"{versions['megatron-core']}",
+        "source": f"course_lib.planning.recipe_plans with {plan.packages()}",
         "rows": [recipe_plans.plan(*one) for one in recipe_plans.names() if task in one[2]],
     }
 
