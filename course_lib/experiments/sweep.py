@@ -328,6 +328,10 @@ def _half_width(one: Sequence[float], other: Sequence[float]) -> float:
     return float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(total)
 
 
+WHERE_A_RUN_WRITES = ("checkpoint.save", "checkpoint.load", "logger.tensorboard_dir")
+"""A recipe sets these to folders of the directory in which it was called; `launch.run` sets its own."""
+MADE_BESIDE_DATA = (".idx.npy", ".idx.info")
+"""Ends of the names of what Bridge writes beside JSONL when it first reads it."""
 MOST_BYTES_READ = 256 * 2**20
 """A data file up to this size is told from another by its contents, a larger one by size and time."""
 
@@ -341,6 +345,7 @@ def digest(cfg: Any, ranks: int) -> str:
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
+        cfg = changed(cfg, dict.fromkeys(WHERE_A_RUN_WRITES))
         cfg.to_yaml(str(path))
         text = path.read_text()
     leaves = {str(leaf) for leaf in _leaves(flatten(cfg)) if isinstance(leaf, str | Path)} - {"", "."}
@@ -370,7 +375,8 @@ def _stamp(name: str) -> list[Any]:
     if os.path.isdir(name) and not os.path.isfile(f"{name}.bin"):  # below a data prefix Megatron keeps its own indices
         files += sorted(Path(name).rglob("*"))
     # os.path, because a text that is no path may be too long for one, which pathlib takes for an error
-    return [[str(file), _content(file)] for file in files if os.path.isfile(file)]
+    kept = [file for file in files if not file.name.endswith(MADE_BESIDE_DATA)]
+    return [[str(file), _content(file)] for file in kept if os.path.isfile(file)]
 
 
 def _content(file: Path) -> str | list[int]:
@@ -385,10 +391,10 @@ def note(run: runs.Run, *, digest: str, seed: int) -> None:
     runs.write_json(run.path / "sweep.json", {"digest": digest, "seed": seed})
 
 
-def find(digest: str) -> runs.Run | None:
-    """The newest finished run with this digest, or None."""
+def find(digest: str, *, where: Callable[[runs.Run], bool] = lambda run: True) -> runs.Run | None:
+    """The newest finished run with this digest of which `where` is true, or None."""
     for run in runs.listing():
         path = run.path / "sweep.json"
-        if path.exists() and json.loads(path.read_text())["digest"] == digest:
+        if path.exists() and json.loads(path.read_text())["digest"] == digest and where(run):
             return run
     return None

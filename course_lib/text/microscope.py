@@ -20,7 +20,17 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
-__all__ = ["ForeignFile", "Index", "datasets", "document", "sample_pieces", "read", "realised_blend", "require"]
+__all__ = [
+    "ForeignFile",
+    "Index",
+    "datasets",
+    "document",
+    "labels",
+    "sample_pieces",
+    "read",
+    "realised_blend",
+    "require",
+]
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER_BYTES = 34
@@ -268,6 +278,34 @@ def datasets(cfg: Any, *, cache: Path) -> tuple[Any, Any, Any]:
         mine = changed(cfg.dataset, {"tokenizer": build_tokenizer(cfg.tokenizer), "path_to_cache": str(cache)})
         mine.finalize()
         return pretrain_train_valid_test_datasets_provider(list(get_train_valid_test_num_samples(cfg)), mine)
+
+
+def labels(dataset: Any, numbers: Sequence[int]) -> pd.DataFrame:
+    """What a batch of prompt and answer pairs asks of the model, one row a label.
+
+    Args:
+        dataset: Bridge's `GPTSFTDataset`; its `collate_fn` makes the batch, so the padding is the real one.
+        numbers: The pairs, in the order of the batch.
+
+    Returns:
+        Columns `row, position, token, kind, loss`: the label's text, what it belongs to (`prompt`, `separator`, `answer`,
+        `end of document`, `padding`), and the loss mask, 0 or 1.
+
+    Source: megatron-bridge 0.6.2 `data/datasets/gpt_sft.py`: labels are the ids from the second on, the mask as well.
+    """
+    import pandas as pd
+
+    items = [dataset[number] for number in numbers]
+    batch, rows = dataset.collate_fn(items), []
+    for row, item in enumerate(items):
+        first, end = int(item["answer_start_idx"]) - 1, len(item["input_ids"]) - 2
+        for position, (label, loss) in enumerate(
+            zip(batch["labels"][row].tolist(), batch["loss_mask"][row].tolist(), strict=True)
+        ):
+            ends = [(first, "prompt"), (first + 1, "separator"), (end, "answer"), (end + 1, "end of document")]
+            kind = next((name for before, name in ends if position < before), "padding")
+            rows.append((row, position, dataset.tokenizer.detokenize([label]), kind, int(loss)))
+    return pd.DataFrame(rows, columns=["row", "position", "token", "kind", "loss"])
 
 
 def sample_pieces(dataset: Any, number: int) -> pd.DataFrame:
