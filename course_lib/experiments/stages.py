@@ -39,6 +39,8 @@ PROCESSOR_SECONDS = {"base": 0.9, "fine-tuned": 0.6}
 """Of one step, all ranks together, measured with two cores at the sizes below."""
 SIZES = {"num_layers": 4, "hidden_size": 128, "num_attention_heads": 4, "num_query_groups": 4, "ffn_hidden_size": 384}
 SEQUENCE = 256
+MAKERS = ("corpus", "indexed", "sources", "tasks", "tokenizers")
+"""Modules of `text/` that decide what the text is."""
 JSONL = {"train": "training", "validation": "validation", "test": "test"}
 """Bridge's names for the files of each split; Source: megatron-bridge `data/builders/gpt_sft.py` @ 0.6.2."""
 
@@ -207,7 +209,7 @@ def _write(half: Text) -> None:
 
 def _sources() -> dict[str, str]:
     """What the text is made of: this Python's library, the tokenizer's trainer, and the code that makes it."""
-    code = b"".join(file.read_bytes() for file in sorted((LIBRARY / "text").glob("*.py")))
+    code = b"".join((LIBRARY / "text" / f"{name}.py").read_bytes() for name in MAKERS)
     return {
         "python": sys.version,
         "tokenizers": version("tokenizers"),

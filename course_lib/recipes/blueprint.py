@@ -6,10 +6,12 @@ packages say is not in the table alone: `installed` computes it, so that an upgr
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import inspect
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +44,7 @@ class Difference:
         verdict: `two runs` where the recipe is no copy of the reported run, `stale` where a document or a YAML was left
             behind, `same` where both mean one thing, `undecided`, or `exercise` where the learner decides.
         lesson: Whether lesson 02 shows it.
-        loses: What somebody meets who believes the wrong source; empty where the lesson does not show it.
+        loses: What somebody meets who believes the wrong source; empty where no lesson shows it.
         pages: Numbers of the lessons that state it.
     """
 
@@ -179,6 +181,20 @@ def _packing(_: Any) -> str:
     return f"first: {found[0]}, second: {found[1]}"
 
 
+def _data_class(_: Any) -> str:
+    from megatron.bridge.data.builders import gpt_sft
+
+    old = gpt_sft.FinetuningDatasetConfig
+    said = re.search(r"is deprecated; use [\w.]*\.(\w+) instead", inspect.getsource(old.__post_init__))
+    return f"deprecated, use {said[1]}" if said else "not deprecated"
+
+
+def _packed_fields(_: Any) -> str:
+    from megatron.bridge.data.builders import GPTSFTDatasetConfig
+
+    return ", ".join(field.name for field in dataclasses.fields(GPTSFTDatasetConfig) if "pack" in field.name)
+
+
 def _shared(cfg: Any) -> str:
     width, routed = cfg.model.moe_shared_expert_intermediate_size, cfg.model.moe_ffn_hidden_size
     return f"one of width {width} = {width // routed} x {routed}"
@@ -203,4 +219,6 @@ _COMPUTED: dict[str, Callable[[Any], str]] = {
     "width": lambda cfg: f"{cfg.model.hidden_size} = {cfg.model.hidden_size // 1344} x 1344",
     "warm-up": _warm_up,
     "shared-expert": _shared,
+    "dataset-class": _data_class,
+    "packed-specs": _packed_fields,
 }

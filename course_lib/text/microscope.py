@@ -154,7 +154,8 @@ def require(cfg: Any) -> None:
     Of every `.bin` and `.idx` that the configuration names, in a blend or in blends for each split: the two are whole and
     fit each other; no token id lies beyond the model's embedding, where tensor parallel ranks would read zeros without a
     word; no index that Megatron keeps for them is older than they are, because its name does not follow from their
-    content.  Mock data has nothing to look at, and texts for fine-tuning become ids only in the ranks.
+    content.  Texts for fine-tuning become ids only in the ranks: of each of them the index of its lines has to be its own.
+    Mock data has nothing to look at.
 
     The largest id is searched once and kept in `cache/` beside the data, with size and time of the file.  An id that is
     beyond the tokenizer and inside the embedding's padded rows passes.
@@ -181,6 +182,33 @@ def require(cfg: Any) -> None:
                     "with another tokenizer. Give cfg.tokenizer (and cfg.tokenizer.vocab_size, if it is set) those of the "
                     "data, or write the data again"
                 )
+
+    if root := fields.get("dataset", "dataset_root"):
+        for text in sorted(Path(root).glob("*.jsonl")):
+            _refuse_old_lines(text)
+
+
+def _refuse_old_lines(text: Path) -> None:
+    """Bridge finds the lines of a JSONL by an index that it makes once and never compares with the file again.
+
+    Source: megatron-bridge 0.6.2 `data/datasets/utils.py`, `_build_memmap_index_files`.
+    """
+    import numpy as np
+
+    index = Path(f"{text}.idx.npy")
+    if not (index.is_file() and index.with_suffix(".info").is_file() and text.stat().st_size):
+        return
+    from megatron.bridge.data.datasets.utils import build_index_from_memdata
+
+    try:
+        ends = np.load(index)
+    except (ValueError, EOFError):  # cut
+        ends = None
+    if not np.array_equal(ends, build_index_from_memdata(str(text), ord("\n"))):
+        raise ForeignFile(
+            f"{index} is the index of another {text.name}: Bridge would cut the new lines where the old ones ended. Delete "
+            f"{index} and {index.with_suffix('.info')}, and Bridge makes new ones"
+        )
 
 
 def _prefixes(fields: Fields) -> list[str]:

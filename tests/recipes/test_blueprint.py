@@ -53,7 +53,7 @@ def test_a_drift_is_noticed_and_names_the_page(nano: Any, planted: str, field: s
     row = next(row for row in COMPUTED if row.id == planted)
     changed = dataclasses.replace(nano, model=dataclasses.replace(nano.model, **{field: value}))
     message = drift(row, changed)
-    page = "lessons 02 state" if row.lesson else "lessons none state"
+    page = f"lessons {', '.join(row.pages) or 'none'} state"
     for part in (row.topic, page, repr(row.installed), repr(says), "data/nano3_differences.json"):
         assert part in message
     assert not drift(row, nano)
@@ -67,7 +67,8 @@ def test_differences_have_sources_and_a_verdict() -> None:
         assert row.verdict in {"two runs", "stale", "same", "undecided", "exercise"}
         quoted = [claim for claim in (row.reported, row.yaml) if claim]
         assert quoted and all("e27b371" in claim["source"] for claim in quoted)
-        assert bool(row.installed) == (row in COMPUTED) and bool(row.loses) == row.lesson == bool(row.pages)
+        assert bool(row.installed) == (row in COMPUTED) and bool(row.loses) == bool(row.pages)
+        assert row.lesson == ("02" in row.pages)
     undecided = next(row for row in rows if row.verdict == "undecided")
     with pytest.raises(KeyError, match="container.*undecided"):
         blueprint.installed(undecided, None)

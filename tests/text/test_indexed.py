@@ -275,3 +275,30 @@ def test_the_line_has_share_rate_and_time_left():
     """Of texts that come one by one the whole is not known: what is done and how fast is said then."""
     assert indexed._words(1_000_000, 0.5, of_bytes=4_000_000) == "25% of 4.0 MB tokenised, 2.0 MB/s, about 2 s left"
     assert indexed._words(4_000_000, 2.0) == "4.0 MB tokenised, 2.0 MB/s"
+
+
+def test_lines_for_fine_tuning_are_never_cut_by_the_index_of_another_file(bridge, tmp_path):
+    """Bridge makes the index once; a file that was written again has other lines, and the old index cuts through them."""
+    from megatron.bridge.data.datasets.utils import build_index_files
+
+    def written(*lines: str) -> None:
+        (tmp_path / "training.jsonl").write_text("".join(f"{line}\n" for line in lines))
+
+    cfg = {"dataset": {"dataset_root": str(tmp_path)}, "model": {}}
+    written('{"input": "a"}', '{"input": "b"}')
+    microscope.require(cfg)  # nobody has made an index yet
+    build_index_files([str(tmp_path / "training.jsonl")], 10, workers=1)
+    microscope.require(cfg)
+    index = tmp_path / "training.jsonl.idx.npy"
+    for lines in (['{"input": "longer"}', '{"input": "b"}'], ['{"input": "a"}'], ['{"input": "a"}'] * 3):
+        written(*lines)
+        with pytest.raises(microscope.ForeignFile, match=f"{index} is the index of another training.jsonl"):
+            microscope.require(cfg)
+    written('{"input": "c"}', '{"input": "d"}')
+    microscope.require(cfg)  # the same lengths, so the same index
+    whole = index.read_bytes()
+    index.write_bytes(whole[:-4])
+    with pytest.raises(microscope.ForeignFile, match="Delete"):
+        microscope.require(cfg)
+    (tmp_path / "training.jsonl.idx.info").unlink()
+    microscope.require(cfg)  # Bridge makes both anew
