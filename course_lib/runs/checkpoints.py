@@ -37,7 +37,6 @@ __all__ = [
     "compare",
     "files_of",
     "global_batch_size",
-    "hugging_face_rank",
     "latest",
     "listing",
     "read",
@@ -45,6 +44,7 @@ __all__ = [
     "refuse_another_model",
     "require",
     "root",
+    "run_config",
     "tensors",
 ]
 
@@ -409,33 +409,9 @@ def compare(one: Checkpoint, other: Checkpoint) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["name", "part", "largest_difference"]).set_index("name")
 
 
-def hugging_face_rank(request: dict) -> None:
-    """What the one rank of a conversion does: a checkpoint to Hugging Face's format, and from there back to Megatron's.
-
-    Args:
-        request: `checkpoint` to read, `shape` of the model in Hugging Face's names, and the places to write: `hugging-face`
-            and `back`.
-    """
-    from types import SimpleNamespace
-
-    from megatron.bridge import AutoBridge
-    from megatron.bridge.training.model_load_save import temporary_distributed_context
-    from transformers import LlamaConfig
-
-    from course_lib import stack
-    from course_lib.stack import devices
-
-    bridge = AutoBridge.from_hf_config(LlamaConfig(architectures=["LlamaForCausalLM"], **request["shape"]))
-    bridge.export_ckpt(request["checkpoint"], request["hugging-face"], show_progress=False)
-
-    bridge = AutoBridge.from_hf_pretrained(request["hugging-face"])
-    provider = bridge.to_megatron_provider()
-    for row in devices.differences(SimpleNamespace(model=provider), stack.device(1)):  # none on a GPU
-        setattr(provider, row.field.removeprefix("model."), row.in_ranks)
-    provider.finalize()
-    with temporary_distributed_context(backend="gloo"):
-        model = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
-        bridge.save_megatron_model(model, request["back"])
+def run_config(checkpoint: Checkpoint) -> dict:
+    """The configuration of the run that saved it, as Bridge reads it; empty if the checkpoint is Megatron-LM's own."""
+    return _run_config(checkpoint.path)
 
 
 def _load(path: Path, names: list[str]) -> dict[str, torch.Tensor]:

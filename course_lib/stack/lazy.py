@@ -57,6 +57,12 @@ DEFERRED: tuple[Deferred, ...] = (
         "as above; Bridge's checkpoint code imports three functions",
         functions=("restore_modelopt_state", "save_modelopt_state", "save_sharded_modelopt_state"),
     ),
+    Deferred("modelopt.torch.quantization", "as above"),
+    Deferred(
+        "modelopt.torch.quantization.utils",
+        "as above; Bridge's exporter asks one question",
+        functions=("is_quantized",),
+    ),
     Deferred("modelopt.torch.distill", "as above"),
     Deferred("modelopt.torch.distill.plugins", "as above"),
     Deferred(
