@@ -24,14 +24,14 @@ from course_lib.common import files
 from course_lib.common.project import LIBRARY
 from course_lib.common.screen import Line
 from course_lib.common.units import duration
-from course_lib.experiments import sweep
+from course_lib.experiments import export, sweep
 from course_lib.runs import checkpoints
 from course_lib.text import corpus, indexed, tasks, tokenizers
 
 if TYPE_CHECKING:
     from megatron.bridge.training.config import ConfigContainer
 
-__all__ = ["Text", "base", "fine_tuned", "fine_tuning", "pretraining", "text", "trained"]
+__all__ = ["Text", "adapter", "base", "exported", "fine_tuned", "fine_tuning", "pretraining", "text", "trained"]
 
 VOCAB_SIZE = 2048
 BASE_STEPS, TUNING_STEPS = 240, 150
@@ -179,6 +179,30 @@ def trained(
         return run
 
 
+def exported(run: runs.Run) -> Path:
+    """The Hugging Face folder of a stage's model, in its run directory: found, or written now by `export.model`."""
+    folder = run.path / f"hugging-face-{_code('experiments/export.py')[:8]}"
+    with _one_at_a_time(f"export-{run.name}", Line()):
+        return folder if folder.is_dir() else export.model(run, folder).folder
+
+
+def adapter(run: runs.Run, base: runs.Run) -> Path:
+    """The folder of a LoRA adapter in PEFT's format, in its run directory: found, or written now by `export.adapter`.
+
+    Args:
+        run: A run with `cfg.peft`.
+        base: The run of which the adapter was trained.
+    """
+    folder = run.path / f"adapter-{_code('experiments/export.py')[:8]}"
+    beneath = exported(base)
+    with _one_at_a_time(f"export-{run.name}", Line()):
+        return folder if folder.is_dir() else export.adapter(run, folder, base=beneath).folder
+
+
+def _code(*files_: str) -> str:
+    return hashlib.sha256(b"".join((LIBRARY / file).read_bytes() for file in files_)).hexdigest()
+
+
 def _small(cfg: ConfigContainer, data: Text, *, steps: int, seed: int) -> ConfigContainer:
     from megatron.bridge.training.tokenizers.config import TokenizerConfig
 
@@ -209,11 +233,10 @@ def _write(half: Text) -> None:
 
 def _sources() -> dict[str, str]:
     """What the text is made of: this Python's library, the tokenizer's trainer, and the code that makes it."""
-    code = b"".join((LIBRARY / "text" / f"{name}.py").read_bytes() for name in MAKERS)
     return {
         "python": sys.version,
         "tokenizers": version("tokenizers"),
-        "code": hashlib.sha256(code).hexdigest(),
+        "code": _code(*(f"text/{name}.py" for name in MAKERS)),
         "vocab_size": str(VOCAB_SIZE),
     }
 

@@ -30,6 +30,7 @@ __all__ = [
     "gpus",
     "named",
     "published",
+    "published_fine_tuning",
     "sent_bytes",
 ]
 
@@ -118,6 +119,22 @@ def published() -> pd.DataFrame:
 
     data = json.loads((DATA / "published" / "throughput.json").read_text(encoding="utf-8"))
     return pd.DataFrame([*data["other_rows"], *data["rows"]])
+
+
+def published_fine_tuning() -> pd.DataFrame:
+    """Fine-tunings that NVIDIA verified, full and by LoRA, by `model` and `kind` (``data/published/fine_tuning.json``).
+
+    Returns:
+        What the file says, and what follows from it: `tokens_per_second_per_gpu`, padding included, and the GFLOP that
+        Bridge counted for a token.
+    """
+    import pandas as pd
+
+    data = json.loads((DATA / "published" / "fine_tuning.json").read_text(encoding="utf-8"))
+    frame = pd.DataFrame(data["rows"]).set_index(["model", "kind"])
+    frame["tokens_per_second_per_gpu"] = frame.token_slots / data["steps"] / (frame.step_seconds * frame.gpus)
+    frame["gflop_per_token"] = frame.tflops_per_gpu * 1e3 / frame.tokens_per_second_per_gpu
+    return frame
 
 
 def counted_flops_per_token(cfg: Any) -> float:

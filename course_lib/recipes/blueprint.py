@@ -77,11 +77,12 @@ def differences(*, directory: Path = DATA) -> tuple[Difference, ...]:
     return tuple(Difference(**row) for row in data["rows"])
 
 
-def columns(cfg: Any) -> pd.DataFrame:
-    """The rows of lesson 02: the reported run, the recipe that you get, the YAML, and what they come to.
+def columns(cfg: Any, *, lesson: str = "02") -> pd.DataFrame:
+    """The rows of a lesson: the reported run, the recipe that you get, the YAML, and what they come to.
 
     Args:
         cfg: The installed recipe of Nemotron 3 Nano; its column is computed from it.
+        lesson: Its number.
     """
     import pandas as pd
 
@@ -98,7 +99,7 @@ def columns(cfg: Any) -> pd.DataFrame:
             row.loses,
         )
         for row in differences()
-        if row.lesson
+        if lesson in row.pages
     ]
     return pd.DataFrame(
         rows, columns=["about", "the reported run", "the recipe you get", "the YAML", "verdict", "costs you"]

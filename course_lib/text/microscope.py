@@ -308,6 +308,24 @@ def datasets(cfg: Any, *, cache: Path) -> tuple[Any, Any, Any]:
         return pretrain_train_valid_test_datasets_provider(list(get_train_valid_test_num_samples(cfg)), mine)
 
 
+def pairs(cfg: Any) -> tuple[Any, Any]:
+    """The training and validation sets that a fine-tuning with this configuration reads, Bridge's own `GPTSFTDataset`.
+
+    Args:
+        cfg: Bridge's configuration with a `GPTSFTDatasetConfig`; it stays as it is.
+
+    Source: megatron-bridge 0.6.2 `data/builders/gpt_sft.py`.
+    """
+    from megatron.bridge.data.builders.gpt_sft import GPTSFTDatasetBuilder
+    from megatron.bridge.training.tokenizers.tokenizer import build_tokenizer
+
+    with stack.quietly():
+        mine = changed(cfg.dataset, {})
+        mine.finalize()
+        train, validation, _ = GPTSFTDatasetBuilder(mine, build_tokenizer(cfg.tokenizer)).build()
+    return train, validation
+
+
 def labels(dataset: Any, numbers: Sequence[int]) -> pd.DataFrame:
     """What a batch of prompt and answer pairs asks of the model, one row a label.
 
