@@ -102,3 +102,68 @@ def test_pipeline_refusals_and_stage_layers_are_megatrons(bridge: Any) -> None:
         assert mine is None or mine == built, changed
         cases, accepted, silent = cases + 1, accepted + (not ours), silent + lost
     assert cases > 1500 and accepted > 100 and silent > 0
+
+
+def hybrids() -> Iterator[dict[str, Any]]:
+    patterns = ("M-M*", "M-M*-M-", "M-M*M-M*-", "M-|M*", "M-M|*", "M-|M*|M-", "M-|M*|M-|M*", "M-M*/*M/*M", "M-|M*/*M")
+    for pattern, stages in product(patterns, (1, 2, 3, 4)):
+        base = {"hybrid_layer_pattern": pattern, "pipeline_model_parallel_size": stages}
+        for first, last in product((None, 1, 2, 3), (None, 1, 2)):
+            yield base | {"num_layers_in_first_pipeline_stage": first, "num_layers_in_last_pipeline_stage": last}
+        yield base | {"num_layers": 4}
+        yield base | {"virtual_pipeline_model_parallel_size": 2}
+        yield base | {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True}
+
+
+def built_segments(model: Any, monkeypatch: Any) -> list[list[int]]:
+    """What Megatron builds of a pattern on each stage."""
+    from megatron.core.models.hybrid import hybrid_layer_allocation as allocation
+
+    assert model.virtual_pipeline_model_parallel_size is None, "Bridge's provide() asserts it"
+    main = allocation.parse_hybrid_pattern(model.hybrid_layer_pattern).main_pattern
+    stages, built = model.pipeline_model_parallel_size, []
+    ends = (model.num_layers_in_first_pipeline_stage, model.num_layers_in_last_pipeline_stage)
+    for stage in range(stages):
+        monkeypatch.setattr("torch.distributed.get_rank", lambda group, stage=stage: stage)
+        monkeypatch.setattr("torch.distributed.get_world_size", lambda group: stages)
+        built.append([len(allocation.select_pipeline_segment(main, "stages", None, *ends)[0])])
+    return built
+
+
+def test_stages_of_a_layer_pattern_are_megatrons(bridge: Any, monkeypatch: Any) -> None:
+    """A pattern is divided as Megatron divides it, and what it would not build, or not wholly, is refused.
+
+    More borders than stages lose the layers behind them without a word, and both ends of one stage are counted twice; fields
+    that a hybrid model does not read are refused, too.
+    """
+    from megatron.bridge.models.hybrid.hybrid_provider import HybridModelProvider
+
+    for name in ("log_on_each_pipeline_stage", "log_single_rank"):
+        monkeypatch.setattr(f"megatron.core.models.hybrid.hybrid_layer_allocation.{name}", lambda *_, **__: None)
+    accepted = silent = 0
+    for changed in hybrids():
+        model = HybridModelProvider(**({"hidden_size": 64, "mamba_num_heads": 8, "apply_rope_fusion": False} | changed))
+        ours = reasons(model, model.pipeline_model_parallel_size)
+        mine = None if ours else layout.stage_layers(model)
+        built: list[list[int]] = []
+        theirs = refused(model.finalize)
+        theirs = theirs or refused(lambda model=model, built=built: built.extend(built_segments(model, monkeypatch)))
+        lost = not theirs and (sum(map(sum, built)) != model.num_layers or min(map(min, built)) < 1)
+        lost = lost or (not theirs and model.pipeline_model_parallel_size == 1 and None not in ends(changed))
+        lost = lost or (not theirs and "account_for_loss_in_pipeline_split" in changed)
+        assert bool(ours) == bool(theirs or lost), f"{changed}\n  course: {ours}\n  Megatron: {theirs or built}"
+        assert mine is None or mine == built, changed
+        accepted, silent = accepted + (not ours), silent + lost
+    assert accepted > 30 and silent > 10
+
+
+def test_a_hybrid_that_does_not_divide_is_refused_with_the_fix() -> None:
+    """Nemotron 3 Nano 4B has 42 layers, which four stages do not share; the fixes were tried."""
+    pattern = "M-M-M-MM-M-M*-M-M*-M-M-M*-M-M-MM*-MMM-M-M-"
+    nano = {"hybrid_layer_pattern": pattern, "pipeline_model_parallel_size": 4}
+    assert len(pattern) == 42
+    expected = "PP=4 does not divide 42 layers: choose 1 or 2 (or give num_layers_in_first/last_pipeline_stage)"
+    assert reasons(nano, 8) == [f"model.pipeline_model_parallel_size: {expected}"]
+    assert reasons(nano | {"num_layers_in_first_pipeline_stage": 9}, 8) == []
+    [borders] = reasons(nano | {"hybrid_layer_pattern": f"{pattern[:20]}|{pattern[20:]}"}, 8)
+    assert "PP=4 has 4 stages, but the borders of the pattern make 2: choose 2" in borders

@@ -15,7 +15,7 @@ from typing import Any
 
 from course_lib.common.config import Fields
 from course_lib.planning.layout.sizes import Layout, LayoutError, Refusal, divisors, next_multiple
-from course_lib.planning.layout.stages import stage_layers
+from course_lib.planning.layout.stages import hybrid_pattern, stage_layers
 
 __all__ = ["embedding_rows", "padded_from_tokenizer", "padded_vocab_size", "refusals"]
 
@@ -70,7 +70,7 @@ def _positive(layout: Layout, fields: Fields) -> Iterator[Refusal]:
         for name in (f"{prefix}global_batch_size", f"{prefix}micro_batch_size")
     }
     # Bridge takes the layers of a hybrid model from its pattern.
-    absent = ("num_layers", "num_attention_heads") if _hybrid_pattern(fields) else ()
+    absent = ("num_layers", "num_attention_heads") if hybrid_pattern(fields) else ()
     sizes = {f"model.{name}": fields.model(name) for name in MODEL_SIZES if name not in absent}
     sizes |= {f"{section}.{name}": fields.get(section, name) for section, name in OTHER_SIZES}
     for numbers, what in (
@@ -114,7 +114,7 @@ def _two_stages(layout: Layout, fields: Fields) -> Iterator[Refusal]:
 
 def _divided_by_size(layout: Layout, fields: Fields) -> Iterator[Refusal]:
     """Heads and experts are whole: the size must divide them (``divide`` in the layers, asserts of ``MambaMixer``)."""
-    tensor, hybrid = layout.tensor_model_parallel_size, "M" in _hybrid_pattern(fields)
+    tensor, hybrid = layout.tensor_model_parallel_size, "M" in hybrid_pattern(fields)
     for name, size, value, what in (
         ("TP", tensor, fields.model("num_attention_heads"), "query heads"),
         ("TP", tensor, fields.model("mamba_num_heads") if hybrid else None, "Mamba heads"),
@@ -157,8 +157,7 @@ def _pipeline(layout: Layout, fields: Fields) -> Iterator[Refusal]:
         yield Refusal(VPP, message, "None is the schedule without interleaving", ({VPP: None}, *more))
     if stages == 1 or chunks == 1:  # what else is wrong, is so without chunks, too
         chunks, fields = None, Fields(fields.cfg, {**(fields.changed or {}), VPP: None})
-    # A hybrid model carries its stage borders in its layer pattern.
-    if layers and not _hybrid_pattern(fields):
+    if layers or hybrid_pattern(fields):
         try:
             in_first_stage = len(stage_layers(fields)[0])
         except LayoutError as error:
@@ -178,11 +177,6 @@ def _pipeline(layout: Layout, fields: Fields) -> Iterator[Refusal]:
             change["model.microbatch_group_size_per_vp_stage"] = None
         message = f"interleaving PP={stages} feeds micro-batches in groups of {group}, and a step has {microbatches}"
         yield Refusal(BATCH, message, f"a step of whole groups of {wanted} micro-batches", (change,))
-
-
-def _hybrid_pattern(fields: Fields) -> str:
-    """The layer pattern of a model that mixes attention and Mamba layers; empty for other models."""
-    return fields.model("hybrid_layer_pattern") or fields.model("hybrid_override_pattern", "")
 
 
 def _attention(layout: Layout, fields: Fields) -> Iterator[Refusal]:

@@ -1,7 +1,9 @@
 """How pipeline stages share the layers of a model.
 
 Source: megatron-core 0.19.2 ``transformer/transformer_config.py`` (``__post_init__``),
-``transformer/transformer_block.py`` (``get_num_layers_to_build``), ``pipeline_parallel_layer_layout.py``.
+``transformer/transformer_block.py`` (``get_num_layers_to_build``), ``pipeline_parallel_layer_layout.py``, and for models
+with a layer pattern ``models/hybrid/hybrid_layer_allocation.py`` (``select_pipeline_segment``) and ``finalize`` and
+``provide`` of megatron-bridge 0.6.2 ``models/hybrid/hybrid_provider.py``.
 ``tests/planning/test_layout_stages.py`` holds this module against those functions.
 """
 
@@ -14,10 +16,16 @@ from course_lib.planning.layout.sizes import LayoutError, Refusal, divisors
 
 __all__ = ["stage_layers"]
 
+_PATTERNS = ("hybrid_layer_pattern", "hybrid_override_pattern")
 # What takes each of the three ways to divide the layers back.
 PLAN = {"model.pipeline_model_parallel_layout": None}
 UNEVEN = {f"model.num_layers_in_{stage}_pipeline_stage": None for stage in ("first", "last")}
 COUNTED = {f"model.account_for_{part}_in_pipeline_split": False for part in ("embedding", "loss")}
+
+
+def hybrid_pattern(fields: Fields) -> str:
+    """The layer pattern of a model that mixes kinds of layers, such as attention and Mamba; empty for other models."""
+    return next(filter(None, map(fields.model, _PATTERNS)), "")
 
 
 def has_implicit_chunks(cfg: Any) -> bool:
@@ -46,8 +54,12 @@ def stage_layers(cfg: Any) -> list[list[int]]:
     >>> stage_layers(dict(num_layers=30, pipeline_model_parallel_size=4, account_for_embedding_in_pipeline_split=True,
     ...                   account_for_loss_in_pipeline_split=True))
     [[7], [8], [8], [7]]
+    >>> stage_layers(dict(hybrid_layer_pattern="M-M*|M-M-M*", pipeline_model_parallel_size=2))
+    [[4], [6]]
     """
     fields = Fields.of(cfg)
+    if pattern := hybrid_pattern(fields):
+        return _hybrid(fields, pattern)
     if fields.model("num_layers") is None:
         raise LayoutError(Refusal("model.num_layers", "is not set", "set it"))
     embedding = int(fields.model("account_for_embedding_in_pipeline_split", False))
@@ -78,6 +90,45 @@ def stage_layers(cfg: Any) -> list[list[int]]:
     split[0][0] -= embedding
     split[-1][-1] -= loss
     return split
+
+
+def _hybrid(fields: Fields, pattern: str) -> list[list[int]]:
+    """Layers of each stage of a pattern: between its borders (`|`), or in equal parts where it has none."""
+    main = pattern.partition("/")[0]  # what follows predicts further tokens, on the last stage
+    segments, stages = main.split("|"), fields.model("pipeline_model_parallel_size", 1)
+    layers = sum(map(len, segments))
+    if fields.model("num_layers", layers) != layers:
+        message = f"{fields.model('num_layers')} layers, but the pattern {pattern} has {layers}"
+        raise LayoutError(Refusal("model.num_layers", message, changes=({"model.num_layers": layers},)))
+    if chunks := fields.model("virtual_pipeline_model_parallel_size"):
+        field, message = (
+            "model.virtual_pipeline_model_parallel_size",
+            f"VPP={chunks}, but Bridge interleaves no hybrid model",
+        )
+        raise LayoutError(Refusal(field, message, changes=({field: None},)))
+    for change in (PLAN, COUNTED):
+        for field in change:
+            if fields.model(field.removeprefix("model.")):
+                message = "a hybrid model is divided by its pattern, and does not read this"
+                raise LayoutError(Refusal(field, message, "stage borders are | in hybrid_layer_pattern", (change,)))
+    first = fields.model("num_layers_in_first_pipeline_stage")
+    last = fields.model("num_layers_in_last_pipeline_stage")
+    uneven = first is not None or last is not None
+    without = {
+        f"model.{name}": main.replace("|", "") + pattern[len(main) :] for name in _PATTERNS if fields.model(name)
+    }
+    if len(segments) > 1 and uneven:
+        message = "stage layer counts cannot be combined with a pattern that has stage borders"
+        raise LayoutError(Refusal(next(iter(without)), message, changes=(UNEVEN, without)))
+    if len(segments) not in (1, stages):
+        message = f"PP={stages} has {stages} stages, but the borders of the pattern make {len(segments)}"
+        changes = ({"model.pipeline_model_parallel_size": len(segments)}, without)
+        raise LayoutError(Refusal("model.pipeline_model_parallel_size", message, changes=changes))
+    if len(segments) > 1:
+        return [[len(segment)] for segment in segments]
+    fields = Fields(fields.cfg, {**(fields.changed or {}), "model.num_layers": layers})
+    counts = _uneven(fields, first, last) if uneven else _even(fields, 0)
+    return [[count] for count in counts]
 
 
 def _even(fields: Fields, extra: int) -> list[int]:
