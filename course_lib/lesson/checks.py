@@ -2,7 +2,8 @@
 
 A claim that holds prints one line; a claim that fails raises with a message that teaches.
 An attempt at an exercise never fails a notebook: ``answer = None`` and a wrong answer both get a friendly line.
-Predictions and attempts go to the learner's ledger, see ``course_lib.lesson.ledger``.
+The exercises stand in ``course_lib.lesson.exercises``, so that no cell shows its answer.
+Guesses, predictions and attempts go to the learner's ledger, see ``course_lib.lesson.ledger``.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from course_lib.common.units import format_number
+from course_lib.lesson import verdicts
 from course_lib.lesson.ledger import LedgerError, attempted, measured, predict, reset, table
 
 __all__ = [
     "ClaimFailed",
     "LedgerError",
+    "attempt",
     "claim",
     "close",
     "exercise",
@@ -25,6 +28,7 @@ __all__ = [
     "measured",
     "predict",
     "reset_ledger",
+    "solution",
     "solved",
 ]
 
@@ -99,6 +103,43 @@ def close(
             + (f"\n{otherwise}" if otherwise else "")
         )
     print(f"holds: {shown}")
+
+
+def attempt(answer: object, judge: verdicts.Judge, *facts: Any) -> None:
+    """Show what an exercise says of a learner's attempt, without ever failing the notebook, and enter it in the ledger.
+
+    Args:
+        answer: What the learner wrote; ``None`` means that nothing was tried yet.
+        judge: The exercise, a function of ``course_lib.lesson.exercises``.
+        facts: What it needs of the lesson besides: a configuration, a run.
+
+    Example:
+        >>> attempt(None, lambda answer: verdicts.value(answer, 4, why="8 / 2.", otherwise="Divide the ranks by TP."))
+        not attempted: replace None with your answer and run the cell again
+        >>> attempt(2, lambda answer: verdicts.value(answer, 4, why="8 / 2.", otherwise="Divide the ranks by TP."))
+        not yet: Divide the ranks by TP.
+    """
+    if answer is None:
+        print("not attempted: replace None with your answer and run the cell again")
+        return
+    verdict = verdicts.of(answer, judge, *facts)
+    print(f"{'right' if verdict.right else 'not yet'}: {verdict.hint}")
+    try:
+        attempted(verdict.right)
+    except LedgerError as error:  # the answer was judged; that it is not remembered is worth a line, and no more
+        print(error)
+
+
+def solution(answer: object, judge: verdicts.Judge, *facts: Any) -> None:
+    """Show what an exercise says of the lesson's own solution, which must be right.
+
+    Raises:
+        ClaimFailed: The solution is missing or not right.
+    """
+    verdict = verdicts.of(answer, judge, *facts) if answer is not None else verdicts.wrong("the solution is None")
+    if not verdict.right:
+        raise ClaimFailed(f"does not hold: the solution is right\n{verdict.hint}")
+    print(f"right: {verdict.hint}")
 
 
 def exercise(answer: object, check: Callable[[Any], object]) -> bool:

@@ -1,5 +1,7 @@
-"""The learner's ledger: predictions beside what was measured, attempts at exercises, and the page that shows both.
+"""The learner's ledger: guesses and predictions beside what was measured, and attempts at exercises.
 
+A guess is the learner's own number, a prediction is what the course computed from a formula or took from a baseline; the
+two are kept apart, and only guesses are scored.
 It is one JSON file on this machine (``COURSE_LEDGER``, or one below ``XDG_STATE_HOME``), which outlives every rerun of
 a lesson and is never sent anywhere.  Writers take a lock and replace the file whole, so that two notebooks at once lose
 nothing and a reader never sees half of it.  A file that cannot be read is never overwritten.
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 __all__ = [
     "LedgerError",
     "attempted",
+    "by_lesson",
+    "course_of_errors",
     "draw",
     "exercises",
     "forget_button",
@@ -53,7 +57,7 @@ class LedgerError(RuntimeError):
 
 @dataclass(frozen=True)
 class Entry:
-    """One prediction and, once it is known, what was measured."""
+    """One quantity of a lesson: guessed, predicted and, once it is known, measured."""
 
     lesson: str
     name: str
@@ -62,6 +66,7 @@ class Entry:
     measured: float | None = None
     predicted_at: float = 0.0
     measured_at: float | None = None
+    guess: float | None = None  # files of the first two formats have none
 
 
 @dataclass(frozen=True)
@@ -82,34 +87,36 @@ class _Content:
     exercises: list[Exercise] = field(default_factory=list)
 
 
-def predict(lesson: str, name: str, value: float | None, unit: str) -> None:
-    """Enter a prediction in the ledger, before the run that tests it.
+def predict(lesson: str, name: str, value: float | None, unit: str, *, guess: float | None = None) -> None:
+    """Enter what is expected, before the run that tests it: the learner's guess, and the course's own number.
 
-    Running the cell again with another value adds a new attempt; earlier ones stay.
+    Running the cell again after the run adds a new attempt; earlier ones stay.
 
     Args:
         lesson: The lesson's number, such as "03".
         name: The quantity, such as "loss at step 1".
-        value: Your estimate in ``unit``, or None if you would rather not.
+        value: What the course predicts in ``unit``, or None where no formula says it.
         unit: Its unit, such as "nats/token".
+        guess: The learner's own number in ``unit``, or None if they would rather not.
     """
+    guess = _number(guess, unit)
     value = None if value is None else float(value)
     with _open() as content:
         entries = content.entries
-        new = Entry(lesson=lesson, name=name, unit=unit, predicted=value, predicted_at=time.time())
-        last = next(
-            (i for i in reversed(range(len(entries))) if (entries[i].lesson, entries[i].name) == (lesson, name)), None
-        )
+        new = Entry(lesson, name, unit, predicted=value, predicted_at=time.time(), guess=guess)
+        last = next((i for i in reversed(range(len(entries))) if _place(entries[i]) == _place(new)), None)
         # An attempt that no run has tested yet may be corrected; a tested one is history.
         if last is not None and entries[last].measured is None:
             entries[last] = new
         else:
             entries.append(new)
-    print(f"no prediction of {name}" if value is None else f"predicted: {name} = {format_number(value)} {unit}")
+    said = [("your guess", guess), ("the course predicts", value)]
+    words = [f"{who} {format_number(number)} {unit}" for who, number in said if number is not None]
+    print(f"{name}: {', '.join(words) or 'nothing is predicted'}")
 
 
 def measured(name: str, value: float, *, lesson: str | None = None) -> None:
-    """Compare a measured value with the latest prediction of that name.
+    """Compare a measured value with the latest guess and prediction of that name.
 
     Args:
         name: The quantity, as it was named in ``predict``.
@@ -131,11 +138,23 @@ def measured(name: str, value: float, *, lesson: str | None = None) -> None:
             )
         entry = max((entries[i] for i in fits), key=lambda entry: entry.predicted_at)
         entries[entries.index(entry)] = replace(entry, measured=value, measured_at=time.time())
-    shown = f"measured: {name} = {format_number(value)} {entry.unit}"
-    if entry.predicted is None:
-        print(f"{shown} (you made no prediction)")
-    else:
-        print(f"{shown}, predicted {format_number(entry.predicted)} {entry.unit}: {_error(entry.predicted, value)}")
+    said = [("your guess", entry.guess), ("the course's", entry.predicted)]
+    words = [f"{who} {format_number(n)}: {_error(n, value)}" for who, n in said if n is not None]
+    print("; ".join([f"measured: {name} = {format_number(value)} {entry.unit}", *words]))
+
+
+def _number(guess: object, unit: str) -> float | None:
+    """A guess as a number; one that is none is not entered, and a line says why."""
+    if guess is None:
+        return None
+    try:
+        number = float(guess)
+    except (TypeError, ValueError):
+        number = math.nan
+    if math.isfinite(number):
+        return number
+    print(f"the guess {guess!r} is no number, so it is not entered: write a number in {unit}, and no unit behind it")
+    return None
 
 
 def attempted(right: bool, *, lesson: str | None = None, name: str | None = None) -> None:
@@ -158,26 +177,29 @@ def attempted(right: bool, *, lesson: str | None = None, name: str | None = None
 
 
 def table(*, lesson: str | None = None, history: bool = False) -> DataFrame:
-    """Show your predictions beside what was measured.
+    """Show your guesses and the course's predictions beside what was measured.
 
     Args:
-        lesson: Only the predictions of this lesson.
-        history: All attempts; otherwise the latest of each quantity.
+        lesson: Only what belongs to this lesson.
+        history: All attempts; otherwise one of each quantity, your first guess that was measured, or the latest.
 
     Returns:
-        One row a prediction: lesson, quantity, predicted, measured, unit, error.
+        One row a quantity: lesson, quantity, your guess, course, measured, unit, your error, the course's error.
     """
     from pandas import DataFrame
 
-    columns = ["lesson", "quantity", "predicted", "measured", "unit", "error"]
+    def shown(number: float | None, nothing: str) -> str:
+        return nothing if number is None else format_number(number)
+
+    def error(number: float | None, value: float | None) -> str:
+        return "" if None in (number, value) else _error(number, value)
+
+    columns = ["lesson", "quantity", "your guess", "course", "measured", "unit", "your error", "course's error"]
     rows = [
         (
-            entry.lesson,
-            entry.name,
-            "none" if entry.predicted is None else format_number(entry.predicted),
-            "not yet" if entry.measured is None else format_number(entry.measured),
-            entry.unit,
-            "" if None in (entry.predicted, entry.measured) else _error(entry.predicted, entry.measured),
+            *(entry.lesson, entry.name, shown(entry.guess, ""), shown(entry.predicted, "")),
+            *(shown(entry.measured, "not yet"), entry.unit),
+            *(error(entry.guess, entry.measured), error(entry.predicted, entry.measured)),
         )
         for entry in _entries(lesson, history=history)
     ]
@@ -204,28 +226,63 @@ def exercises(*, lesson: str | None = None) -> DataFrame:
 
 
 def scores(*, lesson: str | None = None) -> DataFrame:
-    """Compare predictions of every unit on one scale: predicted divided by measured.
+    """Compare guesses of every unit on one scale: guessed divided by measured.
+
+    The first guess of a quantity that was measured counts: who guesses again knows the answer.
 
     Args:
         lesson: Only those of this lesson.
 
     Returns:
-        One row a prediction that has a measured value, both positive: lesson, quantity, ratio.
+        One row a guess that has a measured value, both positive: lesson, quantity, ratio, and the same of the course.
     """
     from pandas import DataFrame
 
+    def positive(value: float | None) -> bool:
+        return value is not None and math.isfinite(value) and value > 0
+
     rows = [
-        (entry.lesson, entry.name, entry.predicted / entry.measured)
-        for entry in _entries(lesson)
-        if entry.predicted is not None
-        and entry.measured is not None
-        and all(math.isfinite(value) and value > 0 for value in (entry.predicted, entry.measured))
+        (e.lesson, e.name, e.guess / e.measured, e.predicted / e.measured if positive(e.predicted) else math.nan)
+        for e in _entries(lesson)
+        if positive(e.guess) and positive(e.measured)
     ]
-    return DataFrame(rows, columns=["lesson", "quantity", "ratio"])
+    return DataFrame(rows, columns=["lesson", "quantity", "ratio", "course"])
+
+
+def by_lesson() -> DataFrame:
+    """How far off your guesses were, lesson after lesson.
+
+    Returns:
+        One row a lesson with guesses: lesson, guesses, factor: the median of by how many times they were off, 1 is exact.
+    """
+    found = scores()
+    found["factor"] = found.ratio.where(found.ratio >= 1, 1 / found.ratio)
+    return found.groupby("lesson").factor.agg(guesses="size", factor="median").reset_index()
+
+
+def course_of_errors(lessons: DataFrame) -> str:
+    """Say whether the error of guesses falls over the lessons: their second half against their first.
+
+    Args:
+        lessons: What `by_lesson` returns.
+
+    Example:
+        >>> from pandas import DataFrame
+        >>> course_of_errors(DataFrame({"lesson": ["00", "03", "04", "05"], "factor": [8.0, 4.0, 2.0, 1.0]}))
+        'The error of your guesses falls: a factor of 6 in lessons 00 to 03, and of 1.5 in lessons 04 to 05.'
+    """
+    if len(lessons) < MEANINGFUL:
+        return f"Whether your error falls shows after guesses in {MEANINGFUL} lessons; so far there are {len(lessons)}."
+    middle = len(lessons) // 2
+    early, late = lessons[:middle], lessons[middle:]
+    before, after = early.factor.median(), late.factor.median()
+    how = "falls" if after < before else "does not fall"
+    words = [f"in lessons {part.lesson.iloc[0]} to {part.lesson.iloc[-1]}" for part in (early, late)]
+    return f"The error of your guesses {how}: a factor of {before:.2g} {words[0]}, and of {after:.2g} {words[1]}."
 
 
 def reset(*, lesson: str | None = None) -> None:
-    """Forget all predictions and exercises, or those of one lesson."""
+    """Forget all guesses, predictions and exercises, or those of one lesson."""
     with _open() as content:
         predictions, tries = len(content.entries), len(content.exercises)
         content.entries[:] = [e for e in content.entries if lesson is not None and e.lesson != lesson]
@@ -250,7 +307,14 @@ def _place(entry: Entry | Exercise) -> tuple[str, str]:
 
 def _entries(lesson: str | None, *, history: bool = False) -> list[Entry]:
     entries = [entry for entry in _read(path()).entries if lesson in (None, entry.lesson)]
-    return entries if history else list({_place(entry): entry for entry in entries}.values())
+    if history:
+        return entries
+    chosen: dict[tuple[str, str], Entry] = {}
+    for entry in entries:
+        earlier = chosen.get(_place(entry))
+        if earlier is None or None in (earlier.guess, earlier.measured):
+            chosen[_place(entry)] = entry
+    return list(chosen.values())
 
 
 def _running_cell() -> tuple[str, str]:
@@ -284,7 +348,7 @@ def _error(predicted: float, value: float) -> str:
 def _read(file: Path) -> _Content:
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
-        # The first format had no exercises.
+        # The first format had no exercises, the second no guesses.
         return _Content(
             [Entry(**entry) for entry in stored["entries"]], [Exercise(**e) for e in stored.get("exercises", [])]
         )
@@ -312,7 +376,7 @@ def _open() -> Iterator[_Content]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         content = _read(file)
         yield content
-        text = json.dumps({"format": 2, **asdict(content)}, indent=1)
+        text = json.dumps({"format": 3, **asdict(content)}, indent=1)
         try:
             files.write_text(file, text)
         except OSError as error:
@@ -323,32 +387,37 @@ def _open() -> Iterator[_Content]:
 
 AT_MOST = 100.0
 """Ratios beyond this factor are drawn at it; the table has the number."""
+MEANINGFUL = 4
+"""Lessons with guesses before anything is said about their course."""
 
 
 def show(*, lesson: str | None = None) -> None:
-    """Display the ledger in a notebook: predictions, errors, exercises.
+    """Display the ledger in a notebook: guesses, predictions, errors, exercises.
 
     Args:
         lesson: Only what belongs to this lesson.
     """
     from IPython.display import display
 
-    predictions, scored, solved = (f(lesson=lesson) for f in (table, scores, exercises))
-    if not len(predictions) and not len(solved):
-        print(f"The ledger {path()} is empty. Run the cells of a lesson that predict and measure.")
+    entered, scored, solved = (f(lesson=lesson) for f in (table, scores, exercises))
+    if not len(entered) and not len(solved):
+        print(f"The ledger {path()} is empty. Run the cells of a lesson that guess, predict and measure.")
         return
-    if len(predictions):
-        display(tables.full(predictions, index=False))
+    if len(entered):
+        display(tables.full(entered, index=False))
     if len(scored):
         near = int(((scored.ratio >= 0.5) & (scored.ratio <= 2)).sum())
-        with plots.figure(height=0.9 + 0.28 * len(scored)) as ax:
-            draw(scored, ax=ax, title=f"{near} of {len(scored)} predictions are within a factor of two")
+        with plots.figure(height=1.1 + 0.28 * len(scored)) as ax:
+            draw(scored, ax=ax, title=f"{near} of {len(scored)} guesses are within a factor of two")
+    if lesson is None and len(scored):
+        print(course_of_errors(by_lesson()))
+        display(tables.full(by_lesson(), index=False))
     if len(solved):
         display(tables.full(solved, index=False))
 
 
 def draw(scores: DataFrame, *, ax: Axes, title: str = "") -> Axes:
-    """Draw predicted divided by measured, one row a prediction, on a logarithmic axis.
+    """Draw guessed divided by measured, one row a guess, on a logarithmic axis, and the course's prediction beside it.
 
     Args:
         scores: What `scores` returns.
@@ -360,21 +429,25 @@ def draw(scores: DataFrame, *, ax: Axes, title: str = "") -> Axes:
     """
     names = [f"{lesson}  {quantity}" for lesson, quantity in zip(scores.lesson, scores.quantity, strict=True)]
     places = range(len(names))
-    shown = scores.ratio.clip(1 / AT_MOST, AT_MOST)
+    shown, courses = (scores[column].clip(1 / AT_MOST, AT_MOST) for column in ("ratio", "course"))
     ax.axvspan(0.5, 2, color=plots.COLOURS["green"], alpha=0.15)
     ax.axvline(1, color=plots.INK, linewidth=1)
-    ax.plot(shown, places, marker="o", linestyle="none", color=plots.COLOURS["blue"])
+    ax.plot(
+        courses, places, marker="|", markersize=12, linestyle="none", color=plots.COLOURS["vermilion"], label="course"
+    )
+    ax.plot(shown, places, marker="o", linestyle="none", color=plots.COLOURS["blue"], label="your guess")
     ax.set_xscale("log")
     ax.set_xlim(min(0.2, shown.min() / 1.5), max(5, shown.max() * 1.5))
     ax.xaxis.set_major_formatter("{x:g}")
     ax.xaxis.set_minor_formatter("")
     ax.set_yticks(places, names)
     ax.set_ylim(len(names) - 0.5, -0.5)
-    ax.set_xlabel("predicted / measured (band: within a factor of two)")
+    ax.set_xlabel("expected / measured (band: within a factor of two)")
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     if title:
         ax.set_title(title)
     worst = scores.ratio.map(lambda ratio: max(ratio, 1 / ratio)).idxmax()
-    ax.set_label(f"The prediction farthest off is {names[worst]}: {scores.ratio[worst]:.3g} times what was measured")
+    ax.set_label(f"The guess farthest off is {names[worst]}: {scores.ratio[worst]:.3g} times what was measured")
     return ax
 
 

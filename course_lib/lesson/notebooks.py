@@ -29,6 +29,7 @@ __all__ = [
     "LessonFailed",
     "execute",
     "find",
+    "guesses",
     "kernel_environment",
     "listing",
     "notebooks",
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 SCREEN_LINES = 15  # of an error message: what still fits on one screen with the rest
+GUESS = re.compile(r"(?m)^(guess\w*) = None\b")
 NUMBERED = re.compile(r"(\d\d|[a-z])_[a-z0-9_]+\.ipynb")  # not JupyterLab's 03_x-Copy1.ipynb beside 03_x.ipynb
 
 
@@ -159,7 +161,7 @@ def execute(
 
     Args:
         number: The lesson ("03").
-        parameters: New values for names of the lesson's parameters cell.
+        parameters: New values for names of the lesson's parameters cell and of its cells of guesses.
         output_directory: Where the executed copy goes, by default ``book/lessons/``.
         directory: Where the lessons are, by default ``notebooks/``; also the notebook's working directory.
 
@@ -170,11 +172,14 @@ def execute(
         LessonError: There is no such lesson, or it has no such parameter.
         LessonFailed: A cell raised an error; the message names the cell and the error.
     """
+    import nbformat
     import papermill
 
     source = find(number, directory=directory)
     target = (output_directory or PROJECT / "book" / "lessons").resolve() / source.name
-    _require_parameters(source, dict(parameters or {}))
+    lesson = nbformat.read(source, as_version=4)
+    given = _enter_guesses(lesson, dict(parameters or {}))
+    _require_parameters(source, given)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.stem}.{os.getpid()}.partial.ipynb")
     failed = target.with_name(f"{target.stem}.failed.ipynb")
@@ -183,9 +188,9 @@ def execute(
     try:
         with _kernel_environment(ledger=target.parent / ".ledger.json"):
             papermill.execute_notebook(
-                source,
+                lesson,
                 partial,
-                parameters=dict(parameters or {}),
+                parameters=given,
                 kernel_name="python3",
                 progress_bar=False,
                 extra_arguments=["--log-level=40"],  # a kernel warns about its own transport each time it starts
@@ -221,6 +226,35 @@ def execute(
     return Executed(path=target, figures=figures, runs=runs, seconds=time.monotonic() - start, values=values)
 
 
+def guesses(lesson: str, *, directory: Path | None = None) -> list[str]:
+    """The names that a lesson's cells of guesses assign, in the order of the page."""
+    notebook = json.loads(find(lesson, directory=directory).read_text(encoding="utf-8"))
+    return [name for cell in _guess_cells(notebook) for name in GUESS.findall("".join(cell["source"]))]
+
+
+def _guess_cells(notebook: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [cell for cell in notebook["cells"] if "guess" in cell["metadata"].get("tags", ())]
+
+
+def _enter_guesses(notebook: Mapping[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
+    """Write guesses into their cells, as a learner does, and return the other parameters.
+
+    papermill puts all its parameters below the parameters cell, where the cell of the guess would undo them.
+    """
+    entered = set()
+
+    def written(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if name not in parameters:
+            return match.group()
+        entered.add(name)
+        return f"{name} = {parameters[name]!r}"
+
+    for cell in _guess_cells(notebook):
+        cell["source"] = GUESS.sub(written, cell["source"])
+    return {name: value for name, value in parameters.items() if name not in entered}
+
+
 def _require_parameters(source: Path, parameters: dict[str, Any]) -> None:
     """Refuse an unknown parameter: papermill only warns, and the lesson would run with its default."""
     if not parameters:
@@ -230,7 +264,7 @@ def _require_parameters(source: Path, parameters: dict[str, Any]) -> None:
     known = papermill.inspect_notebook(source)
     unknown = sorted(set(parameters) - set(known))
     if unknown:
-        names = ", ".join(sorted(known)) or "none"
+        names = ", ".join([*sorted(known), *guesses(source.stem, directory=source.parent)]) or "none"
         raise LessonError(f"{source.stem} has no parameter {', '.join(unknown)}; its parameters are: {names}.")
 
 

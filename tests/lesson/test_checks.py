@@ -99,43 +99,65 @@ def test_an_expected_error_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
         raise KeyError("other")
 
 
-def test_prediction_and_measurement_meet(capsys: pytest.CaptureFixture[str]) -> None:
-    """The ledger sets the estimate beside the measurement, with the unit and the error."""
-    checks.predict("03", "loss at step 1", 6.6, "nats/token")
-    assert checks.ledger().iloc[0].to_dict() == {
-        "lesson": "03", "quantity": "loss at step 1", "predicted": "6.6", "measured": "not yet",
-        "unit": "nats/token", "error": "",
+def test_guess_prediction_and_measurement_meet(capsys: pytest.CaptureFixture[str]) -> None:
+    """The ledger sets the learner's guess and the course's number beside the measurement, and keeps them apart."""
+    checks.predict("03", "loss at step 1", 6.6, "nats/token", guess=3.0)
+    assert capsys.readouterr().out == ("loss at step 1: your guess 3 nats/token, the course predicts 6.6 nats/token\n")
+    entered = {
+        "lesson": "03", "quantity": "loss at step 1", "your guess": "3", "course": "6.6", "measured": "not yet",
+        "unit": "nats/token", "your error": "", "course's error": "",
     }  # fmt: skip
+    assert checks.ledger().iloc[0].to_dict() == entered
     checks.measured("loss at step 1", 6.0)
-    assert "measured: loss at step 1 = 6 nats/token, predicted 6.6 nats/token: 10% too high" in capsys.readouterr().out
-    assert checks.ledger().iloc[0]["error"] == "10% too high"
+    said = "measured: loss at step 1 = 6 nats/token; your guess 3: 50% too low; the course's 6.6: 10% too high\n"
+    assert capsys.readouterr().out == said
+    errors = {"measured": "6", "your error": "50% too low", "course's error": "10% too high"}
+    assert checks.ledger().iloc[0].to_dict() == entered | errors
 
 
-def test_no_prediction_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
-    """A learner who leaves None still sees the measurement; a misspelt name is an error that names the known ones."""
-    checks.predict("03", "tokens per step", None, "tokens")
+def test_no_guess_is_no_error_and_no_word(capsys: pytest.CaptureFixture[str]) -> None:
+    """A learner who leaves None sees the measurement; a misspelt name is an error that names the known ones."""
+    checks.predict("03", "tokens per step", None, "tokens", guess=None)
     checks.measured("tokens per step", 4096)
-    assert "4,096 tokens (you made no prediction)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "measured: tokens per step = 4,096 tokens\n" in out and "guess" not in out
     with pytest.raises(ValueError, match="'tokens per step'"):
         checks.measured("token per step", 4096)
+
+
+@pytest.mark.parametrize("guess", ["5 GiB", [5], float("nan")])
+def test_a_guess_that_is_no_number_is_not_entered(guess: object, capsys: pytest.CaptureFixture[str]) -> None:
+    """It stops nothing: a line says how a guess is written."""
+    checks.predict("06", "states", 5.0, "GiB", guess=guess)
+    assert "write a number in GiB" in capsys.readouterr().out
+    assert list(checks.ledger()["your guess"]) == [""] and list(checks.ledger()["course"]) == ["5"]
 
 
 def test_a_rerun_loses_nothing() -> None:
     """Running a lesson again adds attempts; tested ones stay, and so do those of other lessons."""
     checks.predict("00", "cores", 4, "cores")
-    for guess in (6.0, 6.5):
-        checks.predict("03", "loss", guess, "nats/token")
+    for value in (6.0, 6.5):
+        checks.predict("03", "loss", value, "nats/token")
         checks.measured("loss", 6.93)
-    assert list(checks.ledger()["predicted"]) == ["4", "6.5"]
-    assert list(checks.ledger(history=True)["predicted"]) == ["4", "6", "6.5"]
-    assert list(checks.ledger(lesson="03")["predicted"]) == ["6.5"]
+    assert list(checks.ledger()["course"]) == ["4", "6.5"]
+    assert list(checks.ledger(history=True)["course"]) == ["4", "6", "6.5"]
+    assert list(checks.ledger(lesson="03")["course"]) == ["6.5"]
+
+
+def test_the_first_guess_that_was_measured_counts() -> None:
+    """Who guesses again knows the answer; a rerun without a guess takes none away."""
+    for guess in (None, 3.0, 6.93, None):
+        checks.predict("03", "loss", 6.9, "nats/token", guess=guess)
+        checks.measured("loss", 6.93)
+    assert list(checks.ledger()["your guess"]) == ["3"]
+    assert list(checks.ledger(history=True)["your guess"]) == ["", "3", "6.93", ""]
 
 
 def test_an_untested_prediction_may_be_corrected() -> None:
     """Until it is measured, a new value replaces the old one instead of adding an attempt."""
-    checks.predict("03", "loss", 1.0, "nats/token")
-    checks.predict("03", "loss", 2.0, "nats/token")
-    assert list(checks.ledger(history=True)["predicted"]) == ["2"]
+    checks.predict("03", "loss", 6.9, "nats/token", guess=1.0)
+    checks.predict("03", "loss", 6.9, "nats/token", guess=2.0)
+    assert list(checks.ledger(history=True)["your guess"]) == ["2"]
 
 
 def test_reset_forgets_one_lesson_or_all() -> None:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from course_lib.common.project import PROJECT
 from course_lib.figures import plots
 from course_lib.lesson import checks, ledger, notebooks
-from support import hygiene
+from support import hygiene, hygiene_learner
 
 
 @pytest.fixture(autouse=True)
@@ -103,14 +103,44 @@ def test_reset_forgets_exercises_too(capsys) -> None:
     assert "1 exercise" in capsys.readouterr().out
 
 
+def test_a_ledger_of_the_second_format_has_no_guesses(own_ledger: Path) -> None:
+    """What stood in it may have been a formula of the page, so it is the course's number and never a guess."""
+    old = {"lesson": "03", "name": "loss", "unit": "nats/token", "predicted": 6.0, "measured": 6.9}
+    old |= {"predicted_at": 1.0, "measured_at": 2.0}
+    own_ledger.write_text(json.dumps({"format": 2, "entries": [old], "exercises": []}))
+    assert (ledger.table()["your guess"][0], ledger.table()["course"][0]) == ("", "6")
+    assert len(ledger.scores()) == 0
+    checks.predict("03", "loss", 6.9, "nats/token", guess=3)
+    written = json.loads(own_ledger.read_text())
+    assert written["format"] == 3 and [entry["guess"] for entry in written["entries"]] == [None, 3.0]
+
+
 def fill() -> None:
-    """Four predictions: exact, ten times too low, a hundredth, and one without a scale."""
-    for name, predicted, measured in (("a", 4, 4), ("b", 1, 10), ("c", 1e6, 1), ("zero", 1, 0)):
-        checks.predict("03", name, predicted, "tokens")
+    """Guesses: exact, ten times too low, a million times too high, one without a scale; and a prediction that is no guess."""
+    for name, guess, measured in (("a", 4, 4), ("b", 1, 10), ("c", 1e6, 1), ("zero", 1, 0), ("formula", None, 7)):
+        checks.predict("03", name, 7 if guess is None else None, "tokens", guess=guess)
         checks.measured(name, measured)
 
 
-def test_the_page_compares_predictions_on_one_scale() -> None:
+@pytest.mark.parametrize(
+    ("factors", "words"),
+    [
+        ((8, 4, 2, 1), "falls: a factor of 6"),
+        ((1, 2, 4, 8), "does not fall: a factor of 1.5"),
+        ((2, 2, 2), "so far there are 3"),
+    ],
+)
+def test_the_page_says_whether_the_error_of_guesses_falls(factors: tuple[float, ...], words: str) -> None:
+    """The second half of the lessons is held against the first; too high and too low count alike, formulas not at all."""
+    for number, factor in enumerate(factors):
+        for name, guess in (("high", factor), ("low", 1 / factor)):
+            checks.predict(f"{number:02d}", name, 1000, "tokens", guess=guess)
+            checks.measured(name, 1, lesson=f"{number:02d}")
+    assert list(ledger.by_lesson().factor) == list(factors) and set(ledger.by_lesson().guesses) == {2}
+    assert words in ledger.course_of_errors(ledger.by_lesson())
+
+
+def test_the_page_compares_guesses_on_one_scale() -> None:
     """Every positive pair is drawn, an extreme one at the edge, and the words name the worst."""
     fill()
     scores = ledger.scores()
@@ -132,7 +162,7 @@ def test_the_command_shows_and_forgets(own_ledger: Path) -> None:
     fill()
     shown = command("--reset", answer="n\n")
     assert "too low" in shown.stdout and str(own_ledger) in shown.stdout
-    assert len(ledger.table()) == 4
+    assert len(ledger.table()) == 5
     command("--reset", "--yes")
     assert len(ledger.table()) == 0
     own_ledger.write_text("{")
@@ -145,7 +175,7 @@ def test_the_button_asks_before_it_forgets() -> None:
     fill()
     button, said = ledger.forget_button().children
     button.click()
-    assert len(ledger.table()) == 4 and "sure" in button.description
+    assert len(ledger.table()) == 5 and "sure" in button.description
     button.click()
     assert len(ledger.table()) == 0 and "empty" in said.value
 
@@ -156,7 +186,8 @@ def test_the_ledgers_notebook_runs_and_keeps_the_habits(tmp_path: Path) -> None:
 
     source = PROJECT / "notebooks" / "your_ledger.ipynb"
     content = json.loads(source.read_text(encoding="utf-8"))
-    of_lessons = {hygiene.tags_are_known, hygiene.takeaways_mirror_objectives, hygiene.attempts_are_harmless}
+    of_lessons = {hygiene.tags_are_known, hygiene.takeaways_mirror_objectives, hygiene_learner.guesses_come_first}
+    of_lessons |= {hygiene_learner.exercises_are_a_ladder, hygiene_learner.a_quiz_has_three_questions}
     assert [found for rule in hygiene.RULES if rule not in of_lessons for found in rule(content)] == []
     assert source.stem not in {lesson.path.stem for lesson in notebooks.listing()}
     fill()
@@ -169,4 +200,4 @@ def test_the_ledgers_notebook_runs_and_keeps_the_habits(tmp_path: Path) -> None:
         for output in cell.get("outputs", ())
         if "image/png" in output.get("data", {})
     ]
-    assert figures and "2 of 3" not in figures[0] and "1 of 3 predictions" in figures[0]
+    assert figures and "2 of 3" not in figures[0] and "1 of 3 guesses" in figures[0]

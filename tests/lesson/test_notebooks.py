@@ -89,9 +89,17 @@ def test_parameters_reach_the_notebook_and_a_broken_claim_is_named(project: Path
     assert not list((project / "out").glob(".*partial*"))
 
 
+def test_a_guess_reaches_its_cell_and_the_ledger(project: Path) -> None:
+    """It is written where a learner writes it, and is entered as a guess beside the course's own number."""
+    execute(project, parameters={"guess": 3})
+    (entry,) = json.loads((project / "out" / ".ledger.json").read_text())["entries"]
+    assert (entry["guess"], entry["predicted"], entry["measured"]) == (3.0, 4.0, 4.0)
+    assert notebooks.guesses("07", directory=project / "notebooks") == ["guess"]
+
+
 def test_an_unknown_parameter_is_refused(project: Path) -> None:
     """papermill only warns about an unknown parameter; here nothing starts, and the known names are listed."""
-    with pytest.raises(notebooks.LessonError, match=r"no parameter extra; its parameters are: first, second"):
+    with pytest.raises(notebooks.LessonError, match=r"no parameter extra; its parameters are: first, second, guess"):
         execute(project, parameters={"extra": 3})
     assert not (project / "out").exists()
 

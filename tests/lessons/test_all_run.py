@@ -52,8 +52,9 @@ def test_the_lesson_runs(number):
 def test_a_broken_claim_is_caught(number, tmp_path):
     """With one parameter wrong, the lesson stops at its own check, with a message that teaches."""
     parameters, words = BROKEN[number]
+    guesses = dict.fromkeys(notebooks.guesses(number), 1.5)
     with pytest.raises(notebooks.LessonFailed, match="does not hold"):
-        notebooks.execute(number, parameters=parameters, output_directory=tmp_path)
+        notebooks.execute(number, parameters=parameters | guesses, output_directory=tmp_path)
     (failed,) = tmp_path.glob("*.failed.ipynb")
     raised = [
         output["evalue"]
@@ -62,3 +63,6 @@ def test_a_broken_claim_is_caught(number, tmp_path):
         if output["output_type"] == "error"
     ]
     assert len(raised) == 1 and words in raised[0]
+    ledger = tmp_path / ".ledger.json"  # the claim may break before anything is predicted
+    entered = json.loads(ledger.read_text())["entries"] if ledger.exists() else []
+    assert {entry["guess"] for entry in entered} <= {None, 1.5}, "guesses of a learner reach the ledger as they are"

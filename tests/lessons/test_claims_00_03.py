@@ -38,6 +38,8 @@ def lesson_00():
         "the doctor read another version": {"packages": {"torch": Some(version="2.12.0")}},
         "tested with another version": {"stack": Some(TESTED={"torch": "2.12.0"}, device=gives("cpu"))},
         "a package that is installed and broken": {"report": Some(findings=[broken])},
+    }  # fmt: skip
+    yield "check-device", machine, {
         "GPUs are promised that are not there": {"stack": Some(TESTED={"torch": "2.13.0"}, device=gives("cuda"))},
         "GPUs are there and left alone": {"torch": torch(8)},
     }  # fmt: skip

@@ -15,7 +15,7 @@ from course_lib.common.project import PROJECT
 LIBRARY = PROJECT / "course_lib"
 ROOMS = [
     *("common", "planning/layout", "stack", "runs", "ranks/cpu", "ranks", "figures", "text", "recipes", "lesson"),
-    *("planning", "launch", "experiments", "reading", "machine"),
+    *("planning", "launch", "experiments", "reading", "machine", "lesson/exercises"),
 ]
 """From the ground up; the command `course` stands above them all."""
 HEAVY = {"torch", "megatron", "pandas", "matplotlib", "transformers", "numpy", "ipywidgets", "IPython", "nemo_run"}
@@ -25,9 +25,7 @@ FILES = sorted(LIBRARY.rglob("*.py"))
 def room(path: Path) -> str:
     """The room of a file or a folder of course_lib; the top itself is the attic."""
     inside = path.relative_to(LIBRARY).as_posix()
-    return next(
-        (name for name in ("planning/layout", "ranks/cpu") if inside.startswith(name)), inside.partition("/")[0]
-    )
+    return next((name for name in ROOMS if "/" in name and inside.startswith(name)), inside.partition("/")[0])
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:

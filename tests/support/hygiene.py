@@ -11,14 +11,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from support import hygiene_code
+from support import hygiene_code, hygiene_learner
 from support import notebook_cells as cells
 from support.notebook_cells import Notebook
 
 __all__ = ["RULES", "TAGS", "Problem", "advice", "problems"]
 
 TAGS = frozenset(
-    "objectives prerequisites imports parameters predict run check exercise attempt solution takeaways next "
+    "objectives prerequisites imports parameters guess predict run check exercise attempt solution quiz takeaways next "
     "hide-input hide-output hide-cell".split()
 )
 CODE_LINES, CODE_CELLS, WORDS = (80, 200), (12, 20), (1000, 1800)
@@ -188,19 +188,6 @@ def plain_words(notebook: Notebook) -> Found:
             yield cell["id"], "has an emoji"
 
 
-def attempts_are_harmless(notebook: Notebook) -> Found:
-    """An exercise has an attempt whose answer is None and a folded solution."""
-    for cell in cells.tagged(notebook, "attempt"):
-        if not re.search(r"=\s*None\b", cells.source(cell)):
-            yield cell["id"], "the attempt does not start from `answer = None`"
-    for cell in cells.tagged(notebook, "solution"):
-        if "hide-cell" not in cells.tags(cell):
-            yield cell["id"], "the solution is not folded: add the tag hide-cell"
-    counts = {tag: len(cells.tagged(notebook, tag)) for tag in ("attempt", "solution")}
-    if counts["attempt"] != counts["solution"]:
-        yield "", f"{counts['attempt']} attempts and {counts['solution']} solutions: each attempt needs its solution"
-
-
 RULES: tuple[Callable[[Notebook], Found], ...] = (
     format_is_current,
     ids_are_readable,
@@ -213,8 +200,12 @@ RULES: tuple[Callable[[Notebook], Found], ...] = (
     hygiene_code.no_shell_and_no_tricks,
     hygiene_code.cells_are_short,
     hygiene_code.parameters_are_literals,
+    hygiene_code.code_is_narrow,
     one_sentence_a_line,
     powers_are_code,
     plain_words,
-    attempts_are_harmless,
+    hygiene_learner.guesses_come_first,
+    hygiene_learner.attempts_hide_the_answer,
+    hygiene_learner.exercises_are_a_ladder,
+    hygiene_learner.a_quiz_has_three_questions,
 )

@@ -9,9 +9,16 @@ from collections.abc import Iterator
 from support import notebook_cells as cells
 from support.notebook_cells import Notebook
 
-__all__ = ["cells_are_short", "imports_are_together", "no_shell_and_no_tricks", "parameters_are_literals"]
+__all__ = [
+    "cells_are_short",
+    "code_is_narrow",
+    "imports_are_together",
+    "no_shell_and_no_tricks",
+    "parameters_are_literals",
+]
 
 MAX_CODE_LINES = 14  # a cell that fits on the screen together with its output
+MAX_WIDTH = 88  # characters; what the book and a projector show without wrapping
 MAX_IMPORT_LINES = 20  # no output; a line for each room says where one is
 
 
@@ -87,3 +94,23 @@ def parameters_are_literals(notebook: Notebook) -> Iterator[tuple[str, str]]:
                 yield cell["id"], f"line {node.lineno} is not a literal: papermill can only replace literals"
             if "#" not in lines[(node.end_lineno or node.lineno) - 1]:
                 yield cell["id"], f"line {node.lineno} has no comment: say what the parameter is, with its unit"
+
+
+def code_is_narrow(notebook: Notebook) -> Iterator[tuple[str, str]]:
+    """No line of code wraps, one statement stands on a line, and settings are assigned one by one."""
+    for cell in cells.of_kind(notebook, "code"):
+        for number, line in enumerate(cells.source(cell).splitlines(), 1):
+            if len(line) > MAX_WIDTH:
+                yield cell["id"], f"line {number} has {len(line)} characters, needed at most {MAX_WIDTH}"
+    for cell, tree in cells.trees(notebook):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Assign) and any(map(_several_settings, node.targets)):
+                yield cell["id"], f"line {node.lineno} assigns several settings: one a line can be read and compared"
+            body = getattr(node, "body", None)
+            for one, two in zip(body, body[1:], strict=False) if isinstance(body, list) else ():
+                if one.end_lineno == two.lineno:
+                    yield cell["id"], f"line {two.lineno} has two statements: give each a line"
+
+
+def _several_settings(target: ast.expr) -> bool:
+    return isinstance(target, ast.Tuple) and any(isinstance(each, ast.Attribute) for each in target.elts)

@@ -38,6 +38,18 @@ def notebook(*cells: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+IMPORTS = """from types import SimpleNamespace
+
+from course_lib.lesson import checks, notebooks, quiz
+from course_lib.lesson.exercises import setup
+
+report = SimpleNamespace(lessons=[SimpleNamespace(runs=True)], findings=())"""
+PREDICT = 'checks.predict("07", "sum", 4, "(a number)", guess=guess)'
+CHECK = 'checks.measured("sum", total, lesson="07")\nchecks.claim(total == 4, "two and two are four")'
+ATTEMPT = "answer = None  # yours\n\nchecks.attempt(answer, setup.lessons_that_run, report)"
+SOLUTION = "checks.solution(1, setup.lessons_that_run, report)"
+
+
 def clean() -> dict[str, Any]:
     """A small lesson that keeps every rule."""
     return notebook(
@@ -46,12 +58,17 @@ def clean() -> dict[str, Any]:
         markdown(
             "before-you-start", "It takes 5 minutes.\nSee the [glossary](../book/glossary.md#rank).\n", "prerequisites"
         ),
-        code("imports", "from course_lib.lesson import checks, notebooks", "imports"),
+        code("imports", IMPORTS, "imports"),
         code("parameters", "first = 2  # a number\nsecond = 2  # another number", "parameters"),
+        code("guess", "guess = None  # yours, a number", "guess"),
+        code("predict", PREDICT, "predict", "hide-input"),
         code("sum", 'total = first + second\nnotebooks.publish("total", total)'),
-        code("check-the-sum", 'checks.claim(total == 4, "two and two are four")', "check"),
-        code("attempt", "answer = None\nchecks.exercise(answer, lambda value: value == 4)", "exercise", "attempt"),
-        code("solution", "checks.solved(4, lambda value: value == 4)", "solution", "hide-cell"),
+        code("check-the-sum", CHECK, "check"),
+        code("attempt-read", ATTEMPT, "exercise", "attempt"),
+        code("solution-read", SOLUTION, "solution", "hide-cell"),
+        code("attempt-do", ATTEMPT, "exercise", "attempt"),
+        code("solution-do", SOLUTION, "solution", "hide-cell"),
+        code("quiz", 'quiz.show("00")', "quiz", "hide-input"),
         markdown("takeaways", "**What you now know**\n\n- You added two numbers.\n- You expected 4.\n", "takeaways"),
     )
 
