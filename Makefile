@@ -20,7 +20,7 @@ run: setup ## train on 8 ranks: lesson 03 without a browser, on mock data, then 
 	@$(COURSE) lesson 03 --open-hint
 
 test: setup ## run every test
-	@.venv/bin/python -m pytest
+	@.venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-changed: setup ## run the tests, without lessons that passed with the same content; never in CI
 	@.venv/bin/python -m pytest --changed-only

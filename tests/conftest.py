@@ -14,6 +14,15 @@ pytest_plugins = ["support.lesson_runs", "support.small_book"]
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 
+FIRST = "tests/lessons/test_all_run.py"
+LAST = ("tests/lessons/test_traced_numbers.py", "tests/lessons/test_words_of_pictures.py", "tests/tools/test_book.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With two workers the longest file starts first, and who reads executed lessons comes when there are some."""
+    items.sort(key=lambda item: (item.nodeid.startswith(LAST), not item.nodeid.startswith(FIRST)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def warm_engine():
     """One lease for the session: every launch of every test and notebook shares one warm fork server."""

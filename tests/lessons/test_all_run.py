@@ -9,6 +9,7 @@ import pytest
 
 from course_lib import runs
 from course_lib.lesson import notebooks
+from support import executed_lessons
 
 PROJECT_LESSONS = [lesson.number for lesson in notebooks.listing()]
 
@@ -41,7 +42,8 @@ def test_no_cell_reads_a_path_that_depends_on_where_it_runs():
 @pytest.mark.parametrize("number", PROJECT_LESSONS)
 def test_the_lesson_runs(number):
     """papermill executes the lesson on the real stack; its runs succeeded, and the copy stands in book/lessons."""
-    done = notebooks.execute(number)
+    with executed_lessons.alone(notebooks.find(number)):
+        done = notebooks.execute(number)
     assert done.path.exists() and done.path.parent.name == "lessons"
     assert done.runs or number in ("00", "01", "02"), "every lesson that trains names its run"
     assert all(runs.Run(path).outcome.status == "succeeded" for path in done.runs)
