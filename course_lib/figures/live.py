@@ -188,8 +188,9 @@ class View:
         left = remaining(run, total_steps=self.total_steps)
         self._agreement = self._agreement or Agreement(run)
         return self._warned(self._agreement.look()) + (
-            f"step {int(now['step'])} of {self.total_steps}, loss {now['loss']:.3f} nats/token, "
-            f"{now['tokens_per_second']:,.0f} tokens/s, {elapsed} so far, "
+            f"step {int(now['step'])} of {self.total_steps}, loss {now['loss']:.3f} {plots.loss_unit(run)}, "
+            + (f"{rate:,.0f} tokens/s, " if isfinite(rate := now["tokens_per_second"]) else "")
+            + f"{elapsed} so far, "
             + (f"about {duration(left, rough=True)} left" if left is not None else "time left not known yet")
         )
 
@@ -201,7 +202,7 @@ class View:
         words = {"succeeded": "done", "failed": "failed", "interrupted": "stopped by you"}.get(status, "ended")
         text = f"{words}, {steps} of {self.total_steps} steps in {duration(ended - began)}"
         if steps:
-            text += f", loss {run.metrics['loss'].iloc[-1]:.3f} nats/token"
+            text += f", loss {run.metrics['loss'].iloc[-1]:.3f} {plots.loss_unit(run)}"
         if outcome and status == "failed":
             text += f". {outcome.cause[:1].upper()}{outcome.cause[1:]}"
         return self._warned(run.warnings) + text
@@ -238,7 +239,7 @@ class Panels:
             (self.peak,) = memory.plot([], [], color=plots.COLOURS["vermilion"], **peak)
             memory.grid(axis="x", visible=False)
             titles = ("Loss", "Memory per rank", "Throughput")
-            labels = (("step", "nats per token"), ("rank (line: peak)", "MiB"), ("step", "tokens/s, all ranks"))
+            labels = (("step", ""), ("rank (line: peak)", "MiB"), ("step", "tokens/s, all ranks"))
             for ax, title, (x, y) in zip(self.axes, titles, labels, strict=True):
                 ax.set(xlabel=x, ylabel=y)
                 ax.set_title(title, loc="left")
@@ -301,6 +302,7 @@ class Panels:
                 ax.set_ylim(*pair)
             memory_axis.set_ylabel(unit)
             loss_axis.set_xlabel("step (diamonds: held out)" if limits[-1] else "step")
+            loss_axis.set_ylabel(plots.loss_unit(run).replace("/", " per "))
         return limits
 
     def _draw_last(self, run: Run) -> bytes:

@@ -98,7 +98,7 @@ def loss(run: Run, *, ax: Axes | None = None, baseline: Mapping[str, float] | No
     Batches of a long run hide its course, so beyond 100 steps their average is drawn over them.
 
     Args:
-        run: A run with ``metrics`` (columns ``step``, ``loss`` in nats per token) and, if there is one, ``validation``.
+        run: A run with ``metrics`` (columns ``step``, ``loss``) and, if there is one, ``validation``.
         ax: The axis to draw on; a new figure is made when it is missing.
         baseline: Name to loss in nats per token, drawn as level lines, such as ``{"ln(vocabulary)": 6.93}``.
         title: What the picture shows.
@@ -107,7 +107,7 @@ def loss(run: Run, *, ax: Axes | None = None, baseline: Mapping[str, float] | No
         The axis.
     """
     ax = _axis(ax)
-    metrics = run.metrics
+    metrics, unit = run.metrics, loss_unit(run).replace("/", " per ")
     sentences = []
     if len(metrics):
         long = len(metrics) > LONG
@@ -119,17 +119,17 @@ def loss(run: Run, *, ax: Axes | None = None, baseline: Mapping[str, float] | No
             ax.plot(metrics["step"], average, label=f"average of {AVERAGED}", color=COLOURS["blue"], linestyle="-")
         sentences.append(
             f"Training loss goes from {metrics['loss'].iloc[0]:.3g} at step {int(metrics['step'].iloc[0])} "
-            f"to {metrics['loss'].iloc[-1]:.3g} nats per token at step {int(metrics['step'].iloc[-1])}"
+            f"to {metrics['loss'].iloc[-1]:.3g} {unit} at step {int(metrics['step'].iloc[-1])}"
         )
     validation = getattr(run, "validation", None)
     if validation is not None and len(validation):
         line = {"color": COLOURS["vermilion"], "linestyle": "--", "marker": "D", "markersize": 5}
         ax.plot(validation["step"], validation["loss"], label="held out", **line)
-        sentences.append(f"Held-out loss ends at {validation['loss'].iloc[-1]:.3g} nats per token")
+        sentences.append(f"Held-out loss ends at {validation['loss'].iloc[-1]:.3g} {unit}")
     for (name, value), dashes in zip((baseline or {}).items(), ([6, 3], [2, 2], [6, 2, 1, 2]) * 4, strict=False):
         ax.axhline(value, color=INK, linewidth=1.5, dashes=dashes, label=f"{name}: {value:.2f}")
-        sentences.append(f"A level line marks {name} at {value:.3g} nats per token")
-    finish(ax, x="step", y="loss (nats per token)", title=title, sentences=sentences)
+        sentences.append(f"A level line marks {name} at {value:.3g} {unit}")
+    finish(ax, x="step", y=f"loss ({unit})", title=title, sentences=sentences)
     if len(ax.get_legend_handles_labels()[1]) > 1:
         ax.legend()
     return ax
@@ -236,6 +236,11 @@ def stacked(
     first = dict(zip(reversed(labels), reversed(handles), strict=True))
     ax.legend([first[part] for part in [*large, "other"]], [*large, "other"], loc="lower right", ncols=2, fontsize=8)
     return ax
+
+
+def loss_unit(run: Run) -> str:
+    """The unit of a run's loss, as in ``Run.loss_unit``; what only has its tables is taken for a pretraining."""
+    return getattr(run, "loss_unit", "nats/token")
 
 
 def per_rank(run: Run) -> tuple[list[int], list[float], list[float]]:

@@ -25,7 +25,7 @@ from course_lib.launch import forkserver, supervise, torchrun
 from course_lib.launch.supervise import RunFailed, RunInterrupted
 from course_lib.launch.torchrun import command, settings, start_process
 from course_lib.ranks import train
-from course_lib.runs import checkpoints, config_file, field_values, foreign_code
+from course_lib.runs import checkpoints, config_file, field_values, foreign_code, writer
 from course_lib.runs.field_values import FieldError
 from course_lib.stack import devices
 from course_lib.text import microscope, tokenizers
@@ -267,7 +267,7 @@ def prepare(
         "save": str(path / "checkpoints") if save else None,
         "load": str(source) if source else None,
     } | _random_states(source, device)
-    try:
+    with runs.removed_on_error(path):
         if isinstance(cfg, (str, Path)):
             config_file.write_content(content, path, places)
         else:
@@ -278,9 +278,6 @@ def prepare(
         about = _launch_record(content, path, ranks, device, launcher, target, plan, record)
         before = checkpoints.global_batch_size(resumed) if resumed else None
         runs.write_json(path / "launch.json", about | {"global_batch_size_of_the_checkpoint": before})
-    except BaseException:  # a directory without its launch.json would look like a run that goes on
-        shutil.rmtree(path)
-        raise
     return runs.Run(path)
 
 
@@ -315,31 +312,27 @@ def _count_of(content: dict, section: str, field: str) -> int:
 def _launch_record(
     content: dict, path: Path, ranks: int, device: str, launcher: str, target: str, plan: Layout, record: bool
 ) -> dict:
-    return {
-        "name": path.name,
-        "ranks": ranks,
-        "device": device,
-        "launcher": launcher,
-        "target": target,
-        "record": record,
-        "command": " ".join(command(path, ranks=ranks)),
-        "layout": {
-            "tensor_model_parallel_size": plan.tensor_model_parallel_size,
-            "pipeline_model_parallel_size": plan.pipeline_model_parallel_size,
-            "context_parallel_size": plan.context_parallel_size,
-            "expert_model_parallel_size": plan.expert_model_parallel_size,
-            "data_parallel_size": plan.data_parallel_size,
-        },
-        "versions": stack.versions(),
-        "seed": (content.get("rng") or {}).get("seed"),
-        "started": time.time(),
-        "train_iters": _count_of(content, "train", "train_iters"),
-        "global_batch_size": _count_of(content, "train", "global_batch_size"),
-        "seq_length": _count_of(content, "model", "seq_length"),
-        "memory_kind": "allocated by torch on the GPU"
-        if device == "cuda"
-        else "anonymous memory of the process since it started",
-    }
+    sizes = (
+        "tensor_model_parallel",
+        "pipeline_model_parallel",
+        "context_parallel",
+        "expert_model_parallel",
+        "data_parallel",
+    )
+    return writer.launch_record(
+        path,
+        ranks=ranks,
+        device=device,
+        train_iters=_count_of(content, "train", "train_iters"),
+        launcher=launcher,
+        target=target,
+        record=record,
+        command=" ".join(command(path, ranks=ranks)),
+        layout={f"{size}_size": getattr(plan, f"{size}_size") for size in sizes},
+        seed=(content.get("rng") or {}).get("seed"),
+        global_batch_size=_count_of(content, "train", "global_batch_size"),
+        seq_length=_count_of(content, "model", "seq_length"),
+    )
 
 
 def _view(show: str | None, train_iters: int, path: Path) -> live.View | None:

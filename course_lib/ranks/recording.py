@@ -1,4 +1,4 @@
-"""In a rank: write down every collective and every point-to-point transfer of a training step, and when work was done.
+"""In a rank: write down the numbers of each step; and, if asked, every message, and when work was done.
 
 Every function of `torch.distributed` ends in a method of `ProcessGroup`, under whatever name a library imported it.  So
 the recorder wraps those methods and nothing else, and works with gloo and NCCL alike.  A run that does not ask for it
@@ -24,7 +24,9 @@ from course_lib.stack.patches import Patches, applied
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from megatron.bridge.training.callbacks import Callback
+    from megatron.bridge.training.callbacks import CallbackContext
+
+    from course_lib.runs.writer import Writer
 
 GROUPS = (
     ("tp", "_TENSOR_MODEL_PARALLEL_GROUP"),
@@ -334,27 +336,118 @@ def _sends(module: Any) -> bool:
     return hasattr(module, "scale_mask_softmax") and module.config.context_parallel_size > 1
 
 
-def callback(path: Path, rank: int) -> Callback:
-    """A Bridge callback that records the training steps of this rank.
+class Messages:
+    """Bridge's events for a `Recorder`."""
 
-    Args:
-        path: The run directory.
-        rank: Global rank.
+    def __init__(self, path: Path, rank: int) -> None:
+        self._recorder = Recorder(path, rank)
+        self._recorder.install()
+
+    def on_train_start(self, context: CallbackContext) -> None:
+        self._recorder.know(context.model)
+
+    def on_train_step_start(self, context: CallbackContext) -> None:
+        self._recorder.step = context.state.train_state.step + 1
+
+    def on_train_step_end(self, context: CallbackContext) -> None:
+        self._recorder.write()
+        self._recorder.step = None
+
+
+# --------------------------------------------------------------------------------------------- the numbers of each step
+
+
+class Clock:
+    """Bridge's events for a writer: when a step begins and ends, and its memory."""
+
+    def __init__(self, writer: Writer) -> None:
+        self._writer = writer
+
+    def on_data_init_start(self, context: CallbackContext) -> None:
+        self._writer.stage("loading data")
+
+    def on_train_start(self, context: CallbackContext) -> None:
+        self._writer.begin(context.state.train_state.step)
+
+    def on_train_step_start(self, context: CallbackContext) -> None:
+        self._writer.begin_step()
+
+    def on_train_step_end(self, context: CallbackContext) -> None:
+        if self._writer.leads:
+            import torch
+
+            torch.cuda.synchronize()  # a GPU may still be at work; no effect in a CPU rank
+        self._writer.end_step(context.state.train_state.step + 1)  # Bridge counts the step after this event
+
+
+class Metrics:
+    """Bridge's events for a writer: losses and tokens; after `Clock` and `Messages`, for it may send a message itself."""
+
+    def __init__(self, writer: Writer, tokens: Tokens) -> None:
+        self._writer, self._tokens = writer, tokens
+
+    def on_train_step_start(self, context: CallbackContext) -> None:
+        self._tokens.here = None
+
+    def on_train_step_end(self, context: CallbackContext) -> None:
+        state = context.state
+        full = state.cfg.train.global_batch_size * state.cfg.model.seq_length
+        self._writer.metrics(
+            state.train_state.step + 1,
+            loss=_number((context.loss_dict or {}).get("lm loss")),
+            grad_norm=_number(context.grad_norm),
+            learning_rate=max((group["lr"] for group in context.optimizer.param_groups if group), default=None),
+            tokens=full if self._tokens.here is None else self._tokens.of_all_ranks(context.model),
+            skipped=bool(context.skipped_iter),
+        )
+
+    def on_eval_end(self, context: CallbackContext) -> None:
+        loss = _number((context.total_loss_dict or {}).get("lm loss"))
+        self._writer.validation(context.state.train_state.step, loss=loss)
+
+
+class Tokens:
+    """Counts what the batches of a step hold beside padding, in a rank of the last pipeline stage.
+
+    Batches of whole samples say it themselves (`token_count`); a batch without it is full.
+    Source: megatron-bridge 0.6.2 `data/datasets/gpt_sft.py`, `data/collators/sft.py`
     """
-    from megatron.bridge.training.callbacks import Callback
 
-    recorder = Recorder(path, rank)
-    recorder.install()
+    def __init__(self) -> None:
+        self.here: int | None = None
 
-    class Recording(Callback):
-        def on_train_start(self, context: Any) -> None:
-            recorder.know(context.model)
+    def counting(self, forward_step: Callable) -> Callable:
+        """Bridge's `forward_step`, which takes its batches from an iterator that counts them."""
+        from megatron.core.utils import unwrap_model
 
-        def on_train_step_start(self, context: Any) -> None:
-            recorder.step = context.state.train_state.step + 1
+        @functools.wraps(forward_step)
+        def counted(state: Any, data_iterator: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+            if data_iterator is not None and getattr(unwrap_model(model), "post_process", True):
+                batches = iter(functools.partial(next, data_iterator), self)  # Megatron's own has no __iter__
+                data_iterator = map(self._count, batches)
+            return forward_step(state, data_iterator, model, *args, **kwargs)
 
-        def on_train_step_end(self, context: Any) -> None:
-            recorder.write()
-            recorder.step = None
+        return counted
 
-    return Recording()
+    def _count(self, batch: Any) -> Any:
+        counts = batch.get("token_count") if isinstance(batch, dict) else None
+        if counts is not None:
+            self.here = (self.here or 0) + int(sum(counts))
+        return batch
+
+    def of_all_ranks(self, model: list) -> int:
+        """The sum over the data-parallel ranks, which read different batches."""
+        import torch
+        from megatron.bridge.training.utils.pg_utils import get_pg_collection
+
+        count = torch.tensor(self.here, device=torch.cuda.current_device())
+        torch.distributed.all_reduce(count, group=get_pg_collection(model).dp)
+        return int(count)
+
+
+def _number(value: Any) -> float | None:
+    if value is None:
+        return None
+    if hasattr(value, "numel") and value.numel() == 2:  # Bridge may hand over (sum of losses, number of tokens)
+        return float(value[0] / value[1])
+    return float(value)

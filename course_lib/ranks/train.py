@@ -29,11 +29,11 @@ from course_lib import runs, stack
 from course_lib.common import files
 from course_lib.common.config import ConfigError
 from course_lib.common.project import untested_allowed, variable
-from course_lib.runs import failures, foreign_code, memory_meter
+from course_lib.runs import failures, foreign_code
+from course_lib.runs.writer import Writer, stage
 from course_lib.stack import patches
 
 if TYPE_CHECKING:
-    from megatron.bridge.training.callbacks import Callback
     from megatron.bridge.training.config import ConfigContainer
 
 __all__ = [
@@ -44,8 +44,6 @@ __all__ = [
     "prepare",
     "rank_main",
     "read_config",
-    "recorder",
-    "stage",
     "start",
 ]
 
@@ -102,106 +100,6 @@ def _let_specification_pass(content: dict) -> None:
         ):  # foreign_code.refuse() let it pass
             instantiate_utils._ALLOWED_PRIVATE_TARGETS.add(node["_target_"])
             instantiate_utils.target_allowlist.add_exact(node["_target_"])
-
-
-def stage(path: Path, rank: int, name: str) -> None:
-    """Say in `ranks/N.json` what this rank is doing now."""
-    runs.write_json(
-        path / "ranks" / f"{rank}.json", {"rank": rank, "pid": os.getpid(), "stage": name, "time": time.time()}
-    )
-
-
-def recorder(path: Path, rank: int, world: int, meter: memory_meter.Meter) -> Callback:
-    """A Bridge callback that writes `metrics.jsonl`, `validation.jsonl`, `memory.jsonl` and `steps.jsonl`.
-
-    Args:
-        path: The run directory.
-        rank: Global rank; the last one holds the loss and writes metrics, every one writes its memory and its
-            own loss and gradient norm, which `runs.Agreement` compares.
-        world: Number of ranks.
-        meter: Reads this rank's memory.
-    """
-    import torch
-    from megatron.bridge.training.callbacks import Callback
-
-    class Recorder(Callback):
-        started = 0.0
-
-        def on_data_init_start(self, context: object) -> None:
-            stage(path, rank, "loading data")
-
-        def on_train_start(self, context: object) -> None:
-            stage(path, rank, "training")
-            self.write_memory(context.state.train_state.step)
-            meter.begin_step()
-
-        def on_train_step_start(self, context: object) -> None:
-            self.started = time.perf_counter()
-
-        def on_train_step_end(self, context: object) -> None:
-            if rank == world - 1:
-                torch.cuda.synchronize()  # a GPU may still be at work; no effect in a CPU rank
-            elapsed_seconds = time.perf_counter() - self.started
-            state = context.state
-            step = state.train_state.step + 1  # Bridge counts the step after this event
-            self.write_memory(step)
-            meter.begin_step()
-            loss, norm = _number((context.loss_dict or {}).get("lm loss")), _number(context.grad_norm)
-            mine = {"rank": rank, "step": step, "loss": loss, "grad_norm": norm, "skipped": bool(context.skipped_iter)}
-            _append_row(path / "steps.jsonl", mine)
-            if rank != world - 1:
-                return
-            tokens = state.cfg.train.global_batch_size * state.cfg.model.seq_length
-            rates = [group["lr"] for group in context.optimizer.param_groups if group]
-            _append_row(
-                path / "metrics.jsonl",
-                {
-                    "step": step,
-                    "time": time.time(),
-                    "loss": loss,
-                    "grad_norm": norm,
-                    "learning_rate": max(rates) if rates else None,
-                    "elapsed_ms": elapsed_seconds * 1e3,
-                    "tokens": tokens,
-                    "tokens_per_second": tokens / elapsed_seconds,
-                    "skipped": bool(context.skipped_iter),
-                },
-            )
-
-        def on_eval_end(self, context: object) -> None:
-            if rank == world - 1:
-                loss = _number((context.total_loss_dict or {}).get("lm loss"))
-                _append_row(
-                    path / "validation.jsonl",
-                    {"step": context.state.train_state.step, "time": time.time(), "loss": loss},
-                )
-
-        def write_memory(self, step: int) -> None:
-            now_bytes, peak_bytes = meter.read()
-            _append_row(
-                path / "memory.jsonl",
-                {
-                    "rank": rank,
-                    "step": step,
-                    "time": time.time(),
-                    "memory_bytes": now_bytes,
-                    "peak_memory_bytes": peak_bytes,
-                },
-            )
-
-    return Recorder()
-
-
-def _number(value: object) -> float | None:
-    if value is None:
-        return None
-    if hasattr(value, "numel") and value.numel() == 2:  # Bridge may hand over (sum of losses, number of tokens)
-        return float(value[0] / value[1])
-    return float(value)
-
-
-def _append_row(path: Path, row: dict) -> None:
-    files.append_lines(path, [json.dumps(row)])
 
 
 @contextmanager
@@ -376,24 +274,23 @@ def rank_main(run_directory: str, cfg: ConfigContainer | None = None, *, callbac
     from megatron.bridge.training.pretrain import pretrain
 
     from course_lib.planning import layout
+    from course_lib.ranks import recording
     from course_lib.stack import devices
 
-    meter = memory_meter.meter(device)
+    writer = Writer(path, rank=rank, world=world, device=device)
     cfg = cfg or _read(path, world)
     devices.refuse_what_is_missing(device)
     devices.apply(cfg, device)
     if device == "cuda":
         patches.apply(stack.HELPERS)
     layout.require(cfg, world)
-    stage(path, rank, "building the model")
+    writer.stage("building the model")
     train = finetune if cfg.checkpoint.pretrained_checkpoint else pretrain
-    listeners = [recorder(path, rank, world, meter)]
-    if launch.get("record"):
-        from course_lib.ranks import recording
-
-        listeners.append(recording.callback(path, rank))
+    tokens = recording.Tokens()
+    listeners = [recording.Clock(writer), *([recording.Messages(path, rank)] if launch.get("record") else [])]
+    listeners.append(recording.Metrics(writer, tokens))
     try:
-        train(cfg, forward_step, callbacks=[*listeners, *callbacks])
+        train(cfg, tokens.counting(forward_step), callbacks=[*listeners, *callbacks])
     except SystemExit as leaving:  # Bridge leaves this way when a limit of time or a signal ends a run
         if leaving.code not in (None, 0):
             raise RuntimeError(f"Bridge ended the run with exit code {leaving.code}") from None

@@ -78,12 +78,13 @@ def memory_growth(run: Run) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("rank")
 
 
-def symptoms(run: Run, *, vocab_size: int) -> pd.DataFrame:
+def symptoms(run: Run, *, vocab_size: int | None) -> pd.DataFrame:
     """Hold each sign of a run against its limit: a table of measured value, limit, and `"ok"` or `"look"`.
 
     Args:
         run: A finished run.
-        vocab_size: Rows of the output layer, for the loss of fresh weights.
+        vocab_size: Rows of the output layer, for the loss of fresh weights; `None` for a run that began with other
+            weights, whose first loss says nothing.
 
     Returns:
         One row a sign, indexed by its name: `measured`, `limit`, `unit`, `where`, `verdict`.
@@ -96,10 +97,7 @@ def symptoms(run: Run, *, vocab_size: int) -> pd.DataFrame:
     metrics = run.metrics
     if metrics.empty:
         raise ValueError(f"run {run.name!r} has no step to look at; outcome.json says how it ended, if it did")
-    losses = metrics["loss"].astype(float)
-    model = run.config["model"]
-    expected = baselines.first_loss(vocab_size, model["hidden_size"], model["init_method_std"])
-    start = abs(losses.iloc[0] - expected)
+    losses, unit = metrics["loss"].astype(float), run.loss_unit
     calm = smoothed(losses)
     above = calm - calm.cummin()
     raw_norms = metrics["grad_norm"].astype(float)  # without clipping Megatron computes none
@@ -108,16 +106,21 @@ def symptoms(run: Run, *, vocab_size: int) -> pd.DataFrame:
     worst = growth["at_least"].idxmax()
     broken = ~losses.map(math.isfinite) | (~raw_norms.map(math.isfinite) & raw_norms.notna().any())
     unusable = int((metrics["skipped"].astype(bool) | broken).sum())
-    rows = [
-        (f"first loss away from {expected:.2f}", start, START_NATS, "nats/token", "step 1"),
-        ("loss, average of 10, above its lowest", above.max(), SPIKE_NATS, "nats/token", _step(metrics, above)),
+    rows = []
+    if vocab_size is not None:
+        model = run.config["model"]
+        expected = baselines.first_loss(vocab_size, model["hidden_size"], model["init_method_std"])
+        start = abs(losses.iloc[0] - expected)
+        rows.append((f"first loss away from {expected:.2f}", start, START_NATS, "nats/token", "step 1"))
+    rows += [
+        ("loss, average of 10, above its lowest", above.max(), SPIKE_NATS, unit, _step(metrics, above)),
         ("gradient norm, average of 10, against step 1", norms.max(), GRADIENT_RATIO, "times", _step(metrics, norms)),
         ("steps skipped or not a number", unusable, 0, "steps", ""),
         (
             "loss, average of the last 10, above step 1",
             losses.iloc[-10:].mean() - losses.iloc[0],
             -FALL_NATS,
-            "nats/token",
+            unit,
             "",
         ),
         (

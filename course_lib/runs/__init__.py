@@ -10,9 +10,12 @@ import contextlib
 import json
 import math
 import os
+import platform
 import re
+import shutil
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,15 +40,19 @@ __all__ = [
     "write_json",
 ]
 
-METRICS = ("step", "time", "loss", "grad_norm", "learning_rate", "elapsed_ms", "tokens", "tokens_per_second", "skipped")
-VALIDATION = ("step", "time", "loss")
-MEMORY = ("rank", "step", "time", "memory_bytes", "peak_memory_bytes")
-STEPS = ("rank", "step", "loss", "grad_norm", "skipped")
-COLLECTIVES = (
-    *("rank", "step", "time", "phase", "operation", "group", "group_size", "dtype", "bytes", "peer", "module"),
-    "caller",
-)
-TIMELINE = ("rank", "step", "kind", "microbatch", "chunk", "begin", "end", "busy_seconds")
+_COLUMNS = {
+    "metrics": "step time loss grad_norm learning_rate elapsed_ms tokens tokens_per_second skipped",
+    "validation": "step time loss",
+    "memory": "rank step time memory_bytes peak_memory_bytes",
+    "steps": "rank step loss grad_norm skipped",
+    "collectives": "rank step time phase operation group group_size dtype bytes peer module caller",
+    "timeline": "rank step kind microbatch chunk begin end busy_seconds",
+}
+COLUMNS = {table: tuple(columns.split()) for table, columns in _COLUMNS.items()}
+"""The tables of a run, each a `.jsonl` of that name, and the columns that every trainer's has.
+
+A trainer's own columns stand behind them.
+"""
 
 
 class NoSuchRun(FileNotFoundError):
@@ -117,7 +124,7 @@ class Run:
     def outcome(self) -> Outcome | None:
         """How the run ended, or `None` while it goes on."""
         found = _read_json(self.path / "outcome.json")
-        return Outcome(**found | {"warnings": tuple(found.get("warnings", ()))}) if found else None
+        return Outcome(**found | {"warnings": tuple(found.get("warnings", ()))}) if found else _vanished(self.launch)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -127,32 +134,47 @@ class Run:
     @cached_property
     def metrics(self) -> pd.DataFrame:
         """One row a step."""
-        return _read_lines(self.path / "metrics.jsonl", METRICS)
+        numbers = ("loss", "grad_norm", "learning_rate", "tokens_per_second")
+        return self._table("metrics").astype(dict.fromkeys(numbers, float))  # also where nobody knows any
 
     @cached_property
     def validation(self) -> pd.DataFrame:
         """One row an evaluation."""
-        return _read_lines(self.path / "validation.jsonl", VALIDATION)
+        return self._table("validation")
 
     @cached_property
     def memory(self) -> pd.DataFrame:
         """One row a rank and sample."""
-        return _read_lines(self.path / "memory.jsonl", MEMORY)
+        return self._table("memory")
 
     @cached_property
     def steps(self) -> pd.DataFrame:
         """One row a rank and step, with its own `loss` (none before the last pipeline stage) and `grad_norm`."""
-        return _read_lines(self.path / "steps.jsonl", STEPS)
+        return self._table("steps")
 
     @cached_property
     def collectives(self) -> pd.DataFrame:
         """One row a rank and operation that it took part in; empty unless the run was launched with `record=True`."""
-        return _read_lines(self.path / "collectives.jsonl", COLLECTIVES)
+        return self._table("collectives")
 
     @cached_property
     def timeline(self) -> pd.DataFrame:
         """One row a rank and forward or backward pass of a microbatch; as `collectives`."""
-        return _read_lines(self.path / "timeline.jsonl", TIMELINE)
+        return self._table("timeline")
+
+    def _table(self, name: str) -> pd.DataFrame:
+        import pandas as pd
+
+        path = self.path / f"{name}.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        rows = [row for row in map(_row, lines) if row is not None]
+        table = pd.DataFrame(rows)
+        return table.reindex(columns=[*COLUMNS[name], *(own for own in table if own not in COLUMNS[name])])
+
+    @property
+    def loss_unit(self) -> str:
+        """Unit of this run's loss; that of a preference, say, is not nats per token."""
+        return self.launch.get("loss_unit", "nats/token")
 
     def ranks(self) -> dict[int, dict]:
         """What each rank last said of itself: `pid`, `stage`, `time`, and the failure if there was one."""
@@ -246,14 +268,14 @@ def _changed_in_silence(run: Run) -> list[str]:
     """What Bridge makes of a configuration, with a word in a rank's log or none, that its writer hardly meant."""
     if not (run.path / "config.yaml").exists():
         return []
-    found, train, scheduler = [], run.config.get("train") or {}, run.config.get("scheduler") or {}
+    train, scheduler, checkpoint = (_section(run.config, name) for name in ("train", "scheduler", "checkpoint"))
+    found = []
     steps, warmup = scheduler.get("lr_decay_iters") or train.get("train_iters"), scheduler.get("lr_warmup_iters")
     if steps and warmup and warmup >= steps:
         found.append(
             f"the warm-up of {warmup} steps is cut to fit a schedule of {steps}: the learning rate rises faster than asked "
             "for and then falls at once; lower cfg.scheduler.lr_warmup_iters"
         )
-    checkpoint = run.config.get("checkpoint") or {}
     keeps_its_place = checkpoint.get("load_optim") is not False and not checkpoint.get("finetune")
     before, now = run.launch.get("global_batch_size_of_the_checkpoint"), train.get("global_batch_size")
     if keeps_its_place and before and now and before != now:
@@ -262,6 +284,11 @@ def _changed_in_silence(run: Run) -> list[str]:
             "counts samples, so the learning rate is not the one that either run would have at this step"
         )
     return found
+
+
+def _section(config: dict, name: str) -> dict:
+    section = config.get(name)
+    return section if isinstance(section, dict) else {}  # another trainer may mean something else by the name
 
 
 def _ranks(numbers: list[int]) -> str:
@@ -342,6 +369,16 @@ def create(name: str) -> Path:
     raise RuntimeError(f"there are 100,000 runs named {name!r} in {directory()}; delete some")
 
 
+@contextlib.contextmanager
+def removed_on_error(path: Path) -> Iterator[None]:
+    """Take a run directory away if it cannot be filled: without its `launch.json` it would look like a run that goes on."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(path)
+        raise
+
+
 def unwritable(folder: Path) -> str:
     """Why no run can be written to a folder, with its name; empty if one can.
 
@@ -406,17 +443,24 @@ def _read_json(path: Path) -> dict | None:
         return None
 
 
+def _vanished(launch: dict) -> Outcome | None:
+    """The outcome of a run that one process trained by itself, and that can say nothing any more."""
+    pid = launch.get("pid")
+    if pid is None or launch["host"] != platform.node() or pid == os.getpid():
+        return None
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        if process.status() != psutil.STATUS_ZOMBIE and process.create_time() < launch["started"] + 1.0:
+            return None  # who got the number later began after the run did
+    cause = f"the process that trained it (pid {pid}) is gone without a word"
+    return Outcome("failed", 0, cause, hint="If memory ran out, `dmesg | tail` tells.", provisional=True)
+
+
 def _row(line: str) -> dict | None:
     """One line of a file that grows; none if it is on its way still, or if a full disk cut it."""
     try:
         return json.loads(line)
     except ValueError:
         return None
-
-
-def _read_lines(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
-    import pandas as pd
-
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = [row for row in map(_row, lines) if row is not None]
-    return pd.DataFrame(rows, columns=list(columns)) if rows else pd.DataFrame(columns=list(columns))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
+from enum import Enum
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -67,6 +68,33 @@ def write_content(content: dict, path: Path, places: dict[str, str | None]) -> N
     with files.replacing(path / "config.yaml") as half:
         half.write_text(yaml.safe_dump(mine, sort_keys=False))
         _refuse_secrets(half)
+
+
+def write_data(config: Mapping[str, Any], path: Path) -> None:
+    """Write the configuration of a trainer that is not Bridge, as data.
+
+    Raises:
+        ConfigError: If it holds something else than text, numbers, lists and mappings, or an access token.
+    """
+    content = _data(config, "")
+    with files.replacing(path / "config.yaml") as half:
+        half.write_text(yaml.safe_dump(content, sort_keys=False))
+        _refuse_secrets(half)
+
+
+def _data(value: object, place: str) -> object:
+    if isinstance(value, Enum):
+        value = value.value
+    if isinstance(value, Mapping):
+        return {str(name): _data(inner, f"{place}.{name}".lstrip(".")) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_data(inner, f"{place}[{number}]") for number, inner in enumerate(value)]
+    if isinstance(value, PurePath):
+        return str(value)
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    kind = type(value).__name__
+    raise ConfigError(f"{place or 'config'} is of type {kind}, which config.yaml cannot hold: give text or a number")
 
 
 def _own_places(profiling: Mapping[str, Any], path: Path) -> dict[str, str | None]:

@@ -17,8 +17,9 @@ import yaml
 from course_lib import launch, runs, stack
 from course_lib.common.project import LIBRARY, PROJECT
 from course_lib.launch import forkserver, torchrun
-from course_lib.ranks import train
+from course_lib.ranks import recording
 from course_lib.reading import baselines
+from course_lib.runs import writer
 from course_lib.stack import devices
 from support import small
 
@@ -195,9 +196,12 @@ def test_a_step_ends_when_the_gpu_is_done(bridge, tmp_path, monkeypatch):
     cfg = SimpleNamespace(train=SimpleNamespace(global_batch_size=1), model=SimpleNamespace(seq_length=1))
     context = SimpleNamespace(state=SimpleNamespace(train_state=train_state, cfg=cfg), grad_norm=1.0, skipped_iter=0)
     context.loss_dict, context.optimizer = {"lm loss": 1.0}, SimpleNamespace(param_groups=[])
-    recorder = train.recorder(tmp_path, 0, 1, meter)
-    recorder.on_train_step_start(context)
-    recorder.on_train_step_end(context)
+    monkeypatch.setattr(writer, "meter", lambda device: meter)
+    mine = writer.Writer(tmp_path, device="cuda")
+    clock, numbers = recording.Clock(mine), recording.Metrics(mine, recording.Tokens())
+    clock.on_train_step_start(context)
+    clock.on_train_step_end(context)
+    numbers.on_train_step_end(context)
     assert runs.Run(tmp_path).metrics.elapsed_ms.item() >= 50
 
 

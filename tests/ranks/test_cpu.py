@@ -112,7 +112,7 @@ from course_lib import launch, runs, stack
 from course_lib.launch import forkserver
 from course_lib.planning import layout
 from course_lib.ranks import train
-from course_lib.runs import failures, memory_meter
+from course_lib.runs import failures, writer
 from course_lib.stack import devices
 print([name for name in sys.modules if name.startswith("course_lib.ranks.cpu")])
 """

@@ -123,7 +123,7 @@ def said(path: Path, *rows: tuple[int, int, float | None, float | None, bool], w
     """The warnings of a run whose ranks wrote these steps: rank, step, loss, gradient norm, skipped."""
     path.mkdir(exist_ok=True)
     runs.write_json(path / "launch.json", {"ranks": world})
-    lines = [json.dumps(dict(zip(runs.STEPS, row, strict=True))) for row in rows]
+    lines = [json.dumps(dict(zip(runs.COLUMNS["steps"], row, strict=True))) for row in rows]
     (path / "steps.jsonl").write_text("".join(f"{line}\n" for line in lines))
     return runs.Run(path).warnings
 
@@ -163,7 +163,7 @@ def test_steps_are_judged_when_all_ranks_have_written_theirs(tmp_path):
     agreement = runs.Agreement(runs.Run(tmp_path))
     assert agreement.look() == ()
     with open(tmp_path / "steps.jsonl", "a") as file:
-        file.write(json.dumps(dict(zip(runs.STEPS, (2, 1, 6.9, 1.0, False), strict=True))))
+        file.write(json.dumps(dict(zip(runs.COLUMNS["steps"], (2, 1, 6.9, 1.0, False), strict=True))))
         file.flush()
         assert agreement.look() == (), "half a line"
         file.write("\n")

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from course_lib import launch, runs
 from course_lib.ranks import train
+from course_lib.runs import writer
 
 FAILING_RANK = 3
 
@@ -104,15 +105,13 @@ def reaches_pretrain(run_directory: str, cfg: object = None) -> None:
     from megatron.bridge.training import initialize
     from megatron.bridge.training import pretrain as module
 
-    from course_lib.runs import memory_meter
-
     def reached(*_: object, **__: object) -> None:
         print("cpu:", [name for name in sys.modules if name.startswith("course_lib.ranks.cpu")])
         print("redirected:", hasattr(torch.cuda.is_available, "__wrapped__"), torch.empty.__class__.__name__)
         print("helpers:", initialize.compile_helpers())  # upstream's own would call make, and end the rank
         print("compiler:", torch.compile.__module__, os.environ.get("TORCHDYNAMO_DISABLE") or None)
 
-    memory_meter.meter = lambda device: None
+    writer.meter = lambda device: None
     module.pretrain = reached
     train.rank_main(run_directory, cfg)
 
@@ -132,7 +131,7 @@ def fills_the_disk(run_directory: str, cfg: object = None) -> None:
 def leaves(run_directory: str, cfg: object = None) -> None:
     """Rank 3 ends without an error before it met the others, as a library that calls exit() would do it."""
     path = Path(run_directory)
-    train.stage(path, int(os.environ["RANK"]), "building the model")
+    writer.stage(path, int(os.environ["RANK"]), "building the model")
     if int(os.environ["RANK"]) == FAILING_RANK:
         os._exit(0)
 
@@ -178,7 +177,7 @@ def exchanges(run_directory: str, cfg: object = None) -> None:
 
     path, rank = Path(run_directory), int(os.environ["RANK"])
     dist.init_process_group("gloo")
-    train.stage(path, rank, "training")
+    writer.stage(path, rank, "training")
     while True:
         dist.all_reduce(torch.ones(8))
         time.sleep(0.02)
@@ -205,7 +204,7 @@ def corrupts_its_gradient(run_directory: str, cfg: object = None) -> None:
 
 def sleeps(run_directory: str, cfg: object = None) -> None:
     """A rank that does nothing for long."""
-    train.stage(Path(run_directory), int(os.environ["RANK"]), "training")
+    writer.stage(Path(run_directory), int(os.environ["RANK"]), "training")
     time.sleep(600)
 
 
