@@ -266,6 +266,7 @@ def prepare(
     places = {
         "save": str(path / "checkpoints") if save else None,
         "load": str(source) if source else None,
+        **({} if save else {"async_save": False}),  # which Bridge refuses where nothing is saved
     } | _random_states(source, device)
     with runs.removed_on_error(path):
         if isinstance(cfg, (str, Path)):

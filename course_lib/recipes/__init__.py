@@ -77,8 +77,9 @@ def shrink(cfg: Any, **sizes: Any) -> pd.DataFrame:
 
     A keyword is a field of the model, such as `num_layers=2`; one that is None stays as it is.  `seq_length` is set on the
     data too, and `vocab_size` on the tokenizer; `kv_channels`, which a recipe fixes at the head size of the big model,
-    becomes hidden size / heads; `hybrid_layer_pattern` brings its number of layers along; with `num_layers`, lists with an
-    entry a layer keep their beginning, and a plan of pipeline stages, which names every layer, is dropped.
+    becomes hidden size / heads; `hybrid_layer_pattern` brings its number of layers along, as Core counts them; with
+    `num_layers`, lists with an entry a layer keep their beginning, and a plan of pipeline stages, which names every layer,
+    is dropped.
 
     Returns:
         The settings that changed, as `diff` shows them.
@@ -91,7 +92,7 @@ def shrink(cfg: Any, **sizes: Any) -> pd.DataFrame:
         sizes.get(name, getattr(model, name)) for name in ("hidden_size", "num_attention_heads", "num_query_groups")
     )
     pattern, layers = getattr(model, "hybrid_layer_pattern", None), sizes.get("num_layers")
-    experts, chosen = getattr(model, "num_moe_experts", None), getattr(model, "moe_router_topk", 1)
+    experts, chosen = (sizes.get(name, getattr(model, name, None)) for name in ("num_moe_experts", "moe_router_topk"))
     if hidden % heads:
         raise ValueError(f"hidden_size={hidden} is not a multiple of num_attention_heads={heads}: change one of them")
     if heads % (groups or heads):
@@ -100,13 +101,16 @@ def shrink(cfg: Any, **sizes: Any) -> pd.DataFrame:
         raise ValueError(f"the layers are those of the pattern {pattern}: give hybrid_layer_pattern, not num_layers")
     if "hybrid_layer_pattern" in sizes and not pattern:
         raise ValueError("the model has no layer pattern: give num_layers, not hybrid_layer_pattern")
-    if "num_moe_experts" in sizes and (not experts or sizes["num_moe_experts"] < chosen):
-        kept = f"a token chooses {chosen} experts" if experts else "the model has no experts"
-        raise ValueError(f"num_moe_experts={sizes['num_moe_experts']} does not fit, because {kept}")
+    if "num_moe_experts" in sizes and not model.num_moe_experts:
+        raise ValueError(f"num_moe_experts={experts} does not fit, because the model has no experts")
+    if experts and sizes.keys() & {"num_moe_experts", "moe_router_topk"} and experts < chosen:
+        raise ValueError(f"num_moe_experts={experts} does not fit, because a token chooses {chosen} experts")
     values = {f"model.{name}": value for name, value in sizes.items()}
     values |= {_TIED[name]: value for name, value in sizes.items() if name in _TIED}
     if "hybrid_layer_pattern" in sizes:
-        values["model.num_layers"] = len(sizes["hybrid_layer_pattern"])
+        from megatron.core.models.hybrid.hybrid_layer_allocation import get_hybrid_total_layer_count
+
+        values["model.num_layers"] = get_hybrid_total_layer_count(sizes["hybrid_layer_pattern"])
     if sizes.keys() & {"hidden_size", "num_attention_heads"}:
         values.setdefault("model.kv_channels", hidden // heads)
     if layers is not None:

@@ -38,11 +38,11 @@ def read_file(path: Path) -> dict:
     return content
 
 
-def write_config(cfg: ConfigContainer, path: Path, places: dict[str, str | None]) -> None:
+def write_config(cfg: ConfigContainer, path: Path, places: dict[str, str | bool | None]) -> None:
     """Write a configuration as `config.yaml`; `cfg` itself stays as it is.
 
     Args:
-        places: Where to `save` checkpoints and from where to `load`; `None` for neither.
+        places: Where to `save` checkpoints and from where to `load`, `None` for neither; other fields of `checkpoint`.
 
     Raises:
         ConfigError: If an access token stands in it; no file is left then.
@@ -54,7 +54,7 @@ def write_config(cfg: ConfigContainer, path: Path, places: dict[str, str | None]
         _refuse_secrets(half)
 
 
-def write_content(content: dict, path: Path, places: dict[str, str | None]) -> None:
+def write_content(content: dict, path: Path, places: dict[str, str | bool | None]) -> None:
     """Write what a file said, with this run's own places in it, as `write_config` does for a configuration."""
     mine = {name: dict(part) if isinstance(part, dict) else part for name, part in content.items()}
     mine.setdefault("checkpoint", {"_target_": "megatron.bridge.training.config.CheckpointConfig"})

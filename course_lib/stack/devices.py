@@ -212,7 +212,7 @@ def refuse_what_cannot_train(cfg: object, device: str) -> None:
     fields = Fields.of(cfg)
     kinds = {part: fields.get(part, "_target_") or _name(getattr(cfg, part, None)) for part in ("model", "dataset")}
     family = kinds["model"].rpartition(".")[2]
-    pattern, optimizer = fields.model("hybrid_layer_pattern", ""), fields.get("optimizer", "optimizer", "adam")
+    optimizer = fields.get("optimizer", "optimizer", "adam")
     reason = None
     if ".diffusion." in kinds["model"]:
         reason = (
@@ -221,12 +221,7 @@ def refuse_what_cannot_train(cfg: object, device: str) -> None:
     elif "vlm" in kinds["dataset"] or fields.model("vision_config") is not None:
         reason = "it reads images, and a run hands its model text: take the family's text model, as qwen for qwen_vl"
     elif device == "cpu":
-        if "M" in pattern:
-            reason = (
-                f"hybrid_layer_pattern={pattern!r} has Mamba layers (M), whose kernels mamba-ssm and causal-conv1d need CUDA: "
-                "take a pattern of attention (*), dense (-) and expert (E) layers, such as '*-*-'"
-            )
-        elif "FalconH1" in family:
+        if "FalconH1" in family:
             reason = "each of its layers has a Mamba half, whose kernels need CUDA: take a dense family such as llama"
         elif fields.model("experimental_attention_variant", "gated_delta_net") not in ("gated_delta_net", "dsa"):
             reason = (

@@ -30,6 +30,8 @@ LATENT = {  # attention with latent keys and values
 ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "first_k_dense_replace": 1}
 UNGROUPED = {"n_group": 1, "topk_group": 1}
 DEEPSEEK = {**LATENT, **ROUTED, **UNGROUPED}
+MAMBA = {"mamba_num_heads": 8, "mamba_head_dim": 16, "mamba_state_dim": 16, "mamba_num_groups": 2}
+WIDTHS = ("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_latent_size")
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 
@@ -134,8 +136,6 @@ def shrink(cfg: Any, *, layers: int = 2, pattern: str | None = None, **layout: i
     from course_lib import recipes
 
     model = cfg.model
-    if model.num_moe_experts:
-        model.moe_router_topk = 2
     if not 0 < model.hidden_size <= 64:
         recipes.shrink(
             cfg,
@@ -145,8 +145,12 @@ def shrink(cfg: Any, *, layers: int = 2, pattern: str | None = None, **layout: i
             num_attention_heads=4,
             num_query_groups=2 if (model.num_query_groups or 64) < model.num_attention_heads else 4,
             ffn_hidden_size=96,
-            num_moe_experts=8 if model.num_moe_experts else None,
+            **{"num_moe_experts": 8, "moe_router_topk": 2} if model.num_moe_experts else {},
+            **MAMBA if "M" in (pattern or "") else {},
+            **{name: 48 for name in WIDTHS if getattr(model, name, None)} if pattern else {},
         )
+    elif model.num_moe_experts:
+        model.moe_router_topk = 2
     recipes.shrink(cfg, num_layers=None if pattern else model.num_layers, seq_length=32, vocab_size=512)
     for name in ("tensor", "pipeline", "context", "expert"):
         setattr(

@@ -25,11 +25,10 @@ def active() -> bool:
 
 def patches() -> list[Patch]:
     """Every patch of a CPU rank."""
-    from course_lib.ranks.cpu import attention, cuda, gloo, kernels, mailbox, megatron, rng, saving
+    from course_lib.ranks.cpu import attention, cuda, gloo, kernels, mailbox, megatron, rng, saving, state_space
 
-    return [
-        patch for part in (cuda, rng, gloo, mailbox, attention, kernels, megatron, saving) for patch in part.PATCHES
-    ]
+    parts = (cuda, rng, gloo, mailbox, attention, state_space, kernels, megatron, saving)
+    return [patch for part in parts for patch in part.PATCHES]
 
 
 def table() -> list[dict[str, str]]:
