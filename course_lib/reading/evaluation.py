@@ -1,0 +1,415 @@
+"""How good is a model that writes docstrings?  Measures of an exported model, and how sure one can be of them.
+
+Everything is taken from a Hugging Face folder in a plain process, so that a base, a fine-tuned and an aligned model, by
+whatever program, are measured alike.  A measure of some items is an estimate: intervals, a paired test and the number of
+items that a difference needs stand beside the measures.
+
+A question ends with the separator that fine-tuning put there, a new line, for every model.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from course_lib.text import docstrings
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+
+    from course_lib.text.tasks import Choice, Pair
+
+__all__ = [
+    "NORMALISATIONS",
+    "Interval",
+    "Measures",
+    "Model",
+    "Paired",
+    "answer_loss",
+    "bits_per_byte",
+    "choose",
+    "distinct",
+    "items_needed",
+    "load",
+    "log_probabilities",
+    "mean",
+    "measure",
+    "paired",
+    "proportion",
+    "sample",
+    "visible_difference",
+    "word_f1",
+]
+
+SEPARATOR = "\n"
+LEVEL = 0.95
+NORMALISATIONS = ("sum", "per token", "per character")
+"""What the log probability of an option is divided by before the largest wins: nothing, its tokens, its characters.
+
+Source: lm_eval 0.4.13 `api/task.py` calls the first `acc` and the last `acc_norm`; it has none for tokens."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A causal language model of transformers and its tokenizer, ready to be asked."""
+
+    tokenizer: Any
+    network: Any
+    name: str
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with the interval that holds the true value in 95 of 100 such measurements."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two models on the same items, of which only those count on which they disagree.
+
+    Attributes:
+        only_first: Items that the first model alone got right.
+        only_second: Items that the second model alone got right.
+        p_value: How often a difference at least as large comes about if both are equally good; both directions count.
+        n: Items.
+    """
+
+    only_first: int
+    only_second: int
+    p_value: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What lessons 13 to 15 say of a model.
+
+    Attributes:
+        pass_rate: Share of sampled answers with all five checks of `docstrings`.
+        answer_loss: Of the true docstrings and the end after them, nats per token.
+        word_f1: Mean over the sampled answers.
+        distinct: Share of sampled answers that differ from all others.
+        answers: The samples, in the order of the questions.
+    """
+
+    pass_rate: Interval
+    answer_loss: Interval
+    word_f1: Interval
+    distinct: float
+    answers: tuple[str, ...]
+
+
+def load(folder: Path) -> Model:
+    """The model of a folder that `experiments.export` or a trainer of TRL wrote, in fp32 on the CPU."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    return Model(AutoTokenizer.from_pretrained(folder), network, Path(folder).name)
+
+
+def log_probabilities(model: Model, rows: Sequence[tuple[str, str]], *, batch: int = 64) -> pd.DataFrame:
+    """How likely a model finds answers: one row a question and answer, with `nats`, `tokens` and `characters`.
+
+    The end of the document counts as a token of the answer, the question does not count.
+
+    Args:
+        rows: Question and answer.
+        batch: Sequences at a time; they are sorted by length, so few tokens are padding.
+    """
+    import pandas as pd
+    import torch
+
+    end = model.tokenizer.eos_token_id
+    encoded = []
+    for question, answer in rows:
+        prompt, said = (
+            model.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (question, SEPARATOR + answer)
+        )
+        encoded.append((prompt + said + [end], len(said) + 1))
+    order = sorted(range(len(rows)), key=lambda row: len(encoded[row][0]))
+    nats = [0.0] * len(rows)
+    for begin in range(0, len(order), batch):
+        some = order[begin : begin + batch]
+        ids = torch.full((len(some), len(encoded[some[-1]][0])), end)
+        for place, row in enumerate(some):
+            ids[place, : len(encoded[row][0])] = torch.tensor(encoded[row][0])
+        with torch.inference_mode():
+            logits = model.network(input_ids=ids).logits[:, :-1].float()
+        chosen = torch.log_softmax(logits, -1).gather(-1, ids[:, 1:, None])[..., 0]
+        for place, row in enumerate(some):
+            length, counted = len(encoded[row][0]), encoded[row][1]
+            nats[row] = float(chosen[place, length - 1 - counted : length - 1].sum())
+    table = {"nats": nats, "tokens": [counted for _, counted in encoded]}
+    return pd.DataFrame(table | {"characters": [len(answer) for _, answer in rows]})
+
+
+def answer_loss(model: Model, pairs: Sequence[Pair]) -> Interval:
+    """Loss of the true docstrings in nats per token, all tokens together, as Bridge's validation loss counts them."""
+    from scipy import stats
+
+    found = log_probabilities(model, [(pair.input, pair.output) for pair in pairs])
+    rows = (-found.nats.to_numpy(), found.tokens.to_numpy())
+    drawn = stats.bootstrap(
+        rows, _ratio, paired=True, vectorized=True, n_resamples=2000, method="percentile", rng=0, confidence_level=LEVEL
+    )
+    low, high = drawn.confidence_interval
+    return Interval(float(_ratio(*rows)), float(low), float(high), len(found))
+
+
+def _ratio(nats: np.ndarray, tokens: np.ndarray, axis: int = -1) -> np.ndarray:
+    return nats.sum(axis=axis) / tokens.sum(axis=axis)
+
+
+def choose(model: Model, choices: Sequence[Choice]) -> pd.DataFrame:
+    """Which items a model gets right: one row an item, one column a normalisation."""
+    import numpy as np
+    import pandas as pd
+
+    found = log_probabilities(model, [(each.question, option) for each in choices for option in each.options])
+    divided = {
+        "sum": found.nats,
+        "per token": found.nats / found.tokens,
+        "per character": found.nats / found.characters,
+    }
+    answers, width = np.array([each.answer for each in choices]), len(choices[0].options)
+    scores = {name: values.to_numpy().reshape(-1, width) for name, values in divided.items()}
+    return pd.DataFrame({name: scores[name].argmax(1) == answers for name in NORMALISATIONS})
+
+
+def sample(
+    model: Model,
+    questions: Sequence[str],
+    *,
+    temperature: float = 1.0,
+    new_tokens: int = 40,
+    seed: int = 1,
+    batch: int = 128,
+) -> list[str]:
+    """An answer to each question, all of a batch written at once; what is cut at `new_tokens` has no end.
+
+    Args:
+        questions: Such as `Pair.input`.
+        temperature: 0 takes the most likely token each time.
+        new_tokens: At most.
+        seed: Of the dice; the process's own random state stays as it is.
+        batch: Questions at a time; another number throws other dice.
+    """
+    import torch
+
+    end = model.tokenizer.eos_token_id
+    written: list[str] = []
+    dice = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        if temperature
+        else {"do_sample": False}
+    )
+    with torch.random.fork_rng(), torch.inference_mode():
+        torch.manual_seed(seed)
+        for begin in range(0, len(questions), batch):
+            ids = [
+                model.tokenizer(text + SEPARATOR, add_special_tokens=False)["input_ids"]
+                for text in questions[begin : begin + batch]
+            ]
+            width = max(map(len, ids))
+            padded = torch.tensor(
+                [[end] * (width - len(row)) + row for row in ids]
+            )  # on the left: new tokens come last
+            seen = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
+            out = model.network.generate(
+                input_ids=padded, attention_mask=seen, max_new_tokens=new_tokens, pad_token_id=end, **dice
+            )
+            written += model.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+    return [text.strip() for text in written]
+
+
+def measure(
+    model: Model,
+    pairs: Sequence[Pair],
+    *,
+    samples: int = 200,
+    seed: int = 1,
+    passes: Callable[[str], bool] = docstrings.passes,
+) -> Measures:
+    """The four measures of lessons 13 to 15 on held-out pairs.
+
+    Args:
+        pairs: All of them give the loss, the first ones the questions of the samples.
+        samples: How many answers are sampled, at temperature 1.
+        seed: Of the samples.
+        passes: What makes an answer well formed.
+    """
+    asked = list(pairs)[:samples]
+    answers = sample(model, [pair.input for pair in asked], seed=seed)
+    return Measures(
+        pass_rate=proportion([passes(answer) for answer in answers]),
+        answer_loss=answer_loss(model, pairs),
+        word_f1=mean([word_f1(answer, pair.output) for answer, pair in zip(answers, asked, strict=True)]),
+        distinct=distinct(answers),
+        answers=tuple(answers),
+    )
+
+
+def word_f1(answer: str, truth: str) -> float:
+    """Harmonic mean of precision and recall of the words of an answer, each word once, upper and lower case alike.
+
+    >>> word_f1("Return the file.", "Return a file"), word_f1("", "Return a file")
+    (0.6666666666666666, 0.0)
+    """
+    mine, theirs = (set(re.findall(r"[a-z]+", text.lower())) for text in (answer, truth))
+    return 2 * len(mine & theirs) / (len(mine) + len(theirs)) if mine & theirs else 0.0
+
+
+def distinct(answers: Sequence[str]) -> float:
+    """Number of different answers, as a share of all.
+
+    >>> distinct(["a", "b", "b", "b"])
+    0.5
+    """
+    return len(set(answers)) / len(answers)
+
+
+def bits_per_byte(model: Model, texts: Iterable[str], *, window: int, batch: int = 16) -> float:
+    """What a text costs a model, whatever its tokenizer: bits per byte of UTF-8, the end of each document included.
+
+    Args:
+        texts: Documents.
+        window: Tokens that the model sees at once, those of its training; the first token of a window is not predicted
+            from the one before, so a document that is cut costs a little more than it would whole.
+        batch: Windows at a time.
+    """
+    import torch
+
+    end, windows, text_bytes = model.tokenizer.eos_token_id, [], 0
+    for text in texts:
+        ids = [end, *model.tokenizer(text, add_special_tokens=False)["input_ids"], end]
+        text_bytes += len(text.encode())
+        windows += [ids[begin : begin + window + 1] for begin in range(0, len(ids) - 1, window)]
+    windows.sort(key=len)
+    nats = 0.0
+    for begin in range(0, len(windows), batch):
+        some = windows[begin : begin + batch]
+        ids = torch.full((len(some), len(some[-1])), end)
+        counted = torch.zeros(ids.shape)
+        for row, each in enumerate(some):
+            ids[row, : len(each)], counted[row, : len(each)] = torch.tensor(each), 1.0
+        with torch.inference_mode():
+            logits = model.network(input_ids=ids[:, :-1]).logits.float()
+        chosen = torch.log_softmax(logits, -1).gather(-1, ids[:, 1:, None])[..., 0]
+        nats -= float((chosen * counted[:, 1:]).sum())
+    return nats / math.log(2) / text_bytes
+
+
+def proportion(right: Sequence[bool]) -> Interval:
+    """Share of items that are right, with Wilson's interval, which stays between 0 and 1.
+
+    >>> str(proportion([True] * 10))
+    '1 [0.722, 1]'
+    """
+    import numpy as np
+    from scipy import stats
+
+    count, n = int(np.sum(right)), len(right)
+    found = stats.binomtest(count, n).proportion_ci(LEVEL, method="wilson")
+    return Interval(count / n, float(found.low), float(found.high), n)
+
+
+def mean(values: Sequence[float]) -> Interval:
+    """Mean of items, with the interval of Student's t.
+
+    >>> str(mean([1.0, 2.0, 3.0]))
+    '2 [-0.484, 4.48]'
+    """
+    import numpy as np
+    from scipy import stats
+
+    array = np.asarray(values, dtype=float)
+    half = stats.t.ppf((1 + LEVEL) / 2, len(array) - 1) * stats.sem(array) if len(array) > 1 else float("nan")
+    return Interval(float(array.mean()), float(array.mean() - half), float(array.mean() + half), len(array))
+
+
+def paired(first: Sequence[bool], second: Sequence[bool]) -> Paired:
+    """McNemar's exact test of two models on the same items: items on which both are right or both wrong say nothing.
+
+    Args:
+        first: What the first model got right, an item each.
+        second: The same items, in the same order.
+
+    Raises:
+        ValueError: If the numbers of items differ.
+
+    >>> paired([True] * 3 + [False] * 7, [True] * 10).p_value
+    0.015625
+    """
+    import numpy as np
+    from scipy import stats
+
+    one, other = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
+    if one.shape != other.shape:
+        raise ValueError(f"{len(one)} and {len(other)} items: a paired test needs the same items in the same order")
+    lost, won = int((one & ~other).sum()), int((~one & other).sum())
+    p_value = stats.binomtest(won, won + lost).pvalue if won + lost else 1.0
+    return Paired(lost, won, float(p_value), len(one))
+
+
+def items_needed(first: float, second: float, *, power: float = 0.8) -> int:
+    """How many items each of two models must answer, so that a test at 5% sees the difference with that probability.
+
+    For two shares that were measured on different items; the same items need fewer where the models agree on many.
+
+    Args:
+        first: True share of the first model.
+        second: True share of the second one.
+        power: How often the difference shall be seen.
+
+    Raises:
+        ValueError: If the shares are equal, or no shares.
+
+    Source: Fleiss, Levin and Paik, Statistical Methods for Rates and Proportions, 3rd edition, equation 4.14 without
+    the correction for continuity.
+
+    >>> items_needed(0.5, 0.6)
+    388
+    """
+    from scipy import stats
+
+    if first == second or not (0 <= first <= 1 and 0 <= second <= 1):
+        raise ValueError(f"shares {first} and {second}: two different numbers from 0 to 1 are needed")
+    either = (first + second) / 2
+    alone = math.sqrt(2 * either * (1 - either))
+    apart = math.sqrt(first * (1 - first) + second * (1 - second))
+    root = stats.norm.ppf((1 + LEVEL) / 2) * alone + stats.norm.ppf(power) * apart
+    return math.ceil((root / (first - second)) ** 2)
+
+
+def visible_difference(first: float, n: int, *, power: float = 0.8) -> float:
+    """The smallest rise above a share that so many items for each model show, by `items_needed`; NaN if not even 1 is.
+
+    >>> round(visible_difference(0.5, 388), 3)
+    0.1
+    """
+    import numpy as np
+
+    rises = np.linspace(0.001, 1 - first, 2000)
+    seen = [rise for rise in rises if items_needed(first, first + rise, power=power) <= n]
+    return float(seen[0]) if seen else float("nan")
