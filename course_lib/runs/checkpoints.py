@@ -76,6 +76,7 @@ SHAPE = (
     *("num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "mtp_num_layers"),
     *("gated_linear_unit", "add_bias_linear", "add_qkv_bias", "qk_layernorm", "normalization"),
     *("share_embeddings_and_output_weights", "multi_latent_attention", "hybrid_layer_pattern"),
+    *("mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups"),
 )
 """Fields of a model that decide which tensors it has, and their shapes."""
 
@@ -527,6 +528,10 @@ def _shape(fields: Fields) -> dict[str, Any]:
     """The fields of SHAPE, those that follow from others filled in as Megatron Core does; nothing said is `None`."""
     found = {name: fields.model(name) or None for name in SHAPE}
     heads, width = found["num_attention_heads"], found["hidden_size"]
+    if pattern := found[
+        "hybrid_layer_pattern"
+    ]:  # borders of stages are no layers; tokens ahead have a field of their own
+        found["hybrid_layer_pattern"] = pattern.partition("/")[0].replace("|", "")
     found["ffn_hidden_size"] = found["ffn_hidden_size"] or (4 * width if width else None)
     if found["multi_latent_attention"]:
         found["num_query_groups"] = found["kv_channels"] = None  # not its own sizes

@@ -143,11 +143,18 @@ def test_evaluation_batch_is_refused_once() -> None:
 
 
 def test_mamba_refusals_name_heads_and_groups() -> None:
-    """A hybrid model shares its Mamba heads and state groups among the TP ranks; dense models are not asked."""
-    hybrid = LLAMA | {"hybrid_layer_pattern": "M-M*", "mamba_num_heads": 6, "mamba_num_groups": 8}
+    """A hybrid model shares its Mamba heads and state groups among TP and CP ranks; dense models are not asked."""
+    hybrid = LLAMA | {"hybrid_layer_pattern": "M-M*", "mamba_num_heads": 6, "mamba_num_groups": 2}
     assert reasons(hybrid | sizes(2), 2) == []
     assert any("TP=4 does not divide 6 Mamba heads" in reason for reason in reasons(hybrid | sizes(4), 4))
     assert reasons(LLAMA | {"mamba_num_heads": 6} | sizes(4), 4) == []
+    hybrid |= {"mamba_num_heads": 12, "mamba_num_groups": 8}
+    assert any("8 Mamba state groups do not divide 12 Mamba heads" in reason for reason in reasons(hybrid, 1))
+    hybrid |= {"mamba_num_heads": 24, "num_attention_heads": 8}
+    assert reasons(hybrid | sizes(2, context=4), 8) == []
+    assert any(
+        "CP=8 does not share 12 Mamba heads in 4 groups" in one for one in reasons(hybrid | sizes(2, context=8), 16)
+    )
 
 
 def changed_by(cfg: dict[str, Any], ranks: int, change: Mapping[str, Any]) -> tuple[dict[str, Any], int]:

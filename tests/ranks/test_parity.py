@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from course_lib import launch, runs
-from support import small
+from course_lib.common.config import assign
+from support import families, small
 
 DENSE = {
     "model__num_layers": 8,  # four stages of two chunks
@@ -29,7 +30,17 @@ EXPERTS = DENSE | {
     "model__moe_aux_loss_coeff": 0.01,
     "model__moe_token_dispatcher_type": "alltoall",
 }
-MODELS = {"dense": DENSE, "experts": EXPERTS}
+HYBRID = {  # Nemotron 3 Nano's own recipe in small: two chunks a sequence
+    "model__hybrid_layer_pattern": "MEM*E",
+    "model__mamba_chunk_size": 16,
+    "train__global_batch_size": 8,
+    "train__micro_batch_size": 1,
+    "scheduler__lr_decay_iters": 10,
+    "checkpoint__load_rng": False,
+    "checkpoint__load_optim": False,
+}
+MODELS = {"dense": DENSE, "experts": EXPERTS, "hybrid": HYBRID}
+NANO = "nemotronh.h100.nemotron_3_nano:nemotron_3_nano_pretrain_8gpu_h100_bf16_config"
 SIZES = {
     "TP": "model__tensor_model_parallel_size",
     "PP": "model__pipeline_model_parallel_size",
@@ -47,15 +58,25 @@ def layout(text: str) -> dict[str, Any]:
     return sizes | ({"model__sequence_parallel": True} if "SP" in text.split() else {})
 
 
+def config(kind: str, steps: int = 3, **fields: Any) -> Any:
+    """The small model of a kind after some fields were changed."""
+    if kind != "hybrid":
+        return small.config(**{"tp": 1} | MODELS[kind] | fields, train_iters=steps)
+    cfg = families.shrink(families.build(NANO), pattern="MEM*E")
+    named = {name.replace("__", "."): value for name, value in (HYBRID | fields).items()}
+    assign(cfg, named | {"train.train_iters": steps})
+    return cfg
+
+
 @pytest.fixture(scope="module")
 def started(bridge, tmp_path_factory):
     """By kind of model: a checkpoint of one rank, and one rank's run from it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COURSE_RUNS", str(tmp_path_factory.mktemp("runs")))
         begun = {}
-        for name, fields in MODELS.items():
-            start = launch.run(small.config(tp=1, train_iters=1, **fields), ranks=1, name=name, save=True, show=None)
-            begun[name] = start, launch.run(small.config(tp=1, **fields), ranks=1, name=name, load=start, show=None)
+        for kind in MODELS:
+            start = launch.run(config(kind, 1), ranks=1, name=kind, save=True, show=None)
+            begun[kind] = start, launch.run(config(kind), ranks=1, name=kind, load=start, show=None)
         yield begun
 
 
@@ -77,12 +98,25 @@ def started(bridge, tmp_path_factory):
         (8, "experts", "TP2 EP4 SP", {}),
         (8, "experts", "PP2 EP4", {}),
         (8, "experts", "TP2 PP2 VP2 EP2 SP", {}),
+        (8, "hybrid", "EP8", {}),
+        (4, "hybrid", "TP2 CP2 SP", {}),
+        (8, "hybrid", "TP2 PP2 EP2 SP", {"model__hybrid_layer_pattern": "ME|M*E"}),
     ],
 )
 def test_every_layout_trains_the_same_model(started, runs_directory, ranks, kind, text, more):
     """Two steps after the checkpoint: losses and gradient norms of one rank, to 1e-5."""
     start, alone = started[kind]
-    fields = {"tp": 1} | MODELS[kind] | layout(text) | more
-    run = launch.run(small.config(**fields), ranks=ranks, load=start, show=None)
+    run = launch.run(config(kind, **layout(text), **more), ranks=ranks, load=start, show=None)
     assert run.metrics.step.tolist() == [2, 3] == alone.metrics.step.tolist()
     assert runs.difference(run, alone) < 1e-5
+
+
+def test_a_hybrid_goes_on_where_it_was(started, runs_directory):
+    """With Adam's moments, on two tensor-parallel ranks: a run in two parts is the run in one."""
+    fields = layout("TP2 SP") | {"checkpoint__load_rng": True, "checkpoint__load_optim": True}
+    first = launch.run(config("hybrid", 1, **fields), ranks=2, save=True, show=None)
+    second = launch.run(config("hybrid", **fields), ranks=2, load=first, show=None)
+    whole = launch.run(config("hybrid", **fields), ranks=2, show=None)
+    assert second.metrics.step.tolist() == [2, 3] == whole.metrics.step.tolist()[1:]
+    for name in ("loss", "grad_norm"):
+        assert second.metrics[name].tolist() == pytest.approx(whole.metrics[name].tolist()[1:], rel=1e-6)

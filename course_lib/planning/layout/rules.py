@@ -51,6 +51,7 @@ def refusals(layout: Layout, fields: Fields) -> list[Refusal]:
         _pipeline,
         _two_stages,
         _divided_by_size,
+        _mamba,
         _multiples_of_size,
         _attention,
         _vocabulary,
@@ -125,6 +126,23 @@ def _divided_by_size(layout: Layout, fields: Fields) -> Iterator[Refusal]:
             field = TP if name == "TP" else EP
             changes = tuple({field: fitting} for fitting in divisors(value))
             yield Refusal(field, f"{name}={size} does not divide {value} {what}", changes=changes)
+
+
+def _mamba(layout: Layout, fields: Fields) -> Iterator[Refusal]:
+    """Asserts of ``MambaMixer`` and ``MambaContextParallel``, which shares the heads of a TP rank among the CP ranks."""
+    heads, groups = fields.model("mamba_num_heads"), fields.model("mamba_num_groups")
+    tensor, context = layout.tensor_model_parallel_size, layout.context_parallel_size
+    if "M" not in hybrid_pattern(fields) or not heads or not groups or heads % tensor or groups % tensor:
+        return
+    heads_here, groups_here = heads // tensor, groups // tensor
+    if heads % groups:
+        message, field = f"{groups} Mamba state groups do not divide {heads} Mamba heads", "model.mamba_num_heads"
+        yield Refusal(field, message, changes=({field: next_multiple(groups, heads)},))
+    elif heads_here % context or (groups_here % context and context % groups_here):
+        message = f"CP={context} does not share {heads_here} Mamba heads in {groups_here} groups of a TP rank"
+        field = "model.context_parallel_size"
+        fitting = [one for one in divisors(heads_here) if not groups_here % one or not one % groups_here]
+        yield Refusal(field, message, changes=tuple({field: one} for one in fitting))
 
 
 def _multiples_of_size(layout: Layout, fields: Fields) -> Iterator[Refusal]:
