@@ -260,11 +260,16 @@ def _reference(
 
 
 def _tokenizer(checkpoint: checkpoints.Checkpoint, fields: Fields) -> Any:
-    """The tokenizer that the checkpoint carries, with what its data put between prompt and answer; `None` without one."""
+    """The checkpoint's tokenizer, with what its data put between prompt and answer; `None` without one.
+
+    A fine-tuning's checkpoint carries none, so it is the folder that its configuration names.
+    Source: megatron-bridge training/checkpointing.py @ 0.6.2 takes the tokenizer from `cfg.dataset`, which has it in pretraining.
+    """
     from transformers import AutoTokenizer
 
-    place = checkpoint.path / "tokenizer"
-    if not (place / "tokenizer_config.json").exists():
+    places = (checkpoint.path / "tokenizer", Path(fields.get("tokenizer", "tokenizer_model") or checkpoint.path))
+    place = next((place for place in places if (place / "tokenizer_config.json").exists()), None)
+    if place is None:
         return None
     tokenizer = AutoTokenizer.from_pretrained(place)
     tokenizer.model_max_length = fields.model("seq_length")

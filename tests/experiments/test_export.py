@@ -6,10 +6,12 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from course_lib import launch, recipes, runs
+from course_lib.common.config import Fields
 from course_lib.experiments import export
 from course_lib.runs import checkpoints
 from course_lib.text import tokenizers
@@ -174,3 +176,14 @@ def test_an_adapter_wants_its_own_base(adapted: runs.Run, trained: runs.Run, tmp
         export.adapter(adapted, tmp_path / "adapter", base=tmp_path)
     with pytest.raises(export.NotExported, match="without cfg.peft"):
         export.adapter(trained, tmp_path / "adapter", base=early)
+
+
+def test_a_fine_tuned_checkpoint_takes_the_tokenizer_that_its_configuration_names(tmp_path):
+    """Bridge saves the files with a pretraining's checkpoint alone, and an export without them is of no use."""
+    tokenizers.train_bpe(["Return the value of x, and of y."] * 9, tmp_path / "tokenizer", vocab_size=270)
+    saved = SimpleNamespace(path=tmp_path / "iter_0000001")
+    content = {"model": {"seq_length": 32}, "tokenizer": {"tokenizer_model": str(tmp_path / "tokenizer")}}
+    found = export._tokenizer(saved, Fields.of(content))
+    assert found.model_max_length == 32 and found.eos_token == tokenizers.END_OF_DOCUMENT
+    content["tokenizer"]["tokenizer_model"] = str(tmp_path / "gone")
+    assert export._tokenizer(saved, Fields.of(content)) is None
