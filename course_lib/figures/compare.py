@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from course_lib.figures import plots
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from course_lib.experiments.sweep import Comparison
     from course_lib.runs import Run
 
-__all__ = ["curves", "effects", "memory_by_step", "seeds"]
+__all__ = ["curves", "effects", "grouped", "intervals", "memory_by_step", "seeds"]
 
 
 def curves(runs: Mapping[str, Run], column: str, *, ax: Axes, unit: str, title: str = "") -> Axes:
@@ -119,3 +119,47 @@ def _rows(ax: Axes, names: Sequence[str]) -> None:
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.grid(axis="y", visible=False)
+
+
+def intervals(values: Mapping[str, Any], *, ax: Axes, unit: str, title: str = "") -> Axes:
+    """Draw a bar for each estimate, with a whisker over its interval.
+
+    Args:
+        values: Name to an object with `value`, `low` and `high`, such as `evaluation.Interval`.
+        ax: The axis to draw on.
+        unit: Of the values.
+        title: What the picture shows.
+    """
+    whiskers = [[one.value - one.low for one in values.values()], [one.high - one.value for one in values.values()]]
+    heights = [one.value for one in values.values()]
+    look = {"color": plots.COLOURS["blue"], "ecolor": plots.INK, "capsize": 4}
+    ax.bar(list(values), heights, yerr=whiskers, width=0.6, **look)
+    said = [f"{name} {one.value:.3g}, {one.low:.3g} to {one.high:.3g}" for name, one in values.items()]
+    plots.finish(ax, x="", y=unit, title=title, sentences=said, whole_x=False)
+    return ax
+
+
+def grouped(bars: Mapping[str, Mapping[str, float]], *, ax: Axes, unit: str, title: str = "") -> Axes:
+    """Draw a group of bars for each name, one bar a part, each part in its own colour and hatch.
+
+    Args:
+        bars: Name to the sizes of its parts, the same parts in each; at most four.
+        ax: The axis to draw on.
+        unit: Of the sizes.
+        title: What the picture shows.
+    """
+    parts = list(next(iter(bars.values())))
+    width = 0.8 / len(parts)
+    for place, (part, colour, hatch) in enumerate(
+        zip(parts, plots.COLOURS.values(), ("", "//", "..", "xx"), strict=False)
+    ):
+        at = [group + (place - (len(parts) - 1) / 2) * width for group in range(len(bars))]
+        drawn = ax.bar(at, [one[part] for one in bars.values()], width, label=part, color=colour, hatch=hatch)
+        ax.bar_label(drawn, fmt="%.2f")
+    ax.set_xticks(range(len(bars)), list(bars))
+    ax.axhline(0, color=plots.INK, linewidth=0.8)
+    ax.margins(y=0.15)
+    ax.legend()
+    said = [f"{name}: " + ", ".join(f"{part} {size:.3g}" for part, size in one.items()) for name, one in bars.items()]
+    plots.finish(ax, x="", y=unit, title=title, sentences=said, whole_x=False)
+    return ax

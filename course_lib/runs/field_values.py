@@ -33,6 +33,12 @@ _SLIPS_OF_BRIDGE = ("bias_dropout_add_fusion",)
 Source: megatron-bridge 0.6.2 `models/nemotron/nemotron_bridge.py`.
 """
 
+_READ_ELSEWHERE = {("scheduler", "max_lr"): ("optimizer", "lr")}
+"""Names that recipes set beside the field that is read; harmless as long as both say the same.
+
+Source: megatron-bridge 0.6.2 `recipes/llama/h100/llama3.py`, the recipes for fine-tuning.
+"""
+
 _MAY_BE_ABSENT = ("q_lora_rank", "num_global_query_groups")
 """Sizes that a family of models has, and one of its models lacks: Bridge sets them to None beside a declared number."""
 
@@ -69,6 +75,9 @@ def check_fields(cfg: object) -> None:
             # Recipes leave a few harmless names of their own; a name that lives elsewhere, or nearly here, is a slip.
             meant = [f"cfg.{other}.{extra}" for other in sections if extra in fields[other]]
             meant += [f"cfg.{name}.{close}" for close in difflib.get_close_matches(extra, fields[name], 1, 0.85)]
+            part, read = _READ_ELSEWHERE.get((name, extra), (None, None))
+            if part and getattr(sections[part], read) != vars(section)[extra]:
+                meant.append(f"cfg.{part}.{read}")
             if meant:
                 raise FieldError(
                     f"cfg.{name}.{extra} is not a field of {type(section).__name__}. Did you mean {' or '.join(meant)}?"

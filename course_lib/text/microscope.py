@@ -198,6 +198,7 @@ def _refuse_old_lines(text: Path) -> None:
     index = Path(f"{text}.idx.npy")
     if not (index.is_file() and index.with_suffix(".info").is_file() and text.stat().st_size):
         return
+    stack.prepare_imports()
     from megatron.bridge.data.datasets.utils import build_index_from_memdata
 
     try:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from course_lib.figures import plots
+from course_lib.figures import compare, plots
 
 
 def run_of(steps: int = 5, *, ranks: int = 4, memory_bytes: int = 300 * 2**20) -> SimpleNamespace:
@@ -147,3 +147,18 @@ def test_a_bar_counts_every_part_once() -> None:
     assert "m has 100 parameters" in ax.get_label()
     names = [text.get_text() for text in ax.get_legend().get_texts()]
     assert len(names) == len(set(names)) == 9 and names[-1] == "other"
+
+
+def test_estimates_and_groups_say_their_numbers():
+    """A reader who cannot see bars and whiskers gets each value, and the interval of an estimate."""
+    rate = SimpleNamespace(value=0.4, low=0.35, high=0.45)
+    with plots.style():
+        from matplotlib.figure import Figure
+
+        left, right = Figure().subplots(1, 2)
+        compare.intervals({"base": rate}, ax=left, unit="share", title="Passes")
+        compare.grouped({"full": {"prose": 0.1, "code": 0.5}}, ax=right, unit="bits/byte", title="Rise")
+    assert plots.describe(left) == "Passes. base 0.4, 0.35 to 0.45."
+    assert plots.describe(right) == "Rise. full: prose 0.1, code 0.5."
+    heights = sorted(round(bar.get_height(), 2) for bar in right.patches)
+    assert heights == [0.1, 0.5] and len({bar.get_hatch() for bar in right.patches}) == 2

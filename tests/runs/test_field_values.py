@@ -199,3 +199,13 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     """`load` says which file it looked for."""
     with pytest.raises(tokenizers.NoTokenizer, match="nowhere/tokenizer.json does not exist: give a directory that"):
         tokenizers.load(tmp_path / "nowhere")
+
+
+def test_a_rate_beside_the_rate_is_taken_while_both_say_the_same(bridge) -> None:
+    """Recipes set `scheduler.max_lr`, which nobody reads; who changes it and not `optimizer.lr` changed nothing."""
+    cfg = config()
+    cfg.scheduler.max_lr = cfg.optimizer.lr
+    field_values.check_fields(cfg)
+    cfg.scheduler.max_lr = 5e-6
+    with pytest.raises(launch.FieldError, match=r"scheduler.max_lr is not a field .* Did you mean cfg.optimizer.lr"):
+        field_values.check_fields(cfg)
