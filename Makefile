@@ -41,12 +41,12 @@ doctor: setup ## say what this machine can run, and what to mend
 	@$(COURSE) doctor
 
 gpu-bundle: setup ## with a network: pack what a node with a GPU and without one lacks (OPTIONS="--torch 2.11.0 --arch 90")
-	@.venv/bin/python -m course_lib.machine.gpu_bundle $(OPTIONS)
+	@.venv/bin/python -m course_lib.machine.gpu.bundle $(OPTIONS)
 
 # The environment of this folder if there is one, else the node's own Python, with its own packages: no set-up, no network.
 gpu-check: ## on a node with a GPU: check the course on it, without a network (OPTIONS="--budget-seconds 500 --out DIR")
-	@if [ -x .venv/bin/python ]; then exec .venv/bin/python -m course_lib.machine.gpu_check $(OPTIONS); \
-	  else exec "$(PYTHON)" -m course_lib.machine.gpu_check $(OPTIONS); fi
+	@if [ -x .venv/bin/python ]; then exec .venv/bin/python -m course_lib.machine.gpu.check $(OPTIONS); \
+	  else exec "$(PYTHON)" -m course_lib.machine.gpu.check $(OPTIONS); fi
 
 lock-check: ## check that uv.lock fits pyproject.toml (needs uv)
 	@PATH="$(CURDIR)/.tools/bin:$$PATH" uv lock --check

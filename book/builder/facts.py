@@ -170,7 +170,7 @@ def recipe_families(root: Path) -> str:
 
 def gpu_checks(_: Path) -> str:
     """The checks of one GPU, in their order, with what each settles and needs."""
-    from course_lib.machine.gpu_check import CHECKS
+    from course_lib.machine.gpu.check import CHECKS
 
     lines = ["| check | what it settles | needs | limit, s |", "|---|---|---|--:|"]
     for one in CHECKS:
@@ -181,7 +181,7 @@ def gpu_checks(_: Path) -> str:
 
 def gpu_bundle_parts(_: Path) -> str:
     """What goes into a bundle, and what may be left out."""
-    from course_lib.machine.gpu_bundle import PARTS
+    from course_lib.machine.gpu.bundle import PARTS
 
     lines = ["| part | what is in it | needed |", "|---|---|---|"]
     for part in PARTS:

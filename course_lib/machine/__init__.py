@@ -1,1 +1,1 @@
-"""This computer: set-up, doctor, JupyterLab, map of the stack."""
+"""This computer: set-up, doctor, JupyterLab, map of the stack; `gpu/` checks one GPU."""

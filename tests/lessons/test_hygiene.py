@@ -178,7 +178,7 @@ HEAVY = {
 # What a rank process executes; everything else may be imported in a notebook's kernel.  (Lessons 11 and 12 import by_hand
 # to print its source, after they imported torch.)
 IN_RANKS_ONLY = {"ranks", "by_hand", "by_hand_ranks"}
-IN_RANKS_ONLY |= {"gpu_check_preload"}  # the process that the GPU checks are forked from
+IN_RANKS_ONLY |= {"preload"}  # of the GPU check: the process that its checks are forked from
 
 
 def module_name(path: Path) -> str:

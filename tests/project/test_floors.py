@@ -15,7 +15,7 @@ from course_lib.common.project import PROJECT
 LIBRARY = PROJECT / "course_lib"
 ROOMS = [
     *("common", "planning/layout", "stack", "runs", "ranks/cpu", "ranks", "figures", "text", "recipes", "lesson"),
-    *("planning", "launch", "experiments", "reading", "machine", "lesson/exercises"),
+    *("planning", "launch", "experiments", "reading", "machine/gpu", "machine", "lesson/exercises"),
 ]
 """From the ground up; the command `course` stands above them all."""
 HEAVY = {"torch", "megatron", "pandas", "matplotlib", "transformers", "numpy", "ipywidgets", "IPython", "nemo_run"}

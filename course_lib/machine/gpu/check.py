@@ -1,10 +1,10 @@
 """What does one GPU say about this course: ordered checks, each in its own process, planned beside measured.
 
-    python -m course_lib.machine.gpu_check --out gpu-report                  # on a node with a GPU; needs no network
-    python -m course_lib.machine.gpu_check --out gpu-report --dry-cpu        # every check in tiny form on CPU ranks
+    python -m course_lib.machine.gpu.check --out gpu-report                  # on a node with a GPU; needs no network
+    python -m course_lib.machine.gpu.check --out gpu-report --dry-cpu        # every check in tiny form on CPU ranks
 
 A check that fails, hangs or dies costs its own result only.  Both reports are written after each event, so a node that is
-taken away leaves what was known by then.  Packages are kept on disk by `course_lib.machine.gpu_bundle`.
+taken away leaves what was known by then.  Packages are kept on disk by `course_lib.machine.gpu.bundle`.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ DRY_DEVICE = "cpu (dry)"
 GATE = "COURSE_GPU_GATE"
 """The environment variable that names the file which a GPU rank waits for before it touches the GPU."""
 
-_JOBS = f"{__package__}.gpu_checks"
-_PRELOAD = f"{__package__}.gpu_check_preload"
+_JOBS = f"{__package__}.jobs"
+_PRELOAD = f"{__package__}.preload"
 BROKEN = "NO"
 """How a note of the check `imports` begins for what does not import."""
 
@@ -143,7 +143,7 @@ class Context:
         name: The check's name.
         dry: Tiny shapes on CPU ranks.
         work: A folder for large files, which no report takes along.
-        laptop: What a laptop left in the bundle, a folder of `gpu_reference`; `None` without one.
+        laptop: What a laptop left in the bundle, a folder of `reference`; `None` without one.
         limit_seconds: Time after the gate.
         earlier: Results of the checks before, by name.
     """
@@ -304,7 +304,7 @@ def run(
         dry: Tiny shapes on CPU ranks; such a report is refused as a measurement of a GPU.
         only: Names of checks; by default all.  What these need is taken from a report that is in `out` already.
         budget_seconds: For everything; what no longer fits is skipped, by name.
-        laptop: What a laptop prepared (`gpu_reference`); without it the CPU of this machine prepares it.
+        laptop: What a laptop prepared (`reference`); without it the CPU of this machine prepares it.
         work: A folder for large files; by default a temporary one, which is removed.
         checks: The checks there are.
         say: Told in a line what ended.
@@ -324,7 +324,7 @@ def run(
         "schema": 1,
         "device": DRY_DEVICE if dry else "unknown",
         "date": time.strftime("%Y-%m-%d"),
-        "command": shlex.join(["python", "-m", f"{__package__}.gpu_check", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", f"{__package__}.check", *sys.argv[1:]]),
         "budget_seconds": budget_seconds if math.isfinite(budget_seconds) else None,
         "machine": kept.get("machine", {}),
         "checks": dict(kept.get("checks", {})),
@@ -509,7 +509,7 @@ def _short(value: Any, size: int = 600) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; 0 if every check that began has passed, else 1."""
     parser = argparse.ArgumentParser(
-        prog=f"python -m {__package__}.gpu_check", description="Check one GPU, without a network."
+        prog=f"python -m {__package__}.check", description="Check one GPU, without a network."
     )
     parser.add_argument("--out", type=Path, default=Path("gpu-report"), help="folder of report.json and report.txt")
     parser.add_argument("--dry-cpu", action="store_true", help="every check in tiny form on CPU ranks")
@@ -523,7 +523,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = run(given.out, dry=given.dry_cpu, only=given.only, budget_seconds=given.budget_seconds,
                      laptop=given.laptop, work=given.work)  # fmt: skip
     except (ValueError, OSError) as error:
-        print(f"gpu_check: {error}", file=sys.stderr)
+        print(f"gpu-check: {error}", file=sys.stderr)
         return 2
     print(f"report            {given.out / 'report.txt'}\n                  {given.out / 'report.json'}")
     return int(any(one["status"] not in ("passed", "skipped") for one in report["checks"].values()))

@@ -1,4 +1,4 @@
-"""What the ranks of `gpu_check` do: the only processes of a check that touch a GPU.
+"""What the ranks of a check do: the only processes of a check that touch a GPU.
 
 A GPU rank imports what it needs while the check before it still has the GPU, and waits at a gate.
 """
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from course_lib import stack
 from course_lib.common import files
-from course_lib.machine.gpu_check import GATE
+from course_lib.machine.gpu.check import GATE
 from course_lib.ranks import train
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""What the checks of `gpu_check` do: each function is called with a `gpu_check.Context`, in a process of its own.
+"""What the checks do: each function is called with a `check.Context`, in a process of its own.
 
 That process plans and reads; whatever touches a GPU happens in ranks, which the course's own launcher starts.
 """
@@ -24,18 +24,18 @@ from typing import TYPE_CHECKING, Any
 from course_lib import launch, recipes, runs, stack
 from course_lib.common import units
 from course_lib.common.config import assign
-from course_lib.machine import gpu_reference
-from course_lib.machine.gpu_check import BROKEN, DRY_DEVICE
+from course_lib.machine.gpu import reference
+from course_lib.machine.gpu.check import BROKEN, DRY_DEVICE
 from course_lib.planning import ceiling, layout, memory
 from course_lib.reading import baselines
 from course_lib.stack import devices
 
 if TYPE_CHECKING:
-    from course_lib.machine.gpu_check import Context
+    from course_lib.machine.gpu.check import Context
 
 __all__ = ["TRAININGS", "Training", "config", "imports", "layers", "lora", "machine", "rates", "resume", "training"]
 
-_RANKS = f"{__package__}.gpu_check_ranks"
+_RANKS = f"{__package__}.ranks"
 PACKAGES = (
     "torch triton numpy transformers tokenizers megatron-core megatron-bridge transformer-engine transformer-engine-torch "
     "nvidia-resiliency-ext mamba-ssm causal-conv1d nvidia-cudnn-cu13 nvidia-nccl-cu13 nvidia-cublas"
@@ -118,12 +118,12 @@ def config(name: str, *, dry: bool) -> Any:
     with recipes.offline():
         cfg = getattr(importlib.import_module(module), function)()
     if name == "lesson_03":
-        gpu_reference.shrink(cfg)
+        reference.shrink(cfg)
     if asked.seq_length:
         cfg.model.seq_length = cfg.dataset.seq_length = asked.seq_length
     if asked.vocab_size:
         cfg.tokenizer.vocab_size = asked.vocab_size
-    gpu_reference.few_steps(cfg, steps=asked.steps, global_batch_size=asked.global_batch_size,
+    reference.few_steps(cfg, steps=asked.steps, global_batch_size=asked.global_batch_size,
                             micro_batch_size=asked.micro_batch_size)  # fmt: skip
     if cfg.tokenizer.tokenizer_type != "NullTokenizer":  # the ids of mock data are drawn, not read
         cfg.tokenizer.tokenizer_type, cfg.tokenizer.tokenizer_model = "NullTokenizer", None
@@ -167,7 +167,7 @@ def _shrink_further(cfg: Any) -> None:
     sizes: dict[str, Any] = {"hybrid_layer_pattern": "*-*-"} if pattern else {"num_layers": 2}
     recipes.shrink(cfg, **sizes, hidden_size=64, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=128,
                    seq_length=64, vocab_size=512)  # fmt: skip
-    gpu_reference.few_steps(cfg, steps=3, global_batch_size=2 * cfg.train.micro_batch_size,
+    reference.few_steps(cfg, steps=3, global_batch_size=2 * cfg.train.micro_batch_size,
                             micro_batch_size=cfg.train.micro_batch_size)  # fmt: skip
 
 
@@ -476,15 +476,15 @@ def _measured(result: dict | None, unit: str) -> float | None:
 def resume(context: Context) -> None:
     """Go on from a laptop's checkpoint, and hold the losses against those that the laptop met on the same data."""
     folder = context.laptop or context.work / "laptop"
-    if not (folder / gpu_reference.DONE).exists():
+    if not (folder / reference.DONE).exists():
         context.note(laptop="no bundle: the CPU of this machine prepared what a laptop would")
-        gpu_reference.make(folder, dry=context.dry)
-    kept = gpu_reference.read(folder)
-    cfg = gpu_reference.config(folder, kept["steps"])
+        reference.make(folder, dry=context.dry)
+    kept = reference.read(folder)
+    cfg = reference.config(folder, kept["steps"])
     _do_without_what_is_broken(cfg, context)
     in_fp32 = context.name.endswith("fp32")
     if in_fp32:
-        gpu_reference.set_fp32(cfg)
+        reference.set_fp32(cfg)
     context.note(load=str(kept["checkpoint"]), laptop_versions=kept["versions"])
     context.take_gpu()
     run = _train(cfg, context, _Expected(), load=kept["checkpoint"])

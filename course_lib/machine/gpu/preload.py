@@ -14,7 +14,7 @@ __all__: list[str] = []
 if sys.argv == ["-c"]:  # multiprocessing starts its fork server so; in any other process importing this does nothing
     with contextlib.suppress(Exception):  # a check that needs it says why it does not import
         from course_lib import stack
-        from course_lib.machine import gpu_checks  # noqa: F401
+        from course_lib.machine.gpu import jobs  # noqa: F401
 
         stack.hide_gpu_packages()
         stack.prepare_imports()

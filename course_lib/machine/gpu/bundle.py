@@ -1,6 +1,6 @@
 """Pack what a node with a GPU and without a network lacks: one folder to copy, with one command in it.
 
-    python -m course_lib.machine.gpu_bundle --to gpu-bundle --torch 2.11.0 --cuda 13.0 --arch 90 --have node.txt
+    python -m course_lib.machine.gpu.bundle --to gpu-bundle --torch 2.11.0 --cuda 13.0 --arch 90 --have node.txt
 
 Run it on Linux on x86_64 with a network.  Packages come from `uv.lock`, NVIDIA's kernels are built for one torch and one GPU
 architecture, and a laptop's run goes along to be resumed.  A part that is there already is not made again.
@@ -30,7 +30,7 @@ from typing import Any
 from course_lib.common import files
 from course_lib.common.project import PROJECT
 from course_lib.common.units import MiB, format_bytes
-from course_lib.machine import gpu_bundle_start, gpu_kernels
+from course_lib.machine.gpu import kernels, start
 
 __all__ = ["CHECK", "PARTS", "CannotBundle", "Part", "Target", "closure", "cut", "have", "main", "make"]
 
@@ -48,7 +48,7 @@ NOT_IMPORTED = {
 """Packages that the lock names and no rank of the check imports."""
 
 
-CHECK = f"{__package__}.gpu_check"
+CHECK = f"{__package__}.check"
 """What `start.py` runs on the node."""
 
 
@@ -141,10 +141,10 @@ def _applies(marker: str) -> bool:
     return not marker or Marker(marker).evaluate(default_environment() | {"extra": ""})
 
 
-def pin(name: str) -> gpu_kernels.Pin:
+def pin(name: str) -> kernels.Pin:
     """A package as `uv.lock` has it, with the checksum of its source."""
     package = _lock()[name]
-    return gpu_kernels.Pin(
+    return kernels.Pin(
         f"{name}=={package['version']}", package.get("sdist", {}).get("hash", "").removeprefix("sha256:")
     )
 
@@ -201,16 +201,16 @@ def said(words: Sequence[str], **options: Any) -> None:
     if uv is None:
         raise CannotBundle("uv is not here: run `make setup` in the course's folder first")
     python = [] if "--python" in words or words[0] == "venv" else ["--python", sys.executable]
-    gpu_kernels.run([uv, *words, "--no-config", *python], **options)
+    kernels.run([uv, *words, "--no-config", *python], **options)
 
 
 def _laptop(_: Target, folder: Path, __: Path) -> None:
     """In a process of its own: it prepares imports, and launches CPU ranks."""
     code = (
-        "import sys; from pathlib import Path; from course_lib import stack; from course_lib.machine import gpu_reference; "
-        "stack.prepare_imports(); gpu_reference.make(Path(sys.argv[1]))"
+        "import sys; from pathlib import Path; from course_lib import stack; from course_lib.machine.gpu import reference; "
+        "stack.prepare_imports(); reference.make(Path(sys.argv[1]))"
     )
-    gpu_kernels.run([sys.executable, "-W", "ignore", "-c", code, str(folder)], env={"COURSE_RUNS": str(folder.parent)})
+    kernels.run([sys.executable, "-W", "ignore", "-c", code, str(folder)], env={"COURSE_RUNS": str(folder.parent)})
 
 
 def _resiliency(target: Target, folder: Path, _: Path) -> None:
@@ -243,15 +243,13 @@ def _transformer_engine(target: Target, folder: Path, work: Path) -> None:
         )
     names = ("transformer-engine", "transformer-engine-torch", core)
     _what_they_need(names, target, folder)
-    gpu_kernels.transformer_engine(
-        target, folder, work, pins={name: pin(name) for name in names}, uv=said, install=install
-    )
+    kernels.transformer_engine(target, folder, work, pins={name: pin(name) for name in names}, uv=said, install=install)
 
 
 def _mamba(target: Target, folder: Path, work: Path) -> None:
     names = ("mamba-ssm", "causal-conv1d")
     _what_they_need(names, target, folder)
-    gpu_kernels.mamba(target, folder, work, pins={name: pin(name) for name in names}, uv=said)
+    kernels.mamba(target, folder, work, pins={name: pin(name) for name in names}, uv=said)
 
 
 def _what_they_need(names: Sequence[str], target: Target, folder: Path) -> None:
@@ -328,7 +326,7 @@ def make(
         say(f"{part.name}: {part.what} ({timed})")
         try:
             manifest["parts"][part.name] = _part(part, target, to, work, piece_bytes, say)
-        except (CannotBundle, gpu_kernels.CannotBuild) as error:
+        except (CannotBundle, kernels.CannotBuild) as error:
             if not part.optional or part.name in only:
                 raise CannotBundle(f"{part.name}: {error}") from error
             manifest["left_out"][part.name] = str(error)
@@ -336,7 +334,7 @@ def make(
     folders = [work / name for name in manifest["parts"]]
     manifest["not_carried"] = lacking(folders, target.have | NOT_IMPORTED.keys() | _left_out_on_purpose())
     _tidy(to, manifest)
-    shutil.copy(gpu_bundle_start.__file__, to / "start.py")
+    shutil.copy(start.__file__, to / "start.py")
     files.write_text(to / "manifest.json", json.dumps(manifest, indent=1))
     pieces = [piece for one in manifest["parts"].values() for piece in one["pieces"]]
     files.write_text(to / "SHA256SUMS", "".join(f"{piece['sha256']}  {piece['file']}\n" for piece in pieces))
@@ -490,7 +488,7 @@ def torchs_own() -> frozenset[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; 0 if the bundle is whole, 1 if a part cannot be had."""
     words = "Pack the course for a node without a network."
-    parser = argparse.ArgumentParser(prog=f"python -m {__package__}.gpu_bundle", description=words)
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__}.bundle", description=words)
     parser.add_argument("--to", type=Path, default=PROJECT / "gpu-bundle", help="the folder that is copied to the node")
     parser.add_argument("--python", default="3.12", help="Python of the node")
     parser.add_argument("--torch", default=_lock()["torch"]["version"], help="torch of the node")
@@ -511,7 +509,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         manifest = make(to, target, work=given.work or to.with_name(f"{to.name}-work"), only=given.parts,
                         piece_bytes=given.piece_mib * MiB)  # fmt: skip
     except (CannotBundle, OSError) as error:
-        print(f"gpu_bundle: {error}", file=sys.stderr)
+        print(f"gpu-bundle: {error}", file=sys.stderr)
         return 1
     total = sum(piece["bytes"] for one in manifest["parts"].values() for piece in one["pieces"])
     print(f"bundle            {to}   ({format_bytes(total)})")

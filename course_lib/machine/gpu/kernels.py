@@ -134,7 +134,7 @@ def transformer_engine(
     """NVIDIA's library with one architecture's code, and its part for torch, built here.
 
     Args:
-        target: A `gpu_bundle.Target`.
+        target: A `bundle.Target`.
         folder: Where the packages go.
         work: For half-done work.
         pins: The packages by name.

@@ -1,6 +1,6 @@
-"""Rows of `data/measured/` from a report of `gpu_check`: what was measured, where, with which versions, by which command.
+"""Rows of `data/measured/` from a report of `gpu/check`: what was measured, where, with which versions, by which command.
 
-python -m course_lib.machine.gpu_report gpu-report/report.json        # prints the file that belongs into data/measured/
+python -m course_lib.machine.gpu.report gpu-report/report.json        # prints the file that belongs into data/measured/
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from course_lib.machine.gpu_check import DRY_DEVICE
+from course_lib.machine.gpu.check import DRY_DEVICE
 
 __all__ = ["NotMeasured", "main", "rows"]
 
@@ -27,7 +27,7 @@ def rows(report: dict[str, Any]) -> dict[str, Any]:
     """The file of `data/measured/` that a report becomes.
 
     Args:
-        report: `report.json` of `gpu_check`.
+        report: `report.json` of `gpu/check`.
 
     Returns:
         `about`, `source`, `device`, `driver`, `versions`, `date`, `command`, and `rows`: `check, quantity, unit, expected,
@@ -83,13 +83,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Print the rows of a report as JSON; 1 if it holds no measurement of a GPU."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if len(arguments) != 1:
-        print("usage: python -m course_lib.machine.gpu_report gpu-report/report.json", file=sys.stderr)
+        print("usage: python -m course_lib.machine.gpu.report gpu-report/report.json", file=sys.stderr)
         return 2
     try:
         report = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
         print(json.dumps(rows(report), indent=1))
     except (OSError, ValueError) as error:
-        print(f"gpu_report: {error}", file=sys.stderr)
+        print(f"gpu-report: {error}", file=sys.stderr)
         return 1
     print(f"this belongs into data/measured/{file_name(report)}", file=sys.stderr)
     return 0
