@@ -46,12 +46,11 @@ def make() -> dict[str, Any]:
     Returns:
         What stands in the file: settings, and one row a plan with bytes by component.
     """
-    from course_lib.planning import ceiling as ceilings
-    from course_lib.planning import memory, usable
+    from course_lib.planning import ceiling, memory, usable
     from course_lib.reading import baselines
 
     rows, first = [], {}
-    gpu = ceilings.gpus()["H100 SXM 80GB"]
+    gpu = ceiling.gpus()["H100 SXM 80GB"]
     for model, cfg in models().items():
         recipe = RECIPES[model]
         first[model] = round(baselines.first_loss(VOCAB_SIZE, cfg.model.hidden_size, cfg.model.init_method_std), 3)
@@ -61,7 +60,7 @@ def make() -> dict[str, Any]:
             row = {"model": model, "recipe": recipe} | {name: sizes.get(name, 1) for name in ("tp", "pp", "cp")}
             row["dp"] = plan.layout.data_parallel_size
             row |= {"seq_length": cfg.model.seq_length, "micro_batch_size": cfg.train.micro_batch_size}
-            best = ceilings.ceiling(cut, ranks=RANKS, gpu=gpu, vocab_size=VOCAB_SIZE).tokens_per_second_per_gpu
+            best = ceiling.of(cut, ranks=RANKS, gpu=gpu, vocab_size=VOCAB_SIZE).tokens_per_second_per_gpu
             row["tokens_per_second_per_gpu_at_best"] = round(best)
             rows.append(
                 row | {"bytes": plan.components, "total_bytes": plan.total_bytes, "usable_bytes": room.usable_bytes}

@@ -8,10 +8,14 @@ Guesses, predictions and attempts go to the learner's ledger, see ``course_lib.l
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from course_lib.common import screen
+from course_lib.common.project import PROJECT
 from course_lib.common.units import format_number
 from course_lib.lesson import verdicts
 from course_lib.lesson.ledger import LedgerError, attempted, measured, predict, reset, table
@@ -27,6 +31,7 @@ __all__ = [
     "ledger",
     "measured",
     "predict",
+    "publish",
     "reset_ledger",
     "solution",
     "solved",
@@ -227,3 +232,42 @@ def expect_error(kind: type[Exception], *, contains: str = "") -> Iterator[None]
         print(f"expected {type(error).__name__}: {error}")
     else:
         raise ClaimFailed(f"{kind.__name__} was expected, but the block raised no error")
+
+
+def publish(name: str, value: object) -> None:
+    """Hand a value out of a notebook: it is shown as text, and ``notebooks.execute`` reads it back.
+
+    The name "run" is for run directories: ``publish("run", run.path)`` puts the path into ``notebooks.Executed.runs``.
+
+    Args:
+        name: What the value is called.
+        value: Anything that JSON holds, a path, or a number of numpy or torch.
+
+    Raises:
+        TypeError: JSON cannot hold the value.
+
+    Example:
+        >>> publish("loss", 6.93)
+        loss = 6.93
+    """
+    plain = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if hasattr(plain, "item"):
+        plain = plain.item()
+    try:
+        json.dumps(plain)
+    except TypeError as error:
+        raise TypeError(
+            f"the value {name!r} is a {type(value).__name__}: publish numbers, text, lists or paths."
+        ) from error
+    if screen.where() != "notebook":
+        print(f"{name} = {_shown(plain)}")
+        return
+    from IPython.display import display
+
+    display({"text/plain": f"{name} = {_shown(plain)}"}, raw=True, metadata={"course": {name: plain}})
+
+
+def _shown(value: object) -> object:
+    """A path as it is written in the text: from the project's folder on, whoever's machine it is."""
+    inside = isinstance(value, str) and value.startswith(f"{PROJECT}{os.sep}")
+    return value.removeprefix(f"{PROJECT}{os.sep}") if inside else value

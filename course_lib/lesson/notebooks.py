@@ -33,7 +33,6 @@ __all__ = [
     "kernel_environment",
     "listing",
     "notebooks",
-    "publish",
 ]
 
 SCREEN_LINES = 15  # of an error message: what still fits on one screen with the rest
@@ -109,45 +108,6 @@ def find(number: str, *, directory: Path | None = None) -> Path:
         known = ", ".join(path.stem for path in names) or "none"
         raise LessonError(f"lesson {number!r} names {len(found)} notebooks in {directory}; the lessons are: {known}.")
     return found[0]
-
-
-def publish(name: str, value: object) -> None:
-    """Hand a value out of a notebook: it is shown as text, and ``execute`` reads it back.
-
-    The name "run" is for run directories: ``publish("run", run.path)`` puts the path into ``Executed.runs``.
-
-    Args:
-        name: What the value is called.
-        value: Anything that JSON holds, a path, or a number of numpy or torch.
-
-    Raises:
-        LessonError: JSON cannot hold the value.
-
-    Example:
-        >>> publish("loss", 6.93)
-        loss = 6.93
-    """
-    plain = os.fspath(value) if isinstance(value, os.PathLike) else value
-    if hasattr(plain, "item"):
-        plain = plain.item()
-    try:
-        json.dumps(plain)
-    except TypeError as error:
-        raise LessonError(
-            f"the value {name!r} is a {type(value).__name__}: publish numbers, text, lists or paths."
-        ) from error
-    if screen.where() != "notebook":
-        print(f"{name} = {_shown(plain)}")
-        return
-    from IPython.display import display
-
-    display({"text/plain": f"{name} = {_shown(plain)}"}, raw=True, metadata={"course": {name: plain}})
-
-
-def _shown(value: object) -> object:
-    """A path as it is written in the text: from the project's folder on, whoever's machine it is."""
-    inside = isinstance(value, str) and value.startswith(f"{PROJECT}{os.sep}")
-    return value.removeprefix(f"{PROJECT}{os.sep}") if inside else value
 
 
 def execute(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from course_lib import stack
 from course_lib.common.project import VARIABLES
-from course_lib.lesson import notebooks as lessons
+from course_lib.lesson import notebooks
 from course_lib.machine import installation, readings
 from course_lib.machine.installation import Package
 from course_lib.machine.readings import Finding
@@ -77,7 +77,7 @@ def report(*, imports: bool = True) -> Report:
 
 
 def lessons_that_run(
-    findings: Iterable[Finding], *, notebooks: Path | None = None, device: str = "cpu"
+    findings: Iterable[Finding], *, folder: Path | None = None, device: str = "cpu"
 ) -> tuple[Lesson, ...]:
     """Which of the existing lessons run live on this machine.
 
@@ -85,13 +85,13 @@ def lessons_that_run(
 
     Args:
         findings: The doctor's.
-        notebooks: Folder with the lessons; the course's own if None.
+        folder: Folder with the lessons; the course's own if None.
         device: Where eight ranks would run, "cpu" or "cuda".
     """
     failed = [finding.name for finding in findings if finding.status == "fail"]
     trains = f"on {stack.LESSON_RANKS} GPUs" if device == "cuda" else "on the CPU"
     found = []
-    for path in lessons.notebooks(notebooks):
+    for path in notebooks.notebooks(folder):
         number, _, title = path.stem.partition("_")
         if not number.isdigit():  # an appendix
             continue

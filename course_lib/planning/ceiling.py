@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 __all__ = [
     "Ceiling",
     "Gpu",
-    "ceiling",
     "counted_flops_per_token",
     "flops_per_token",
     "gpus",
     "named",
+    "of",
     "published",
     "published_fine_tuning",
     "sent_bytes",
@@ -208,7 +208,7 @@ def sent_bytes(cfg: Any, *, ranks: int) -> dict[str, float]:
     }
 
 
-def ceiling(cfg: Any, *, ranks: int, gpu: Gpu, vocab_size: int) -> Ceiling:
+def of(cfg: Any, *, ranks: int, gpu: Gpu, vocab_size: int) -> Ceiling:
     """The best tokens per second that a layout could reach on a GPU.
 
     Args:

@@ -140,8 +140,8 @@ def _sum_over_ranks(held: Sequence[Mapping[str, int]], *, times: int = 1) -> dic
 
 
 def _child(asked: Mapping[str, Any]) -> None:
-    from course_lib import recipes as offline_recipes
     from course_lib import stack
+    from course_lib.recipes import offline
 
     stack.prepare_imports()
     import importlib
@@ -150,7 +150,7 @@ def _child(asked: Mapping[str, Any]) -> None:
 
     for name in asked["recipes"]:
         module, function = name.split(":")
-        with offline_recipes.offline():
+        with offline():
             cfg = getattr(importlib.import_module(f"megatron.bridge.recipes.{module}"), function)()
         _lay_out(cfg, asked["ranks"], asked["vocab_size"])
         experts, chosen = getattr(cfg.model, "num_moe_experts", None) or 0, getattr(cfg.model, "moe_router_topk", 0)

@@ -1,4 +1,4 @@
-"""The planner: bars of planned memory against a GPU, and controls that redraw them.
+"""The planner: controls that draw planned memory against a GPU again when one of them moves.
 
 Controls need a running kernel.  The book has none, so it gets frames that were drawn when the lesson was executed; a
 link in the browser steps through them.
@@ -12,19 +12,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from course_lib.common.config import Fields, changed
-from course_lib.common.units import MiB, gib
-from course_lib.figures import plots
+from course_lib.figures import parallelism, plots
 from course_lib.planning import ceiling, memory, usable
 from course_lib.planning.layout import LayoutError
 from course_lib.planning.layout.rules import padded_from_tokenizer
 
 if TYPE_CHECKING:
     from ipywidgets import VBox
-    from matplotlib.axes import Axes
 
-    from course_lib.planning.usable import Usable
-
-__all__ = ["bars", "bridge_code", "controls", "frames", "layer"]
+__all__ = ["bridge_code", "frames", "panel"]
 
 _NOTHING = dict.fromkeys(("recompute_granularity", "recompute_method", "recompute_num_layers"))
 _SELECTIVE = _NOTHING | {"recompute_granularity": "selective"}
@@ -35,88 +31,6 @@ RECOMPUTE: Mapping[str, dict[str, Any]] = {
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
 """What the control can choose to compute again in the backward pass, as fields of the model."""
-
-
-def bars(
-    plans: Mapping[str, memory.Plan], *, gpu: ceiling.Gpu, ax: Axes, title: str = "", room: Usable | None = None
-) -> Axes:
-    """Draw one horizontal bar a plan, cut into its components, against the memory of a GPU.
-
-    A plan that does not fit has a red, hatched edge, and says so in words.
-
-    Args:
-        plans: Plans by their labels.
-        gpu: The GPU.
-        ax: The axis to draw on.
-        title: What the picture shows.
-        room: What a plan may use of it; the rest of what torch sees is a band beside the line.
-
-    Returns:
-        The axis, in GiB.
-    """
-    shades = dict(zip(memory.COMPONENTS, (*plots.COLOURS.values(), plots.INK), strict=True))
-    hatches = dict(zip(memory.COMPONENTS, ("", "//", "..", "\\\\", "xx"), strict=True))
-    labels, limit = list(plans), gib(room.usable_bytes if room else gpu.memory_bytes)
-    left = [0.0] * len(labels)
-    for part in memory.COMPONENTS:
-        widths = [gib(plans[label].components[part]) for label in labels]
-        face = {"color": shades[part], "edgecolor": "white", "linewidth": 0.5, "hatch": hatches[part]}
-        ax.barh(labels, widths, left=left, label=part, height=0.6, **face)
-        left = [start + width for start, width in zip(left, widths, strict=True)]
-    right = 1.25 * max([limit, *left])
-    for row, total in enumerate(left):
-        fits = total <= limit
-        if not fits:
-            ax.barh(row, total, height=0.72, fill=False, edgecolor="#E0403A", linewidth=2.5, hatch="/")
-        note = f" {total:.1f}" + ("" if fits else " does not fit")
-        crossing = fits and total + 0.07 * right > limit  # the note would stand across the line
-        ax.text(
-            limit if crossing else total, row, note, va="center", color="#787878" if fits else "#E0403A", fontsize=9
-        )
-    ax.axvline(limit, color="#787878", linewidth=1.5, dashes=[6, 3])
-    if room:
-        ax.axvspan(limit, gib(room.total_bytes), color=plots.INK, alpha=0.15, linewidth=0)
-    ax.set_xlim(0, right)
-    what = f"what a plan may use, {limit:.1f} GiB" if room else f"{gpu.name}, {limit:.1f} GiB"
-    ax.set_xlabel(f"planned memory of the fullest rank (GiB); dashed line: {what}")
-    ax.invert_yaxis()
-    ax.grid(axis="y", visible=False)
-    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=5, fontsize=8, columnspacing=1.0, handlelength=1.4)
-    ax.set_title(title, pad=24)
-    totals = "; ".join(f"{label} {total:.1f}" for label, total in zip(labels, left, strict=True))
-    has = "A plan may use" if room else "The GPU has"
-    ax.set_label(f"Planned GiB of the fullest rank: {totals}. {has} {limit:.1f} GiB")
-    return ax
-
-
-def layer(kept: Mapping[str, Mapping[str, int]], *, ax: Axes, title: str = "") -> Axes:
-    """Draw what one layer keeps for the backward pass, one group of bars a tensor, one bar a layout.
-
-    Args:
-        kept: For each layout its bytes by tensor, as `activations.one_layer` returns them.
-        ax: The axis to draw on.
-        title: What the picture shows.
-
-    Returns:
-        The axis, in MiB.
-    """
-    layouts, tensors = list(kept), list(next(iter(kept.values())))
-    height = 0.8 / len(layouts)
-    for number, (label, colour, hatch) in enumerate(
-        zip(layouts, plots.COLOURS.values(), ("", "//", ".."), strict=False)
-    ):
-        places = [row + (number - (len(layouts) - 1) / 2) * height for row in range(len(tensors))]
-        sizes = [kept[label][tensor] / MiB for tensor in tensors]
-        ax.barh(places, sizes, height=height, color=colour, hatch=hatch, edgecolor="white", linewidth=0.5, label=label)
-    ax.set_yticks(range(len(tensors)), tensors)
-    ax.invert_yaxis()
-    ax.grid(axis="y", visible=False)
-    ax.set_xlabel("kept for the backward pass by one layer, of one sequence (MiB)")
-    ax.legend(loc="lower right")
-    ax.set_title(title)
-    totals = "; ".join(f"{label} {sum(kept[label].values()) / MiB:.0f}" for label in layouts)
-    ax.set_label(f"MiB that one layer keeps: {totals}. Largest: {max(kept[layouts[0]], key=kept[layouts[0]].get)}")
-    return ax
 
 
 def bridge_code(recipe: str, cfg: Any) -> str:
@@ -151,7 +65,7 @@ def bridge_code(recipe: str, cfg: Any) -> str:
     return "\n".join([*first, f"cfg = {recipe}()", *(f"cfg.{name} = {value!r}" for name, value in fields.items())])
 
 
-def controls(recipes: Mapping[str, Any], *, ranks: int = 8) -> VBox:
+def panel(recipes: Mapping[str, Any], *, ranks: int = 8) -> VBox:
     """Controls for model, layout, sequence, batch, precision, recomputation and GPU, with the bar that follows.
 
     Args:
@@ -255,7 +169,9 @@ def _frame(plan: memory.Plan, cfg: Any, gpu: ceiling.Gpu) -> tuple[bytes, str]:
     room = usable.of(cfg, ranks=plan.layout.world_size) if gpu.name == usable.GPU else None
     with plots.style():
         fig = Figure(figsize=(8, 2.2), layout="constrained")
-        ax = bars({str(plan.layout): plan}, gpu=gpu, ax=fig.subplots(), title="Planned, not run", room=room)
+        ax = parallelism.plans(
+            {str(plan.layout): plan}, gpu=gpu, ax=fig.subplots(), title="Planned, not run", room=room
+        )
         return plots.png(fig), ax.get_label()
 
 

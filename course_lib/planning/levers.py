@@ -140,18 +140,16 @@ def effect(cfg: Any, lever: Lever, *, ranks: int, vocab_size: int) -> dict[str, 
         tokens per second change; None where the data sheet's bf16 rate is no ceiling.  Megatron FSDP's total is its states and
         the most that it gathers, with the activations of the same layout.
     """
-    from course_lib.planning import ceiling as ceilings
-    from course_lib.planning import fully_sharded, memory
+    from course_lib.planning import ceiling, fully_sharded, memory
 
     before, changed = memory.plan(cfg, ranks=ranks), applied(cfg, lever)
     if lever.name == FSDP:
         total = fully_sharded.states(changed, ranks=ranks).total_bytes + before.total_bytes - before.states.total_bytes
         return {"total_bytes": total, "saved_bytes": before.total_bytes - total, "ceiling_change": None}
     total = memory.plan(changed, ranks=ranks).total_bytes
-    gpu = ceilings.gpus()["H100 SXM 80GB"]
+    gpu = ceiling.gpus()["H100 SXM 80GB"]
     rates = [
-        ceilings.ceiling(one, ranks=ranks, gpu=gpu, vocab_size=vocab_size).tokens_per_second_per_gpu
-        for one in (cfg, changed)
+        ceiling.of(one, ranks=ranks, gpu=gpu, vocab_size=vocab_size).tokens_per_second_per_gpu for one in (cfg, changed)
     ]
     eight_bit = "mixed_precision" in lever.fields
     return {

@@ -13,11 +13,10 @@ from course_lib.planning.layout.sizes import Layout
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.axes import Axes
 
     from course_lib.runs import Run
 
-__all__ = ["bubble_share", "draw", "idle_share", "passes", "replay"]
+__all__ = ["bubble_share", "idle_share", "passes", "replay"]
 
 
 def bubble_share(stages: int, microbatches: int, *, chunks: int = 1) -> float:
@@ -135,58 +134,3 @@ def idle_share(rows: pd.DataFrame) -> float:
     """
     span = rows.end.max() - rows.begin.min()
     return float(1 - (rows.end - rows.begin).sum() / (span * rows.stage.nunique()))
-
-
-def draw(rows: pd.DataFrame, *, ax: Axes, title: str = "") -> Axes:
-    """Draw passes as bars over time: a line for each stage, forward and backward by colour and hatch.
-
-    Args:
-        rows: What `passes` or `replay` returned.
-        ax: The axis to draw on.
-        title: What the picture shows.
-
-    Returns:
-        The axis.
-    """
-    from course_lib.figures.plots import COLOURS
-
-    styles = {"forward": (COLOURS["blue"], ""), "backward": (COLOURS["vermilion"], "//")}
-    for kind, (colour, hatch) in styles.items():
-        part = rows[rows.kind == kind]
-        ax.barh(
-            part.stage,
-            (part.end - part.begin) * 1e3,
-            left=part.begin * 1e3,
-            height=0.8,
-            color=colour,
-            hatch=hatch,
-            edgecolor="white",
-            linewidth=0.8,
-            label=kind,
-        )
-    span = rows.end.max() - rows.begin.min()
-    for row in rows.itertuples():
-        if row.end - row.begin > 0.02 * span:
-            ax.text(
-                (row.begin + row.end) * 5e2,
-                row.stage,
-                str(row.microbatch),
-                ha="center",
-                va="center",
-                fontsize=8,
-                color="white",
-                fontweight="bold",
-            )
-    ax.set_yticks(sorted(rows.stage.unique()))
-    ax.invert_yaxis()
-    ax.grid(axis="y", visible=False)
-    ax.set_xlabel("time since the first pass began (ms)")
-    ax.set_ylabel("pipeline stage")
-    if title:
-        ax.set_title(title, loc="left")
-    ax.legend(loc="lower left", bbox_to_anchor=(0.0, 1.08), ncols=2)
-    ax.set_label(
-        f"{len(rows)} passes on {rows.stage.nunique()} stages within {span * 1e3:.3g} ms; "
-        f"the stages wait {idle_share(rows):.0%} of that time"
-    )
-    return ax

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from course_lib.common import files
-from course_lib.text import sources as corpus_sources
+from course_lib.text import sources
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -144,7 +144,7 @@ def python_library(directory: Path, *, held_out_percent: float = 5.0) -> Built:
     Returns:
         The corpus, about 10 MB of text, in some seconds.
     """
-    return build(corpus_sources.python_documents(), directory, held_out_percent=held_out_percent)
+    return build(sources.python_documents(), directory, held_out_percent=held_out_percent)
 
 
 def from_folder(
@@ -171,7 +171,7 @@ def from_folder(
     Raises:
         BadText: If a file cannot be used; names file and line, and nothing is left half written.
     """
-    documents = corpus_sources.folder_documents(folder, licence=licence, source=source, leave_out=leave_out)
+    documents = sources.folder_documents(folder, licence=licence, source=source, leave_out=leave_out)
     return build(documents, directory, held_out_percent=held_out_percent)
 
 
@@ -187,7 +187,7 @@ def clean(text: str) -> str:
     return re.sub(r"\n{4,}", "\n\n\n", text).strip("\n")
 
 
-def build(documents: Iterable[corpus_sources.Document], directory: Path, *, held_out_percent: float = 5.0) -> Built:
+def build(documents: Iterable[sources.Document], directory: Path, *, held_out_percent: float = 5.0) -> Built:
     """Clean, deduplicate and split documents, and write them with a manifest.
 
     Only hashes and counts are kept in memory, so the text may be larger than it.
@@ -232,7 +232,7 @@ def _is_corpus(directory: Path) -> bool:
     return isinstance(manifest, dict) and {"steps", "files", "modules"} <= set(manifest)
 
 
-def _named(documents: Iterable[corpus_sources.Document]) -> Iterator[corpus_sources.Document]:
+def _named(documents: Iterable[sources.Document]) -> Iterator[sources.Document]:
     """Refuse a source that cannot be the first part of a file name."""
     for document in documents:
         if not re.fullmatch(r"\w[\w-]*", document.source):
@@ -240,9 +240,7 @@ def _named(documents: Iterable[corpus_sources.Document]) -> Iterator[corpus_sour
         yield document
 
 
-def _write_cleaned(
-    documents: Iterable[corpus_sources.Document], path: Path
-) -> tuple[list[dict[str, Any]], dict[str, int]]:
+def _write_cleaned(documents: Iterable[sources.Document], path: Path) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Write what survives cleaning and deduplication; returns the steps, and the bytes of each module."""
     counts: dict[str, list[int]] = {step: [0, 0] for step in ("read", "long enough", "no exact duplicates")}
     groups: Counter[str] = Counter()

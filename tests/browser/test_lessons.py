@@ -17,8 +17,7 @@ from book import builder
 from course_lib import runs
 from course_lib.common.project import PROJECT
 from course_lib.machine import desk as course_desk
-from course_lib.planning import ceiling, memory
-from course_lib.planning import controls as planner
+from course_lib.planning import ceiling, controls, memory
 from course_lib.planning.layout import Layout
 from support.lab import QUIET, browser, lab
 from support.notebooks_made_here import clean, code, write
@@ -148,8 +147,8 @@ def test_lesson_06_runs_and_its_planner_answers(desk):
     desk.wait(seconds=400)
     cells = saved(desk, name)
     assert not errors(cells) and all(cell["execution_count"] for cell in cells) and without_words(cells) == []
-    controls = desk.page.locator(".jp-OutputArea", has=desk.page.locator(".widget-dropdown"))
-    picture = controls.locator("img.widget-image, .jupyter-widgets img").first
+    panel = desk.page.locator(".jp-OutputArea", has=desk.page.locator(".widget-dropdown"))
+    picture = panel.locator("img.widget-image, .jupyter-widgets img").first
     picture.scroll_into_view_if_needed()
     before = picture.get_attribute("src")
     desk.page.locator(".widget-dropdown", has_text="TP").first.locator("select").select_option("4")
@@ -184,7 +183,7 @@ def test_the_planners_frames_move_in_the_book(tmp_path):
     both = {f"TP={tp}": planned(tp) for tp in (1, 2)}
     choices = {label: ("llama3_8b_pretrain_config", cfg) for label, (cfg, _) in both.items()}
     plans = {label: plan for label, (_, plan) in both.items()}
-    panel = planner.frames(choices, plans, gpu=ceiling.gpus()["H100 SXM 80GB"])
+    panel = controls.frames(choices, plans, gpu=ceiling.gpus()["H100 SXM 80GB"])
     lesson = clean()
     lesson["cells"].insert(3, code("frames", "panel"))
     root = copy_book(tmp_path)

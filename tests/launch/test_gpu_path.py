@@ -16,9 +16,9 @@ import yaml
 
 from course_lib import launch, runs, stack
 from course_lib.common.project import LIBRARY, PROJECT
+from course_lib.experiments import generate
 from course_lib.launch import forkserver, torchrun
 from course_lib.ranks import recording
-from course_lib.reading import baselines
 from course_lib.runs import writer
 from course_lib.stack import devices
 from support import small
@@ -234,7 +234,7 @@ def test_a_checkpoint_of_gpu_ranks_writes_on_the_cpu(bridge, runs_directory, tmp
         .read_text()
         .replace("tokenizer_model: null", f"tokenizer_model: {tmp_path / 'tokenizer'}")
     )
-    texts = [baselines.generate(run.reload(), ["one"], max_new_tokens=4, temperature=0)]
+    texts = [generate.texts(run.reload(), ["one"], max_new_tokens=4, temperature=0)]
     saved = run.path / "checkpoints" / "iter_0000001" / "run_config.yaml"
     content = yaml.safe_load(saved.read_text())
     changed = [field.path.removeprefix("model.") for field in devices.FIELDS if field.path.startswith("model.")]
@@ -242,5 +242,5 @@ def test_a_checkpoint_of_gpu_ranks_writes_on_the_cpu(bridge, runs_directory, tmp
     saved.write_text(yaml.safe_dump(content))
     runs.write_json(run.path / "launch.json", run.launch | {"device": "cuda"})
     assert content["model"]["transformer_impl"] == "transformer_engine" and content["model"]["masked_softmax_fusion"]
-    texts.append(baselines.generate(run.reload(), ["one"], max_new_tokens=4, temperature=0))
+    texts.append(generate.texts(run.reload(), ["one"], max_new_tokens=4, temperature=0))
     assert texts[0] == texts[1] and len(texts[0][0]) > len("one")

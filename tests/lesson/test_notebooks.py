@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from course_lib.lesson import notebooks
+from course_lib.lesson import checks, notebooks
 from support.notebooks_made_here import clean, code, markdown, notebook, write
 
 PICTURE = base64.b64encode(b"\x89PNG\r\n\x1a\n not really").decode()
@@ -35,10 +35,10 @@ def test_a_lesson_is_executed_and_read_back(project: Path, capfd: pytest.Capture
         "for word in ('one', 'two'):\n"
         f"    display({{'image/png': '{PICTURE}', 'text/plain': word}}, raw=True)\n"
         "import os, pathlib\n"
-        "notebooks.publish('run', pathlib.Path('runs') / 'smoke')\n"
-        "notebooks.publish('cwd', os.getcwd())\n"
-        "notebooks.publish('bytecode', os.environ.get('PYTHONDONTWRITEBYTECODE', 'written'))\n"
-        "notebooks.publish('ledger', os.environ['COURSE_LEDGER'])"
+        "checks.publish('run', pathlib.Path('runs') / 'smoke')\n"
+        "checks.publish('cwd', os.getcwd())\n"
+        "checks.publish('bytecode', os.environ.get('PYTHONDONTWRITEBYTECODE', 'written'))\n"
+        "checks.publish('ledger', os.environ['COURSE_LEDGER'])"
     )))  # fmt: skip
     source = write(project / "notebooks" / "08_shows.ipynb", lesson)
     before = source.read_bytes()
@@ -163,8 +163,8 @@ def test_publish_refuses_what_json_cannot_hold(capsys: pytest.CaptureFixture[str
     """Numbers of numpy, paths and lists go out; an arbitrary object is refused with its type."""
     import numpy
 
-    notebooks.publish("loss", numpy.float32(0.5))
-    notebooks.publish("where", Path("runs"))
+    checks.publish("loss", numpy.float32(0.5))
+    checks.publish("where", Path("runs"))
     assert capsys.readouterr().out == "loss = 0.5\nwhere = runs\n"
-    with pytest.raises(notebooks.LessonError, match="'x' is a object"):
-        notebooks.publish("x", object())
+    with pytest.raises(TypeError, match="'x' is a object"):
+        checks.publish("x", object())

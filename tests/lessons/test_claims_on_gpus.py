@@ -167,7 +167,7 @@ def test_lesson_09_sees_the_same_differences_through_rounding():
 def test_lesson_06_holds_a_gpus_bytes_against_a_gpus_plan(monkeypatch):
     """2 bytes of weights, 4 of gradients, 12/DP of optimizer states, and the activations that fused kernels keep."""
     run = run_of("cuda", path=None)
-    given = {"launch": Some(run=gives(run)), "notebooks": Some(publish=gives(0))}
+    given = {"launch": Some(run=gives(run)), "checks": Some(publish=gives(0))}
     given["tensors"] = Some(TARGET="", beside_the_plan=gives({}))
     made = made_by("06", ("imports", "parameters", "recipes", "run"), **given)
     planned = made["small"]

@@ -95,14 +95,14 @@ def test_a_failure_stops_the_lessons_that_train(tmp_path: Path) -> None:
     """Only existing lessons are listed; a failure stops those that train and names itself, lesson 00 still looks."""
     for name in ("00_check_your_setup", "03_smoke_test_with_mock_data", "03_smoke_test_with_mock_data-Copy1"):
         (tmp_path / f"{name}.ipynb").touch()
-    healthy = doctor.lessons_that_run([Finding("memory", "ok", "24 GiB")], notebooks=tmp_path)
+    healthy = doctor.lessons_that_run([Finding("memory", "ok", "24 GiB")], folder=tmp_path)
     assert [(x.number, x.title, x.runs) for x in healthy] == [
         ("00", "check your setup", True),
         ("03", "smoke test with mock data", True),
     ]
     assert healthy[1].reason == "on the CPU"
-    assert doctor.lessons_that_run([], notebooks=tmp_path, device="cuda")[1].reason == "on 8 GPUs"
-    broken = doctor.lessons_that_run([Finding("helpers_cpp", "fail", "missing", "install it")], notebooks=tmp_path)
+    assert doctor.lessons_that_run([], folder=tmp_path, device="cuda")[1].reason == "on 8 GPUs"
+    broken = doctor.lessons_that_run([Finding("helpers_cpp", "fail", "missing", "install it")], folder=tmp_path)
     assert [(x.number, x.runs) for x in broken] == [("00", True), ("03", False)]
     assert broken[1].reason == "stopped by: helpers_cpp"
     assert doctor.Report((), (), (), broken, ()).exit_code == 1
@@ -112,6 +112,6 @@ def test_a_warning_stops_nothing(tmp_path: Path) -> None:
     """A warning changes neither the lessons nor the exit code."""
     (tmp_path / "03_x.ipynb").touch()
     findings = (Finding("cores", "warn", "1", "give it two"),)
-    lessons = doctor.lessons_that_run(findings, notebooks=tmp_path)
+    lessons = doctor.lessons_that_run(findings, folder=tmp_path)
     assert lessons[0].runs
     assert doctor.Report(findings, (), (), lessons, ()).exit_code == 0

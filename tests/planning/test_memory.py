@@ -9,6 +9,7 @@ import pytest
 from course_lib import launch, recipes
 from course_lib.common.config import Fields, UnknownField, changed
 from course_lib.experiments import tensors
+from course_lib.figures import parallelism
 from course_lib.planning import (
     activations,
     ceiling,
@@ -327,7 +328,7 @@ def test_a_ceiling_is_above_every_published_run(llama):
     rates = []
     for tp in (1, 2, 4, 8):
         cfg = memory.with_layout(llama, tp=tp, sequence_parallel=tp > 1)
-        rates.append(ceiling.ceiling(cfg, ranks=8, gpu=gpu, vocab_size=128_256).tokens_per_second_per_gpu)
+        rates.append(ceiling.of(cfg, ranks=8, gpu=gpu, vocab_size=128_256).tokens_per_second_per_gpu)
     assert rates == sorted(rates, reverse=True)
     published = ceiling.published()
     runs = published[published.precision == "bf16"]
@@ -351,7 +352,7 @@ def test_a_ceiling_is_operations_bubble_and_messages(llama, fields, bubble, repe
     """Each second of a ceiling by hand: the pipeline's bubble, what recomputation repeats, and messages over the link."""
     gpu = ceiling.Gpu("round numbers", 0, 1e15, 1e11, "none")
     cfg = memory.with_layout(llama, **fields)
-    found = ceiling.ceiling(cfg, ranks=8, gpu=gpu, vocab_size=128_256)
+    found = ceiling.of(cfg, ranks=8, gpu=gpu, vocab_size=128_256)
     layers, tokens = closed_forms.flops_per_token(cfg, vocab_size=0), 128 * 8192
     output = 6 * 4096 * 128_256  # on the last stage alone, and the others wait for it
     operations = layers + repeated(layers) + output * cfg.model.pipeline_model_parallel_size
@@ -384,7 +385,7 @@ def test_messages_are_those_of_the_closed_form(llama):
 
 def test_the_planner_shows_what_fits_and_what_cannot_be(llama):
     """The controls draw a frame and the Bridge code at once; an impossible layout becomes its reason."""
-    panel = controls.controls({"llama3_8b_pretrain_config": llama})
+    panel = controls.panel({"llama3_8b_pretrain_config": llama})
     tp = panel.children[0].children[1]
     picture, code = panel.children[2:]
     assert picture.value[:4] == b"\x89PNG" and "tensor_model_parallel_size = 2" in code.value
@@ -421,7 +422,7 @@ def test_a_bar_that_does_not_fit_says_so(llama):
         "whole": memory.plan(llama, ranks=8),
         "cut": memory.plan(memory.with_layout(llama, tp=2, sequence_parallel=True), ranks=8),
     }
-    ax = controls.bars(plans, gpu=ceiling.gpus()["H100 SXM 80GB"], ax=Figure().subplots())
+    ax = parallelism.plans(plans, gpu=ceiling.gpus()["H100 SXM 80GB"], ax=Figure().subplots())
     texts = [text.get_text() for text in ax.texts]
     assert "does not fit" in texts[0] and "fit" not in texts[1]
 

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 from course_lib import launch
+from course_lib.figures import parallelism
 from course_lib.planning import messages
 from course_lib.planning.layout import Layout
 from course_lib.reading import collectives
@@ -139,12 +140,12 @@ def test_picture_shows_every_rank_and_group(bridge):
 
     layout = Layout(world_size=8, tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
     with plots.figure() as ax:
-        collectives.picture(layout, {"tp": 2**20, "dp-cp": 2**10, "pp": 512}, ax=ax)
+        parallelism.messages(layout, {"tp": 2**20, "dp-cp": 2**10, "pp": 512}, ax=ax)
     text = ax.get_label()
     assert (
         "tp: 4 groups of 2, 1.0 MiB" in text and "dp-cp: 4 groups of 2" in text and "pp: 4 groups of 2, 512 B" in text
     )
     assert {label.get_text() for label in ax.texts} >= {str(rank) for rank in range(8)}
     with plots.figure() as ax:
-        collectives.picture(Layout(world_size=8, context_parallel_size=2), {"cp": 2**10, "dp-cp": 2**20}, ax=ax)
+        parallelism.messages(Layout(world_size=8, context_parallel_size=2), {"cp": 2**10, "dp-cp": 2**20}, ax=ax)
     assert "cp: 4 groups of 2, 1.0 KiB" in ax.get_label() and "dp-cp: 1 group of 8" in ax.get_label()

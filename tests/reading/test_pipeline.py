@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from course_lib import launch, runs
+from course_lib.figures import parallelism
 from course_lib.reading import pipeline
 from support.small import config
 
@@ -114,7 +115,7 @@ def test_a_real_interleaved_run_can_be_replayed(bridge, runs_directory):
         for _, stage in table.sort_values("begin").groupby("stage"):
             assert (stage.begin.iloc[1:].to_numpy() >= stage.end.iloc[:-1].to_numpy() - 1e-6).all()
     with plots.figure() as ax:
-        pipeline.draw(rows, ax=ax)
+        parallelism.schedule(rows, ax=ax)
     assert "32 passes on 2 stages" in ax.get_label()
 
 

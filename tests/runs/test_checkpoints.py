@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from course_lib import launch, runs
+from course_lib.experiments import generate
 from course_lib.ranks import train
-from course_lib.reading import baselines
 from course_lib.runs import checkpoints, failures
 from support import small
 
@@ -186,7 +186,7 @@ def test_foreign_code_in_a_checkpoint_is_named_and_never_runs(whole, kind, tmp_p
         lambda: launch.run(config(), ranks=2, load=run, show=None),
         lambda: launch.run(config(), ranks=2, load=saved.path, show=None),
         lambda: launch.run(config(checkpoint__pretrained_checkpoint=str(saved.path)), ranks=2, show=None),
-        lambda: baselines.generate(run, ["a"]),
+        lambda: generate.texts(run, ["a"]),
         lambda: train._read(written_by_hand, 2),
     )
     written_by_hand = tmp_path / "by-hand"

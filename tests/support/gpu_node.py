@@ -167,10 +167,9 @@ def main(work: Path) -> None:
     from megatron.bridge.training import pretrain as module
 
     from course_lib import launch, runs
-    from course_lib.experiments import by_hand, hello, sweep, tensors
+    from course_lib.experiments import by_hand, generate, hello, sweep, tensors
     from course_lib.launch import forkserver
     from course_lib.launch import torchrun as starter
-    from course_lib.reading import baselines
     from course_lib.text import tokenizers
     from support import small
 
@@ -215,7 +214,7 @@ def main(work: Path) -> None:
     (step / "metadata.json").write_text("{}")
     shutil.copyfile(trained.path / "config.yaml", step / "run_config.yaml")
     (step.parent / "latest_checkpointed_iteration.txt").write_text("3")
-    met["generate"] = baselines.generate(trained, ["one"], max_new_tokens=3, temperature=0)
+    met["generate"] = generate.texts(trained, ["one"], max_new_tokens=3, temperature=0)
 
     about = json.loads((trained.path / "launch.json").read_text())
     runs.write_json(trained.path / "launch.json", about | {"device": "cpu"})  # had CPU ranks saved it

@@ -40,7 +40,7 @@ def notebook(*cells: dict[str, Any]) -> dict[str, Any]:
 
 IMPORTS = """from types import SimpleNamespace
 
-from course_lib.lesson import checks, notebooks, quiz
+from course_lib.lesson import checks, quiz
 from course_lib.lesson.exercises import setup
 
 report = SimpleNamespace(lessons=[SimpleNamespace(runs=True)], findings=())"""
@@ -62,7 +62,7 @@ def clean() -> dict[str, Any]:
         code("parameters", "first = 2  # a number\nsecond = 2  # another number", "parameters"),
         code("guess", "guess = None  # yours, a number", "guess"),
         code("predict", PREDICT, "predict", "hide-input"),
-        code("sum", 'total = first + second\nnotebooks.publish("total", total)'),
+        code("sum", 'total = first + second\nchecks.publish("total", total)'),
         code("check-the-sum", CHECK, "check"),
         code("attempt-read", ATTEMPT, "exercise", "attempt"),
         code("solution-read", SOLUTION, "solution", "hide-cell"),

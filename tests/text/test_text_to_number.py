@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from course_lib import launch, runs
+from course_lib.experiments import generate
 from course_lib.reading import baselines
 from course_lib.text import corpus, indexed, tokenizers
 from support.small import config
@@ -110,7 +111,7 @@ def test_pairs_that_are_none_are_refused(wrong):
 def test_generating_without_a_checkpoint_is_refused(tmp_path):
     """The message says how to get one."""
     with pytest.raises(FileNotFoundError, match="save=True"):
-        baselines.generate(runs.Run(tmp_path), ["x"])
+        generate.texts(runs.Run(tmp_path), ["x"])
 
 
 FIRST_LOSSES = baselines.known_first_losses()

@@ -375,7 +375,7 @@ def _ceiling(cfg: Any, rows: int, context: Context) -> dict[str, float]:
     if sheet := _data_sheet(context):
         tokens = cfg.train.global_batch_size * cfg.model.seq_length
         try:
-            best = ceiling.ceiling(cfg, ranks=1, gpu=sheet, vocab_size=rows).tokens_per_second_per_gpu
+            best = ceiling.of(cfg, ranks=1, gpu=sheet, vocab_size=rows).tokens_per_second_per_gpu
         except ValueError:  # the messages of some layers are not counted, and here there are none
             if cfg.model.recompute_granularity:
                 return found
