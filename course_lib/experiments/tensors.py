@@ -1,9 +1,9 @@
 """What a rank really holds: bytes of live tensors after a step, and of what one forward pass leaves for the backward.
 
-A run whose target is :data:`TARGET` trains as every run does, and each rank writes its own ``ranks/N.tensors``::
+A run whose target is :data:`TARGET` trains as every run does, and each rank answers what it held::
 
-    run = launch.run(cfg, ranks=8, name="measured", target=live_tensors.TARGET)
-    live_tensors.read(run)
+    run = launch.run(cfg, ranks=8, name="measured", target=tensors.TARGET)
+    tensors.read(run)
 
 States are summed over the objects that hold them, and only what lies on the rank's device counts.  Activations are
 measured another way than they are planned: torch's profiler reports every allocation and release while the first
@@ -13,13 +13,10 @@ micro-batch of a step goes forward.
 from __future__ import annotations
 
 import gc
-import json
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from course_lib import stack
-from course_lib.common import files
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,7 +33,7 @@ def read(run: Run) -> pd.DataFrame:
     """What each rank of a run held.
 
     Args:
-        run: A run that was started with ``target=live_tensors.TARGET`` and had at least two steps.
+        run: A run that was started with ``target=tensors.TARGET`` and had at least two steps.
 
     Returns:
         One row a rank: ``weights_bytes``, ``gradients_bytes``, ``optimizer_bytes``; ``live_bytes`` of all tensors that
@@ -47,12 +44,9 @@ def read(run: Run) -> pd.DataFrame:
     """
     import pandas as pd
 
-    files = sorted((run.path / "ranks").glob("*.tensors"))
-    if not files:
-        raise ValueError(
-            f"run {run.name!r} measured no tensors: start it with target=live_tensors.TARGET, 2 steps or more"
-        )
-    rows = [json.loads(path.read_text()) for path in files]
+    rows = [answer for answer in run.answers() if answer]
+    if not rows:
+        raise ValueError(f"run {run.name!r} measured no tensors: start it with target=tensors.TARGET, 2 steps or more")
     return pd.DataFrame(rows, columns=list(COLUMNS)).sort_values("rank").set_index("rank")
 
 
@@ -60,7 +54,6 @@ def beside_the_plan(cfg: Any, run: Run) -> dict[str, tuple[int, int]]:
     """Planned and measured bytes of rank 0 by component, the plan made for the number formats of the run's own device.
 
     Args:
-        cfg: The configuration of the run, with one pipeline stage.
         run: As for `read`.
     """
     from course_lib.planning import memory
@@ -80,18 +73,20 @@ def beside_the_plan(cfg: Any, run: Run) -> dict[str, tuple[int, int]]:
     }
 
 
-def rank_main(run_directory: str, cfg: Any = None) -> None:
+def rank_main(run_directory: str, cfg: Any = None) -> dict[str, int] | None:
     """One rank: `course_lib.ranks.train.rank_main`, and a callback that measures tensors."""
     from course_lib.ranks import train
 
-    train.rank_main(run_directory, cfg, callbacks=[_Measuring(Path(run_directory), int(os.environ["RANK"]))])
+    measuring = _Measuring()
+    train.rank_main(run_directory, cfg, callbacks=[measuring])
+    return {"rank": int(os.environ["RANK"])} | measuring.found if measuring.found else None
 
 
 class _Measuring:
     """Measures in the second step: the buffers exist then, and the optimizer has its states."""
 
-    def __init__(self, path: Path, rank: int) -> None:
-        self.path, self.found = path, {"rank": rank}
+    def __init__(self) -> None:
+        self.found: dict[str, int] = {}
 
     def on_train_step_start(self, context: Any) -> None:
         if context.state.train_state.step == 1:
@@ -101,7 +96,6 @@ class _Measuring:
         if context.state.train_state.step == 1:
             self.found |= _states(_as_list(context.model), context.optimizer)
             self.found["live_bytes"] = _bytes(item for item in gc.get_objects() if _counts(item))
-            files.write_text(self.path / "ranks" / f"{self.found['rank']}.tensors", json.dumps(self.found))
 
 
 def _states(chunks: list[Any], optimizer: Any) -> dict[str, int]:

@@ -7,7 +7,6 @@ these three decides on which device ranks work.
 from __future__ import annotations
 
 import functools
-import json
 import os
 import re
 import shutil
@@ -70,7 +69,6 @@ def differences(cfg: ConfigContainer, *, ranks: int = stack.LESSON_RANKS) -> pd.
 
     Args:
         cfg: Bridge's configuration; it is not changed.
-        ranks: Number of ranks, which decides the device.
     """
     return devices.table(cfg, stack.device(ranks))
 
@@ -95,21 +93,17 @@ def run(
 
     Args:
         cfg: Bridge's configuration, or a `config.yaml` that it wrote.
-        ranks: Number of ranks; the world size.
-        name: Name of the run's directory; a number is added if it exists.
         save: Keep checkpoints in the run's own directory.  Bridge's recipes save to, and silently resume from, one
             default directory; a run of this course does neither unless asked, from a file as well.
         load: A run, or a checkpoint directory, to start from: weights, optimizer, step and place in the data.
         show: `"live"` for a view of loss, memory and throughput while it trains, `None` for silence.
         launcher: `"warm"` or `"torchrun"`; `None` takes what fits the device.  GPU ranks are started by torchrun.
         target: What each rank executes, as `module:function`, called with the run directory and the configuration
-            (see `train.rank_main`); the module must be importable where the ranks run.
+            (see `train.rank_main`); the module must be importable where the ranks run.  What it returns is read by
+            `Run.answers()`.
         record: Write every collective and every forward and backward pass to the run directory, for `Run.collectives`
             and `Run.timeline`.
         watch: Called with the run some ten times a second while it trains.
-
-    Returns:
-        The finished run.
 
     Raises:
         LayoutError: If the model, batch and ranks do not fit together; nothing was started.
@@ -150,11 +144,8 @@ def call(
 
     Args:
         job: What each rank calls, as `module:function`.  Ranks that want to talk call `train.meet()` first.
-        argument: Its one argument, of JSON's kinds.
-        ranks: Number of ranks.
         device: `"cpu"` or `"cuda"` if the caller knows better than `stack.device(ranks)`.
         threads: Threads of each CPU rank's matrix products; by default the ranks share the cores.
-        limit_seconds: Stop the ranks after so long.
 
     Returns:
         One answer a rank, in their order, of JSON's kinds.
@@ -188,7 +179,7 @@ def call(
     except BaseException:
         shutil.rmtree(run_.path)
         raise
-    answers = [json.loads((run_.path / "ranks" / f"{rank}.answer").read_text()) for rank in range(ranks)]
+    answers = run_.answers()
     shutil.rmtree(run_.path)
     return answers
 
@@ -221,13 +212,6 @@ def prepare(
 
     Args:
         cfg: As in `run()`, like the other arguments.
-        ranks: Number of ranks that somebody will start.
-        name: Name of the run's directory.
-        save: Keep checkpoints in the run's own directory.
-        load: A run, or a checkpoint directory, to start from.
-        launcher: Who will start it, for the record; any name.
-        target: What each rank will execute, whoever starts it.
-        record: Ask the ranks to write their collectives and passes.
 
     Returns:
         The run, with `config.yaml` and `launch.json`; its outcome is `None` until ranks have run.

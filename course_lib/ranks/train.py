@@ -36,17 +36,6 @@ from course_lib.stack import patches
 if TYPE_CHECKING:
     from megatron.bridge.training.config import ConfigContainer
 
-__all__ = [
-    "TARGET",
-    "confirmation",
-    "main",
-    "meet",
-    "prepare",
-    "rank_main",
-    "read_config",
-    "start",
-]
-
 TARGET = "course_lib.ranks.train:rank_main"
 """What a rank executes unless the run says otherwise: Bridge's own loop."""
 
@@ -178,7 +167,8 @@ def start(run_directory: str, cfg: ConfigContainer | None = None) -> None:
     """Run one rank from start to end, by whatever launcher; `RANK` and `WORLD_SIZE` are in the environment.
 
     What it executes is the `target` of `launch.json`, on the `device` that stands there.  The target of a run is called
-    with both arguments; that of a call with the call's `argument`, and its answer is written to `ranks/N.answer`.
+    with both arguments, that of a call with the call's `argument`; what it returns, of JSON's kinds, is this rank's answer
+    for `Run.answers()`.
 
     Args:
         run_directory: A directory with `launch.json`, or with a `config.yaml` alone, which is trained.
@@ -198,10 +188,12 @@ def start(run_directory: str, cfg: ConfigContainer | None = None) -> None:
             if "argument" in launch:
                 stage(path, rank, f"calling {launch['target']}")
                 answer = target(launch["argument"])
-                files.write_text(path / "ranks" / f"{rank}.answer", json.dumps(answer))
-                _part()
             else:
-                target(run_directory, cfg)
+                answer = target(run_directory, cfg)
+            if answer is not None or "argument" in launch:
+                files.write_text(path / "ranks" / f"{rank}.answer", json.dumps(answer))
+            if "argument" in launch:
+                _part()
             stage(path, rank, "done")
         except BaseException as error:
             lost_a_peer = failures.record(path, rank, error)

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from course_lib.common import files
 from course_lib.common.project import RUNS, variable
@@ -180,6 +180,11 @@ class Run:
         """What each rank last said of itself: `pid`, `stage`, `time`, and the failure if there was one."""
         found = {int(file.stem): _read_json(file) for file in (self.path / "ranks").glob("*.json")}
         return {rank: found[rank] for rank in sorted(found) if found[rank]}
+
+    def answers(self) -> list[Any]:
+        """What the target returned in each rank, in their order; of a run that went well there is one a rank."""
+        files = sorted((self.path / "ranks").glob("*.answer"), key=lambda file: int(file.stem))
+        return [json.loads(file.read_text()) for file in files]
 
     def stage(self) -> str:
         """What the slowest rank is doing, in words."""

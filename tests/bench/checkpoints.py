@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import time
@@ -37,12 +36,11 @@ class _Clock:
         self.saves.append(time.perf_counter() - self.step_ended)
 
 
-def rank_main(run_directory: str, cfg: object = None) -> None:
+def rank_main(run_directory: str, cfg: object = None) -> dict:
     """Train as always, with a clock."""
     clock = _Clock()
     train.rank_main(run_directory, cfg, callbacks=[clock])
-    row = {"ready_seconds": clock.ready, "save_seconds": clock.saves}
-    runs.write_json(Path(run_directory) / "ranks" / f"{os.environ['RANK']}.clock", row)
+    return {"ready_seconds": clock.ready, "save_seconds": clock.saves}
 
 
 def figures(work: Path, config: Path) -> list[bench.Figure]:
@@ -84,7 +82,7 @@ def _figure(name: str, samples: list[float], unit: str, note: str) -> bench.Figu
 
 
 def _clocks(run: runs.Run, name: str) -> list:
-    return [json.loads(path.read_text())[name] for path in (run.path / "ranks").glob("*.clock")]
+    return [answer[name] for answer in run.answers()]
 
 
 def _write_seconds(work: Path, size_bytes: int) -> float:

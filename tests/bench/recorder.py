@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import time
 from pathlib import Path
 
-from course_lib import launch, runs
+from course_lib import launch
 from course_lib.ranks import recording, train
 from tests import bench
 
@@ -22,7 +21,7 @@ class _Alternating:
     """Records every second step, and notes how long each took, on the clock and on the processor."""
 
     def __init__(self, path: Path, rank: int) -> None:
-        self.recorder, self.path, self.rank = recording.Recorder(path, rank), path, rank
+        self.recorder = recording.Recorder(path, rank)
         self.rows: list[tuple[int, float, float]] = []
 
     def on_train_step_start(self, context: object) -> None:
@@ -45,13 +44,12 @@ class _Alternating:
         self.rows.append((step % 2, time.perf_counter() - self.begin[0], time.process_time() - self.begin[1]))
         self.recorder.remove()
 
-    def on_train_end(self, context: object) -> None:
-        runs.write_json(self.path / "ranks" / f"{self.rank}.steps", self.rows[WARM_STEPS:])
 
-
-def rank_main(run_directory: str, cfg: object = None) -> None:
+def rank_main(run_directory: str, cfg: object = None) -> list[tuple[int, float, float]]:
     """Train, and record every second step."""
-    train.rank_main(run_directory, cfg, callbacks=[_Alternating(Path(run_directory), int(os.environ["RANK"]))])
+    alternating = _Alternating(Path(run_directory), int(os.environ["RANK"]))
+    train.rank_main(run_directory, cfg, callbacks=[alternating])
+    return alternating.rows[WARM_STEPS:]
 
 
 def figures(config: Path) -> list[bench.Figure]:
@@ -63,10 +61,9 @@ def figures(config: Path) -> list[bench.Figure]:
     path, ratios = bench.changed(config, train__train_iters=STEPS), []
     for _ in range(bench.REPEATS):
         run = launch.run(path, ranks=8, name="recorder", show=None, target="tests.bench.recorder:rank_main")
-        ranks = [json.loads(file.read_text()) for file in (run.path / "ranks").glob("*.steps")]
         steps = [
             (of_all[0][0], max(row[1] for row in of_all), sum(row[2] for row in of_all))
-            for of_all in zip(*ranks, strict=True)
+            for of_all in zip(*run.answers(), strict=True)
         ]
         with_it, without = ([row for row in steps if row[0] == on] for on in (1, 0))
         ratios.append(

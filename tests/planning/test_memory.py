@@ -432,7 +432,7 @@ def test_a_run_that_measured_nothing_is_refused(tmp_path):
     from course_lib import runs
 
     (tmp_path / "ranks").mkdir()
-    with pytest.raises(ValueError, match="target=live_tensors.TARGET"):
+    with pytest.raises(ValueError, match="target=tensors.TARGET"):
         tensors.read(runs.Run(tmp_path))
 
 
