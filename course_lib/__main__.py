@@ -5,8 +5,6 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["app", "main"]
-
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="From NVIDIA's Nemotron blueprint to an 8-GPU pretraining run.")  # fmt: skip
 

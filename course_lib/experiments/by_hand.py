@@ -135,7 +135,6 @@ def compare_tensor_parallel(*, ranks: int = 4, hidden_size: int = 64, ffn_hidden
 
     Args:
         ranks: Tensor-parallel size.
-        hidden_size: Features in and out.
         ffn_hidden_size: Features between the layers; a multiple of `ranks`.
 
     Returns:
@@ -155,8 +154,6 @@ def compare_data_parallel(*, ranks: int = 4, features: int = 64, steps: int = 3)
 
     Args:
         ranks: Data-parallel size; each rank reads a slice of the batch.
-        features: The matrix is features x features.
-        steps: Optimizer steps.
 
     Returns:
         One row a way of training: `largest difference` of the weights, over all ranks, from those of one process, and
@@ -170,7 +167,6 @@ def optimizer_bytes(*, ranks: int = 4, features: int = 128) -> pd.DataFrame:
 
     Args:
         ranks: Data-parallel size.
-        features: The matrix is features x features.
 
     Returns:
         One row an optimizer: bytes per parameter on one rank, the largest over the ranks.

@@ -28,11 +28,7 @@ def texts(
 
     Args:
         run: A run that was launched with `save=True` and a Hugging Face tokenizer.
-        prompts: Texts to continue.
-        max_new_tokens: Tokens to add to each.
         temperature: Below 1 is more cautious; 0 always takes the likeliest token.
-        seed: Seed of the sampling.
-        wait_seconds: Give up after so long.
 
     Returns:
         Prompt and continuation, one text for each prompt.

@@ -21,7 +21,6 @@ def ranks(count: int, *, wait_seconds: float = 180.0) -> pd.DataFrame:
 
     Args:
         count: Number of ranks, at least 1.
-        wait_seconds: Give up after so long.
 
     Returns:
         One row a rank: `rank`, `pid`, `sum` (what the all-reduce returned), `cuda` (what `torch.cuda.is_available()`

@@ -69,9 +69,7 @@ class Comparison:
     """What a change did.
 
     Attributes:
-        change: The field that was changed.
         before: Held-out loss of each seed without the change, nats per token.
-        after: The same with it.
         difference: Mean of `after` minus mean of `before`; negative is better.
         noise: Half width of the 95% interval of that difference, nats per token.
     """
@@ -134,7 +132,6 @@ def one_change(before: Any, after: Any, *, tied: Sequence[str] = ()) -> Change:
 
     Args:
         before: A configuration, as for `recipes.diff`.
-        after: The changed copy.
         tied: Fields that must follow the changed one, such as the number of steps when the batch grows and the tokens
             are to stay equal; they may differ as well.
 
@@ -189,7 +186,6 @@ def repeat(
         cfg: Bridge's `ConfigContainer`.
         seeds: Positive numbers, each once.
         name: Beginning of the run directories' names.
-        ranks: World size.
         show: As for `launch.run`.
         watch: As for `launch.run`.
 
@@ -264,10 +260,7 @@ def compare(
 
     Args:
         before: Bridge's `ConfigContainer`.
-        after: The copy with one field changed.
         seeds: As for :func:`repeat`.
-        name: What the change is called; names the runs.
-        ranks: World size.
         tied: As for :func:`one_change`.
 
     Raises:
@@ -341,7 +334,6 @@ def digest(cfg: Any, ranks: int) -> str:
 
     Args:
         cfg: Bridge's `ConfigContainer`, seeds included.
-        ranks: World size.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"

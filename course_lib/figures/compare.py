@@ -22,12 +22,7 @@ def curves(runs: Mapping[str, Run], column: str, *, ax: Axes, unit: str, title: 
     Args:
         runs: Name to run; at most four.
         column: Such as `"loss"` or `"grad_norm"`.
-        ax: The axis to draw on.
         unit: Unit of the column; empty if it has none.
-        title: What the picture shows.
-
-    Returns:
-        The axis.
     """
     ends = []
     for name, run in runs.items():
@@ -44,9 +39,6 @@ def memory_by_step(run: Run, *, ax: Axes, highlight: int | None = None, title: s
 
     Args:
         run: A run with `memory`.
-        ax: The axis to draw on.
-        highlight: A rank to draw in colour.
-        title: What the picture shows.
 
     Returns:
         The axis, in MiB below one GiB and in GiB above.
@@ -73,11 +65,6 @@ def seeds(groups: Mapping[str, Sequence[float]], *, ax: Axes, title: str = "") -
 
     Args:
         groups: Name to losses in nats per token; the first is what the others are compared with.
-        ax: The axis to draw on.
-        title: What the picture shows.
-
-    Returns:
-        The axis.
     """
     names, base = list(groups), next(iter(groups.values()))
     ax.axvspan(min(base), max(base), color=plots.INK, alpha=0.25, linewidth=0)
@@ -94,11 +81,6 @@ def effects(comparisons: Mapping[str, Comparison], *, ax: Axes, title: str = "")
 
     Args:
         comparisons: Name to comparison.
-        ax: The axis to draw on.
-        title: What the picture shows.
-
-    Returns:
-        The axis.
     """
     ax.axvline(0, color=plots.INK, linewidth=1.5, dashes=[6, 3])
     for row, one in enumerate(comparisons.values()):

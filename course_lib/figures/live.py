@@ -26,8 +26,6 @@ from course_lib.runs import Agreement
 if TYPE_CHECKING:
     from course_lib.runs import Run
 
-__all__ = ["Panels", "View", "remaining", "roomy_limits", "round_limits", "sentences", "view"]
-
 DUTY_CYCLE = 0.02  # share of the machine's cores that drawing may take
 SECONDS_BETWEEN_FRAMES = 0.5  # the fastest rhythm in a notebook; it slows down by itself
 SECONDS_BETWEEN_LINES = 1.0  # the same in a terminal
@@ -39,7 +37,6 @@ def view(total_steps: int, *, name: str = "") -> View:
 
     Args:
         total_steps: How many steps the run will take.
-        name: The run's name, shown in front of the progress text.
     """
     return View(total_steps, name=name)
 
@@ -332,9 +329,7 @@ def roomy_limits(
     """Choose the limits of an axis so that they seldom change: a change costs as much as eight frames.
 
     Args:
-        values: All values on the axis.
         kept: The limits of the frame before, which stay while the values fit and fill a third of them.
-        tight: For the last frame: a margin, and no room for more.
 
     Example:
         >>> roomy_limits([5.0, 7.0]), roomy_limits([4.5, 7.0], kept=(4.0, 7.5)), roomy_limits([0, 400], tight=True)

@@ -34,13 +34,7 @@ def messages(layout: Layout, sent: Mapping[str, float], *, ax: Axes, title: str 
     a pipeline stage.
 
     Args:
-        layout: The layout.
         sent: Bytes that one rank sends in a step, by kind of group (`tp`, `cp`, `dp-cp`, `pp`).
-        ax: The axis to draw on.
-        title: What the picture shows.
-
-    Returns:
-        The axis.
     """
     tp, dp = layout.tensor_model_parallel_size, layout.data_parallel_size * layout.context_parallel_size
     wide = layout.pipeline_model_parallel_size
@@ -97,11 +91,6 @@ def schedule(rows: pd.DataFrame, *, ax: Axes, title: str = "") -> Axes:
 
     Args:
         rows: What `pipeline.passes` or `pipeline.replay` returned.
-        ax: The axis to draw on.
-        title: What the picture shows.
-
-    Returns:
-        The axis.
     """
     styles = {"forward": (COLOURS["blue"], ""), "backward": (COLOURS["vermilion"], "//")}
     for kind, (colour, hatch) in styles.items():
@@ -152,9 +141,6 @@ def plans(planned: Mapping[str, Plan], *, gpu: Gpu, ax: Axes, title: str = "", r
 
     Args:
         planned: Plans by their labels.
-        gpu: The GPU.
-        ax: The axis to draw on.
-        title: What the picture shows.
         room: What a plan may use of it; the rest of what torch sees is a band beside the line.
 
     Returns:
@@ -199,8 +185,6 @@ def layer(kept: Mapping[str, Mapping[str, int]], *, ax: Axes, title: str = "") -
 
     Args:
         kept: For each layout its bytes by tensor, as `activations.one_layer` returns them.
-        ax: The axis to draw on.
-        title: What the picture shows.
 
     Returns:
         The axis, in MiB.

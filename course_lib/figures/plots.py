@@ -99,12 +99,7 @@ def loss(run: Run, *, ax: Axes | None = None, baseline: Mapping[str, float] | No
 
     Args:
         run: A run with ``metrics`` (columns ``step``, ``loss``) and, if there is one, ``validation``.
-        ax: The axis to draw on; a new figure is made when it is missing.
         baseline: Name to loss in nats per token, drawn as level lines, such as ``{"ln(vocabulary)": 6.93}``.
-        title: What the picture shows.
-
-    Returns:
-        The axis.
     """
     ax = _axis(ax)
     metrics, unit = run.metrics, loss_unit(run).replace("/", " per ")
@@ -140,8 +135,6 @@ def memory(run: Run, *, ax: Axes | None = None, title: str = "") -> Axes:
 
     Args:
         run: A run with ``memory`` (columns ``rank``, ``memory_bytes``, ``peak_memory_bytes``).
-        ax: The axis to draw on; a new figure is made when it is missing.
-        title: What the picture shows.
 
     Returns:
         The axis, in MiB below one GiB and in GiB above.
@@ -175,11 +168,6 @@ def throughput(run: Run, *, ax: Axes | None = None, title: str = "") -> Axes:
 
     Args:
         run: A run with ``metrics`` (columns ``step``, ``tokens_per_second``).
-        ax: The axis to draw on; a new figure is made when it is missing.
-        title: What the picture shows.
-
-    Returns:
-        The axis.
     """
     ax = _axis(ax)
     metrics = run.metrics
@@ -205,10 +193,8 @@ def stacked(
 
     Args:
         bars: Name to the sizes of its parts.
-        ax: The axis to draw on; a new figure is made when it is missing.
         unit: What the sizes are after division by ``scale``.
         scale: Divisor of the sizes, such as 1e9 for billions.
-        title: What the picture shows.
 
     Returns:
         The axis; parts under a hundredth of the longest bar, and those beyond eight, are drawn together as
@@ -276,11 +262,8 @@ def finish(ax: Axes, *, x: str, y: str, title: str, sentences: Sequence[str], wh
     """Name the axes of a drawing, give it its title, and leave its words for `describe`.
 
     Args:
-        ax: The axis that was drawn on.
         x: The horizontal quantity with its unit.
-        y: The vertical one.
         title: What the picture shows; none if empty.
-        sentences: What a reader who cannot see it should know.
         whole_x: Whether the horizontal quantity is counted, as steps and ranks are.
     """
     ax.set_xlabel(x)

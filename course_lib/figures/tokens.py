@@ -10,8 +10,6 @@ from course_lib.figures.plots import COLOURS
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Coloured", "coloured"]
-
 GREY = "#777777"
 PALE = 0.30
 """Share of a kind's colour in the background: black text on it keeps a contrast of at least 7 to 1."""

@@ -52,9 +52,6 @@ PATIENCE_SECONDS = 30.0
 def settled(run: Run) -> Run:
     """The run, judged by what its ranks left behind and not by what a launcher returned.
 
-    Args:
-        run: A run whose launcher has ended.
-
     Raises:
         RunFailed: If not every rank said that it is done; names the first failing one.
     """
@@ -91,9 +88,6 @@ def agents(
     """The torchrun commands of several nodes, one each; they differ in `--node-rank` only.
 
     Args:
-        run: A prepared run, or its directory.
-        nodes: Number of nodes.
-        ranks_per_node: Ranks of each.
         address: Where node 0 can be reached.
         port: A free port there, the same for all.
 
@@ -181,7 +175,6 @@ def slurm_script(script: object, executor: object, *, name: str = "pretrain") ->
     Args:
         script: A `nemo_run.Script`.
         executor: A `nemo_run.SlurmExecutor` whose tunnel is a `LocalTunnel`.
-        name: Name of the task.
     """
     import shutil
 
@@ -204,11 +197,6 @@ def sbatch(
 
     Args:
         config: Path of `config.yaml` as the container sees it.
-        nodes: Number of nodes.
-        gpus_per_node: Ranks of each node.
-        account: Slurm account.
-        partition: Slurm partition.
-        image: Container image.
         minutes: Time limit.
 
     Example:
@@ -244,8 +232,6 @@ def docker_run(config: str, *, gpus: int = 8, image: str) -> str:
 
     Args:
         config: Path of `config.yaml` below the current folder.
-        gpus: Ranks of the node.
-        image: Container image.
 
     Example:
         >>> print(docker_run("runs/a/config.yaml", image="nemo:26.06").splitlines()[0])
@@ -272,9 +258,6 @@ def directives(script: str) -> dict[str, str]:
 
 def shellcheck(script: str) -> list[str]:
     """What shellcheck warns of in a script, one finding a line; empty if it has nothing to say.
-
-    Args:
-        script: The text of a bash script.
 
     Raises:
         FileNotFoundError: If shellcheck is not installed.

@@ -30,9 +30,6 @@ from pathlib import Path
 from course_lib.common.project import LIBRARY, PROJECT, untested_allowed
 from course_lib.ranks.server import WarmError
 
-__all__ = ["Launch", "Server", "WarmError", "lease", "rank_code"]
-
-
 START_SECONDS = 60.0
 """How long a server may take to listen: it imports little, but this machine may be busy."""
 
@@ -67,10 +64,6 @@ class Server:
 
         Args:
             target: A function as `module:name`, importable, taking one string.
-            argument: The string.
-            ranks: Number of ranks on this machine.
-            log: File for what the agent writes.
-            env: Environment variables to set in the ranks.
             prepare: A function that is called once with the string, before the ranks start; what it returns is each
                 rank's second argument.  If it raises, that is `None`, and the ranks meet the error themselves.
         """

@@ -13,8 +13,6 @@ from course_lib.runs import failures
 if TYPE_CHECKING:
     from course_lib.figures import live
 
-__all__ = ["RunFailed", "RunInterrupted", "watch"]
-
 PATIENCE_SECONDS = 6.0
 """How long a rank may be gone before a launch that says nothing about it is stopped."""
 
@@ -40,14 +38,9 @@ def watch(
     """Start the ranks, show what they do, and turn their end into a value or an exception.
 
     Args:
-        run: A prepared run.
-        ranks: Number of ranks.
         start: Starts them, given the run and their number; returns a launch with `wait`, `stop` and `close`.
         view: Makes the live view, or returns `None` for silence.
         watch: Called with the run some ten times a second, if there is one.
-
-    Returns:
-        The finished run.
 
     Raises:
         RunFailed: If a rank failed; names the first one and its cause.

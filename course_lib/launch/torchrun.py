@@ -19,9 +19,6 @@ from course_lib.common.project import PROJECT
 from course_lib.ranks import train
 from course_lib.runs import failures, foreign_code
 
-__all__ = ["Started", "command", "kill", "settings", "start", "start_process"]
-
-
 ONE_NODE = ("--standalone", "--local-addr", "localhost")
 """How the ranks of one node meet.  torchrun alone would ask for the host's name, which need not resolve in a container."""
 
@@ -30,8 +27,6 @@ def command(run: runs.Run | Path, *, ranks: int = stack.LESSON_RANKS, meet: Sequ
     """The command that starts the same run by hand, here or on a GPU node.
 
     Args:
-        run: A prepared run, or its directory.
-        ranks: Ranks of this node.
         meet: How the nodes find each other; by default there is one.
 
     Example:
@@ -134,10 +129,8 @@ def gloo_address(
     """The address where gloo will bind: that of GLOO_SOCKET_IFNAME, else of the host's name.
 
     Args:
-        environment: Where GLOO_SOCKET_IFNAME is looked up.
         hostname: The host's name; asked from the system if None.
         talk: Passes a byte over an address; `talk_over` if None.
-        seconds: Longest wait for a name server.
 
     Raises:
         OSError: It cannot bind there; gloo then takes loopback, with a warning.

@@ -22,19 +22,6 @@ from typing import Any
 from course_lib.common import screen
 from course_lib.common.project import PROJECT
 
-__all__ = [
-    "Executed",
-    "Lesson",
-    "LessonError",
-    "LessonFailed",
-    "execute",
-    "find",
-    "guesses",
-    "kernel_environment",
-    "listing",
-    "notebooks",
-]
-
 SCREEN_LINES = 15  # of an error message: what still fits on one screen with the rest
 GUESS = re.compile(r"(?m)^(guess\w*) = None\b")
 NUMBERED = re.compile(r"(\d\d|[a-z])_[a-z0-9_]+\.ipynb")  # not JupyterLab's 03_x-Copy1.ipynb beside 03_x.ipynb
@@ -64,10 +51,7 @@ class Executed:
     """An executed lesson.
 
     Attributes:
-        path: The executed notebook.
         figures: PNG files beside it, in the order of the page.
-        runs: Run directories that the notebook showed.
-        seconds: How long the execution took.
         values: What the notebook published by ``publish``.
     """
 

@@ -27,7 +27,6 @@ def full(frame: pd.DataFrame, *, index: bool = True) -> Styler:
 
     Args:
         frame: Any table; a value that is missing becomes a dash, and a number is shown with up to six digits.
-        index: Show the index as a column of its own.
 
     Returns:
         What JupyterLab and the book draw when it is the last line of a cell.

@@ -11,8 +11,6 @@ from typing import Any
 
 from course_lib import runs
 
-__all__ = ["Judge", "Unfit", "Verdict", "of", "own_run", "right", "value", "wrong"]
-
 
 @dataclass(frozen=True)
 class Verdict:

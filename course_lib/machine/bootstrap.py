@@ -25,8 +25,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["Machine", "PrerequisiteMissing", "SetupFailed", "check_machine", "find_python", "find_uv", "main", "set_up"]
-
 PROJECT = Path(__file__).resolve().parents[2]
 UV_VERSION = "0.13.9"
 OLDEST_UV = (0, 13)  # the lock file was written by 0.13: an older uv may call it outdated
@@ -207,7 +205,6 @@ def find_uv(project: Path, *, search_path: str | None = None) -> Path | None:
     """A uv that reads this project's lock file: on PATH, or the one that an earlier call put into `.tools`.
 
     Args:
-        project: Root of the course.
         search_path: Folders as in PATH; the environment's PATH if None.
     """
     candidates = (shutil.which("uv", path=search_path), project / ".tools/bin/uv")

@@ -18,8 +18,6 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
-__all__ = ["IMPORTED", "LARGE_AND_UNUSED", "compile_first_run"]
-
 # Top-level packages of which a rank, pytest or a papermill kernel loads more than 150 KB of source.
 IMPORTED = """
     _pytest absl accelerate antlr4 attr click cuda dateutil dill filelock fsspec httpcore httpx huggingface_hub
@@ -35,11 +33,7 @@ LARGE_AND_UNUSED = """
 
 
 def compile_first_run(packages: Path) -> None:
-    """Compile on all cores; files that are up to date are left alone.
-
-    Args:
-        packages: The site-packages folder of the Python that runs this.
-    """
+    """Compile on all cores; files that are up to date are left alone."""
     unused = re.compile(f"^({'|'.join(LARGE_AND_UNUSED)})/|/_?tests?/")
     paths = (path for name in IMPORTED for path in (packages / name).rglob("*.py"))
     files = [str(path) for path in paths if not unused.search(path.relative_to(packages).as_posix())]

@@ -16,8 +16,6 @@ from pathlib import Path
 from course_lib.common.project import PROJECT
 from course_lib.lesson import notebooks
 
-__all__ = ["command", "environment", "prepare_workspace", "start"]
-
 STATE = PROJECT / ".lab"
 """What JupyterLab remembers of this course; the learner's own settings and workspaces stay as they are."""
 
@@ -31,7 +29,6 @@ def command(notebook: str, *, options: Sequence[str] = (), root: Path = PROJECT)
 
     Args:
         notebook: Its path below the root.
-        options: Further options of JupyterLab.
         root: The folder that JupyterLab shows: not `notebooks/`, for the lessons link to the book's pages.
     """
     settings = f"--LabApp.app_settings_dir={PROJECT / 'course_lib' / 'lab' / 'settings'}"
@@ -48,7 +45,6 @@ def prepare_workspace(folder: Path, notebook: str) -> Path | None:
     """Open the table of contents beside the notebook, unless the learner has arranged the workspace before.
 
     Args:
-        folder: Where JupyterLab keeps its workspaces.
         notebook: The notebook's path below the project.
 
     Returns:
@@ -73,7 +69,6 @@ def start(notebook: str, *, options: Sequence[str] = ()) -> None:
 
     Args:
         notebook: The notebook to open, as a path below the project.
-        options: Further options of JupyterLab.
     """
     from course_lib import launch
     from course_lib.launch import forkserver

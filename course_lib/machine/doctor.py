@@ -84,7 +84,6 @@ def lessons_that_run(
     Lesson 00 only looks at the machine, so it runs wherever Python and Jupyter do; every other lesson trains.
 
     Args:
-        findings: The doctor's.
         folder: Folder with the lessons; the course's own if None.
         device: Where eight ranks would run, "cpu" or "cuda".
     """

@@ -135,7 +135,6 @@ def imports(modules: Mapping[str, str] = IMPORTED, *, seconds_limit: float = IMP
 
     Args:
         modules: What to import, by distribution name; a package that is not installed is left out.
-        seconds_limit: How long all of them may take together.
     """
     began = time.monotonic()
     command = [sys.executable, "-W", "ignore", "-c"]
@@ -205,8 +204,6 @@ def versions(found: Mapping[str, str | None], *, environment: Mapping[str, str],
 
     Args:
         found: Version by distribution name, as `stack.versions()` gives it.
-        environment: Where a container of NVIDIA's says so.
-        has_gpus: Whether the ranks could run on GPUs.
     """
     container = next((environment[name] for name in CONTAINER_VARIABLES if environment.get(name)), None)
     where = f" (in NVIDIA's container: {container})" if container else ""

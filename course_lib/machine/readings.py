@@ -26,31 +26,6 @@ from course_lib.common.units import GiB
 from course_lib.launch.torchrun import address_of, gloo_address, talk_over
 from course_lib.machine import bootstrap
 
-__all__ = [
-    "Finding",
-    "available_cores",
-    "bytecode",
-    "cores",
-    "disk",
-    "fail_unless",
-    "findings",
-    "glibc",
-    "gloo",
-    "gpus",
-    "hub",
-    "locked_memory",
-    "loopback",
-    "memory",
-    "open_files",
-    "python",
-    "runs_writable",
-    "settings",
-    "shared_memory",
-    "text_encoding",
-    "topology",
-    "warn_unless",
-]
-
 OPEN_FILES = 1024  # eight ranks hold some hundred sockets and files each at their start
 SHARED_MEMORY_BYTES = GiB  # Docker's default is 64 MiB, too little for NCCL and for DataLoader workers
 RUNS_DISK_BYTES = GiB  # one run writes some MiB; a checkpoint of the lessons' models some hundred
@@ -268,10 +243,7 @@ def gloo(
     Gloo takes the interface of GLOO_SOCKET_IFNAME; else the address of the host's name; else, with a warning, loopback.
 
     Args:
-        environment: Where GLOO_SOCKET_IFNAME is looked up.
         hostname: The host's name; asked from the system if None.
-        talk: Passes a byte over an address; raises OSError if that fails.
-        seconds: Longest wait for a name server.
     """
     interface, hostname = environment.get("GLOO_SOCKET_IFNAME"), hostname or socket.gethostname()
     try:
@@ -290,7 +262,6 @@ class Finding:
     """One line of the doctor's table.
 
     Attributes:
-        name: What was looked at.
         status: "ok"; "warn" if every lesson still runs; "fail" if one could not.
         value: What was found, with its unit.
         fix: What to do about it; empty exactly when the status is "ok".

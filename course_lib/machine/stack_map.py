@@ -54,20 +54,8 @@ class Box:
     """One system of the stack, as `data/stack.json` describes it.
 
     Attributes:
-        name: What people call it.
-        layer: data, blueprint, orchestration, engine or machinery.
-        role: What it does, in a sentence.
         distribution: The installed package, None for a repository that is not one.
-        tested: The version that the course was written against.
-        module: Where the object is imported from.
-        object: The object that proves the role.
-        kind: What sort of object it is.
-        consumes: What it takes.
-        produces: What it gives.
         isolated: Whether it must be imported in a process of its own, because it does not accept stand-ins.
-        enters: At which moment of a project it enters.
-        repository: Owner and name on GitHub.
-        shown_in: Lessons that use it.
     """
 
     name: str
@@ -143,12 +131,6 @@ def table(shown: Sequence[Box] | None = None) -> pd.DataFrame:
 
 def prove(box: Box) -> Proof:
     """Import the object that proves a role.
-
-    Args:
-        box: One system.
-
-    Returns:
-        What was found.
 
     Raises:
         ImportError: If the module or the object is not there; the message names the package and the fix.
@@ -250,9 +232,6 @@ class Page:
 
 def linked(*, selected: str = "") -> Page:
     """The diagram; each box is a link to its card and says its role when the pointer rests on it.
-
-    Args:
-        selected: Name of the system to emphasise.
 
     Returns:
         HTML with an alternative text that names every box and every arrow.

@@ -40,11 +40,8 @@ class Gpu:
     """One GPU as its data sheet describes it, with the memory that its driver reports.
 
     Attributes:
-        name: Its name.
         memory_bytes: Memory, as nvidia-smi shows it.  What the sheet calls 80 GB is 79.6 GiB, not 74.5.
         flops_per_second: Dense BF16 operations a second.
-        link_bytes_per_second: What NVLink carries in one direction.
-        source: The data sheet.
     """
 
     name: str
@@ -62,7 +59,6 @@ class Ceiling:
         compute_seconds: Operations of the slowest pipeline stage at the data sheet's rate, the bubble included.
         tensor_seconds: Messages inside the layers, which the layers wait for.
         data_seconds: Messages about gradients and weights, which hide behind the backward pass if they are shorter.
-        tokens_per_second_per_gpu: What follows from them.
     """
 
     compute_seconds: float
@@ -164,10 +160,6 @@ def sent_bytes(cfg: Any, *, ranks: int) -> dict[str, float]:
     ranks share their gradients as DP ranks do, their keys and values travel round a ring and back with their gradients,
     and full recomputation repeats what the forward pass sends.
 
-    Args:
-        cfg: A Bridge ``ConfigContainer`` with its layout set.
-        ranks: World size.
-
     Returns:
         Bytes by kind of group: ``tensor``, ``data``, ``pipeline``, ``context``.
 
@@ -209,17 +201,7 @@ def sent_bytes(cfg: Any, *, ranks: int) -> dict[str, float]:
 
 
 def of(cfg: Any, *, ranks: int, gpu: Gpu, vocab_size: int) -> Ceiling:
-    """The best tokens per second that a layout could reach on a GPU.
-
-    Args:
-        cfg: A Bridge ``ConfigContainer`` with its layout set.
-        ranks: Number of GPUs.
-        gpu: The GPU.
-        vocab_size: Rows of the output layer.
-
-    Returns:
-        The ceiling.
-    """
+    """The best tokens per second that a layout could reach on a GPU."""
     layout = Layout.from_config(cfg, ranks=ranks)
     tokens = cfg.train.global_batch_size * cfg.model.seq_length
     microbatches = cfg.train.global_batch_size / (cfg.train.micro_batch_size * layout.data_parallel_size)

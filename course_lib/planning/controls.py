@@ -36,10 +36,6 @@ RECOMPUTE: Mapping[str, dict[str, Any]] = {
 def bridge_code(recipe: str, cfg: Any) -> str:
     """The lines that give Bridge this plan, after the recipe was loaded.
 
-    Args:
-        recipe: Name of the recipe function.
-        cfg: The planned configuration.
-
     Example::
 
         cfg = llama3_8b_pretrain_config()
@@ -66,15 +62,7 @@ def bridge_code(recipe: str, cfg: Any) -> str:
 
 
 def panel(recipes: Mapping[str, Any], *, ranks: int = 8) -> VBox:
-    """Controls for model, layout, sequence, batch, precision, recomputation and GPU, with the bar that follows.
-
-    Args:
-        recipes: Configurations by the name of their recipe function.
-        ranks: World size.
-
-    Returns:
-        The widget; it shows its first frame at once.
-    """
+    """Controls for model, layout, sequence, batch, precision, recomputation and GPU, with the bar that follows."""
     import ipywidgets as widgets
 
     sizes = [1, 2, 4, 8]
@@ -116,8 +104,6 @@ def frames(choices: Mapping[str, tuple[str, Any]], plans: Mapping[str, memory.Pl
 
     Args:
         choices: For each label the name of a recipe function and the planned configuration.
-        plans: The plans by the same labels.
-        gpu: The GPU.
 
     Returns:
         A widget whose buttons are linked to the frames in the browser.

@@ -80,7 +80,6 @@ def states(cfg: Any, *, ranks: int) -> Sharded:
 
     Args:
         cfg: A Bridge ``ConfigContainer`` with the fields of `FIELDS`, or without: it is planned as if they were set.
-        ranks: World size.
 
     Returns:
         The lines.

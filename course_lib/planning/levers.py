@@ -26,11 +26,7 @@ class Lever:
     """One change.
 
     Attributes:
-        name: What it is called.
         fields: Dotted fields of the configuration and their values; values of `torch` are given by their names.
-        price: What it costs, beside the ceiling that is computed.
-        risk: What it may do to the numbers.
-        source: Where price and risk were read.
     """
 
     name: str
@@ -129,12 +125,6 @@ def code(lever: Lever) -> str:
 def effect(cfg: Any, lever: Lever, *, ranks: int, vocab_size: int) -> dict[str, Any]:
     """What a lever does to one configuration.
 
-    Args:
-        cfg: A Bridge ``ConfigContainer`` with its layout set.
-        lever: The lever.
-        ranks: World size.
-        vocab_size: Rows of the output layer.
-
     Returns:
         `total_bytes`, `saved_bytes` (negative where it costs memory), and `ceiling_change`, the share by which the best
         tokens per second change; None where the data sheet's bf16 rate is no ceiling.  Megatron FSDP's total is its states and
@@ -164,8 +154,6 @@ def table(cfg: Any, *, ranks: int, vocab_size: int) -> pd.DataFrame:
 
     Args:
         cfg: As for `effect`, like the other arguments.
-        ranks: World size.
-        vocab_size: Rows of the output layer.
     """
     import pandas as pd
 

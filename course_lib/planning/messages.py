@@ -50,8 +50,6 @@ def expected(
 
     Args:
         cfg: A Bridge `ConfigContainer`, or `config.yaml` read back (`run.config`).
-        ranks: World size.
-        rank: Global rank.
         element_bytes: Bytes of an activation or parameter: 4 in fp32, 2 in bf16.
         gradient_bytes: Bytes of a gradient where it is reduced.
         loss_fusion: What the loss runs as: None for separate operations, which is what a CPU rank does whatever the recipe
@@ -249,8 +247,6 @@ def sent_bytes(operation: str, size_bytes: float, group_size: int) -> float:
 
     Args:
         operation: Name of the operation, as `recorded` has it.
-        size_bytes: The whole that it moves.
-        group_size: Ranks in the group.
 
     Returns:
         Bytes that leave one rank.  For the best known algorithms of large messages; a small one costs waiting instead.

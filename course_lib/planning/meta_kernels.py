@@ -19,8 +19,6 @@ from course_lib.stack.patches import Patches, applied
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["standing_in"]
-
 _CORE = "megatron.core"
 
 

@@ -24,8 +24,6 @@ from course_lib.planning.layout.stages import has_implicit_chunks
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Precision", "built", "forward", "precision"]
-
 
 class Precision:
     """The number formats of a run, in bytes a number: ``weights`` and ``gradients``; moments are always fp32."""

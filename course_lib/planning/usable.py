@@ -20,13 +20,7 @@ GPU = "H100 SXM 80GB"
 
 @dataclass(frozen=True)
 class Line:
-    """One reason why memory cannot be planned.
-
-    Attributes:
-        name: What takes it.
-        taken_bytes: How much.
-        source: Who reported it, or which formula gives it.
-    """
+    """One reason why memory cannot be planned."""
 
     name: str
     taken_bytes: int
@@ -39,7 +33,6 @@ class Usable:
 
     Attributes:
         total_bytes: What torch's allocator sees of the GPU, the least that was reported.
-        lines: What comes off.
     """
 
     total_bytes: int
@@ -53,11 +46,6 @@ class Usable:
 
 def of(cfg: Any, *, ranks: int, path: Path = FILE) -> Usable:
     """How much of an 80 GB H100 may a plan of this layout take?
-
-    Args:
-        cfg: A Bridge ``ConfigContainer`` with its layout set.
-        ranks: World size.
-        path: The facts.
 
     Returns:
         The total and the lines; a group of NCCL is counted for the world and for each kind of group with two ranks or more.

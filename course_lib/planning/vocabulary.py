@@ -26,7 +26,6 @@ def bits_per_byte(loss: float, *, tokens: int, text_bytes: int) -> float:
     """A loss that does not depend on how the text was cut into tokens.
 
     Args:
-        loss: Nats per token, averaged over a text.
         tokens: Tokens of that text, ends of documents included.
         text_bytes: Bytes of that text in UTF-8.
 
@@ -50,7 +49,6 @@ def compare(tokenizers: Mapping[str, object], texts: Sequence[str]) -> pd.DataFr
 
     Args:
         tokenizers: By name, as `tokenizers.load` returns them.
-        texts: The documents.
 
     Returns:
         One row a tokenizer: ids, tokens (ends of documents included), bytes per token, and what a model that gives every
@@ -76,7 +74,6 @@ def padding(
 
     Args:
         vocab_sizes: Number of ids by name.
-        tensor_model_parallel_sizes: Columns of the table.
 
     Returns:
         One row a vocabulary, one column a TP size.
@@ -102,12 +99,6 @@ def swap_cost(
 
     Planned, from the shapes in `data/models`: parameters by the closed form, memory as 6 + 12/DP bytes a parameter with
     the distributed optimizer in mixed precision, on one rank of TP.
-
-    Args:
-        before: Number of ids of the old tokenizer.
-        after: Number of ids of the new one.
-        tensor_model_parallel_size: TP.
-        data_parallel_size: DP.
 
     Returns:
         One row a model: parameters before and after, the difference, its share, and GiB a rank.

@@ -13,8 +13,6 @@ import os
 import time
 import traceback
 
-__all__ = ["import_seconds"]
-
 _begin = time.monotonic()
 gc.disable()
 os.environ.update(TORCHDYNAMO_DISABLE="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")

@@ -114,7 +114,6 @@ class Recorder:
 
     Attributes:
         path: The run directory; `collectives.jsonl` and `timeline.jsonl` are appended there after each step.
-        rank: Global rank.
         step: The step under way; `None` between steps, when nothing is recorded.
         phase: `"forward"`, `"backward"`, or `"update"` for the rest of a step.
     """
@@ -256,11 +255,7 @@ class Recorder:
     # ----------------------------------------------------------------------------------------------------- names of things
 
     def know(self, model: list) -> None:
-        """Learn the names of groups and modules, once the model is built.
-
-        Args:
-            model: The model chunks of this rank.
-        """
+        """Learn the names of groups and modules, once the model is built."""
         import torch
         from megatron.core import parallel_state
 

@@ -23,8 +23,6 @@ from course_lib.stack.patches import Patches
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.api import MultiprocessContext, RunProcsResult
 
-__all__ = ["rank_process", "serve"]
-
 LINGER_SECONDS = 20.0
 """How long the server waits for a new lease after the last one ended: a restarted kernel finds it warm."""
 

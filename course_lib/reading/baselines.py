@@ -24,7 +24,6 @@ def first_loss(vocab_size: int, hidden_size: int, init_std: float) -> float:
 
     Args:
         vocab_size: Rows of the output layer; padded rows count, because they take part in the softmax.
-        hidden_size: Width of the model.
         init_std: Standard deviation of the first output weights, Megatron's `init_method_std`.
 
     Returns:
@@ -47,11 +46,6 @@ def unigram_loss(train: Sequence[int], validation: Sequence[int], *, vocab_size:
     """The loss of a model that knows how often each token occurs and nothing else.
 
     Counts come from the training ids, one is added to each (Laplace), the loss is that of the validation ids.
-
-    Args:
-        train: Token ids to count.
-        validation: Token ids to judge on.
-        vocab_size: Number of ids.
 
     Returns:
         Mean negative log likelihood, nats per token.
@@ -93,7 +87,6 @@ def bigram_loss(train: np.ndarray, validation: np.ndarray, *, vocab_size: int) -
     Args:
         train: Pairs to count, shape (pairs, 2): a token, and the one after it.
         validation: Pairs to judge on, of the same form.
-        vocab_size: Number of ids.
 
     Returns:
         Mean negative log likelihood, nats per token.

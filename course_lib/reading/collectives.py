@@ -23,7 +23,6 @@ def recorded(run: Run, *, rank: int = 0, step: int | None = None) -> pd.DataFram
 
     Args:
         run: A run that was launched with `record=True`.
-        rank: Global rank.
         step: The step; the last one by default.
 
     Returns:
@@ -50,7 +49,6 @@ def compare(run: Run, *, rank: int = 0, step: int | None = None) -> pd.DataFrame
 
     Args:
         run: A run that was launched with `record=True`.
-        rank: Global rank.
         step: The step; the last one by default.
 
     Returns:

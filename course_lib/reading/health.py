@@ -82,7 +82,6 @@ def symptoms(run: Run, *, vocab_size: int | None) -> pd.DataFrame:
     """Hold each sign of a run against its limit: a table of measured value, limit, and `"ok"` or `"look"`.
 
     Args:
-        run: A finished run.
         vocab_size: Rows of the output layer, for the loss of fresh weights; `None` for a run that began with other
             weights, whose first loss says nothing.
 

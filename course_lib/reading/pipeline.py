@@ -23,8 +23,6 @@ def bubble_share(stages: int, microbatches: int, *, chunks: int = 1) -> float:
     """Which share of a step does a stage wait, if all passes of a kind take equally long and transfers take no time?
 
     Args:
-        stages: Pipeline stages p.
-        microbatches: Microbatches m of a step.
         chunks: Model chunks v of each stage; more than 1 is interleaving.
 
     Returns:

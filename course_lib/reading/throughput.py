@@ -48,10 +48,8 @@ class Throughput:
     """How fast a run was over some steps.
 
     Attributes:
-        steps: Number of steps.
         tokens_per_second: All tokens divided by all seconds; this is the rate that a budget needs.
         mean_of_rates: The average of each step's own rate, tokens/s; never below `tokens_per_second`.
-        median_step_ms: Time of the middle step.
     """
 
     steps: int
@@ -175,10 +173,6 @@ def machine_flops_per_second(*, size: int = 1024, repeats: int = 40) -> float:
     """How fast does this machine multiply large fp32 matrices, with all cores?
 
     Other programs slow it down, so the fastest of many is taken; beside a run it is a hint, and no bound to assert.
-
-    Args:
-        size: Rows and columns of two square matrices.
-        repeats: Multiplications to time; the fastest counts.
 
     Returns:
         Floating-point operations per second.

@@ -132,14 +132,7 @@ class UnknownModel(ValueError):
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The shape of one model, kept in the project with its source.
-
-    Attributes:
-        model_id: The name under which a recipe asks for it.
-        config: Values under the names that Hugging Face uses.
-        source: Where each value was read.
-        path: The file.
-    """
+    """The shape of one model, kept in the project with its source."""
 
     model_id: str
     config: dict[str, Any]

@@ -36,8 +36,6 @@ class Difference:
     """One thing of which three sources speak: NVIDIA's documents, the installed recipe, and the YAML or script of a stage.
 
     Attributes:
-        id: Short name.
-        topic: What it is about.
         reported: What the documents say of the run, with `says` and `source`, or None.
         yaml: What the YAML or the script of the stage says, in the same form, or None.
         installed: What `installed` computed at the pinned versions; None where nothing here can.
@@ -82,7 +80,6 @@ def columns(cfg: Any, *, lesson: str = "02") -> pd.DataFrame:
 
     Args:
         cfg: The installed recipe of Nemotron 3 Nano; its column is computed from it.
-        lesson: Its number.
     """
     import pandas as pd
 
@@ -127,7 +124,6 @@ def installed(row: Difference, cfg: Any) -> str:
     """Compute what the installed packages say about one of `differences()`.
 
     Args:
-        row: The difference.
         cfg: The installed recipe of Nemotron 3 Nano.
 
     Returns:

@@ -38,7 +38,6 @@ class Entry:
     """One recipe.
 
     Attributes:
-        name: The function.
         module: Where it is defined, below `megatron.bridge.recipes`.
         family: The folder, such as `llama`.
         task: `pretrain`, `sft`, `peft`, or empty where the name does not say.

@@ -54,7 +54,6 @@ def recording(
     """A run of this process: its directory, its one writer, and its last word however the block ends.
 
     Args:
-        name: Name of the run's directory; a number is added if it exists.
         config: The trainer's configuration as data, for `config.yaml`.
         device: Whose memory is read, `"cpu"` or `"cuda"`.
         view: Shows the run, such as `live.view(train_iters, name=name)`.

@@ -353,9 +353,6 @@ class _Absent(type):
 def over_container(*names: str) -> str:
     """The command that installs tested versions over those of NVIDIA's container, and nothing that fits its torch.
 
-    Args:
-        names: Distributions; all but torch if none is given.
-
     Example:
         >>> over_container("megatron-core").rpartition("==")[0]
         'pip install --no-deps megatron-core'

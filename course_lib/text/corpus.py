@@ -37,8 +37,6 @@ class Corpus:
     """Documents in two parts that share none.
 
     Attributes:
-        train: Texts to learn from.
-        validation: Texts to be judged on.
         source: Where they come from, and under which licence.
     """
 
@@ -162,9 +160,7 @@ def from_folder(
 
     Args:
         folder: Your files; a JSONL file has one object a line with a field `text`.
-        directory: Where the corpus goes.
         licence: Under which licence you may use the text.
-        source: The name of the source.
         held_out_percent: Share of the text for validation, and the same again for test.
         leave_out: Patterns of files of other kinds, such as `("*.png",)`, which are refused otherwise.
 

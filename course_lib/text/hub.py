@@ -24,11 +24,7 @@ class Offer:
     """What a download would be; look at it before you take it.
 
     Attributes:
-        repository: On the Hub.
-        file: In the repository.
-        size_bytes: Of the file.
         licence: As the repository's card names it, or `"not stated"`.
-        revision: The commit that would be taken.
     """
 
     repository: str
@@ -45,7 +41,6 @@ def describe(repository: str = TINY_STORIES[0], file: str = TINY_STORIES[1]) -> 
     """Ask the Hub for name, size and licence of a file, and download nothing.
 
     Args:
-        repository: A dataset on the Hub.
         file: A file of it, `.txt`, `.md` or `.jsonl`.
 
     Raises:
@@ -68,7 +63,6 @@ def build(offer: Offer, directory: Path) -> corpus.Built:
 
     Args:
         offer: From `describe`; print it first.
-        directory: Where the corpus goes.
 
     Raises:
         BadText: If the file cannot be used.

@@ -26,10 +26,8 @@ class Written:
 
     Attributes:
         prefix: Path without suffix, as Megatron's data blend names it.
-        documents: Number of documents.
         tokens: Number of token ids, ends of documents included.
         text_bytes: Bytes of text that were encoded; 0 if ids were given.
-        seconds: How long encoding and writing took together.
     """
 
     prefix: Path
@@ -51,7 +49,6 @@ def write(documents: Iterable[list[int]], prefix: Path, *, vocab_size: int, end_
         documents: Token ids, one list a document.
         prefix: Path without suffix; `.bin` and `.idx` appear together once both are whole.
         vocab_size: Number of ids; decides between two and four bytes a token, as Megatron does.
-        end_of_document: The id to close each document with.
 
     Raises:
         ValueError: If a document is empty or an id lies outside the vocabulary; nothing is written then.
@@ -77,7 +74,6 @@ def write_texts(
     A text that spells a special token is text: only the end of a document becomes the end-of-document id.
 
     Args:
-        texts: The documents.
         prefix: Path without suffix.
         tokenizer: As `tokenizers.load` returns it.
         end_of_document: The id that closes a document, if you insist; default the vocabulary's own.

@@ -385,7 +385,6 @@ def realised_blend(samples: Sequence[np.ndarray], prefixes: Mapping[str, Path]) 
 
     Args:
         samples: Token ids, one array a sample, each at least 8 long.
-        prefixes: Paths without suffix by source name.
 
     Returns:
         One row a source: samples, share.

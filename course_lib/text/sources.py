@@ -48,10 +48,8 @@ class Document:
     """One text with its provenance.
 
     Attributes:
-        text: The text.
         source: `"prose"`, `"code"`, or your own name.
         name: What it is, such as `"posixpath.join"`.
-        module: What may not be torn apart by a split.
         licence: SPDX name of the licence.
     """
 
@@ -67,11 +65,9 @@ class Documented:
     """A function of the standard library and what its docstring says.
 
     Attributes:
-        module: The top-level module, by which the corpus is split.
         file: The file's module, such as `"email.message"`.
         name: Qualified name in the file, such as `"Message.get_payload"`.
         signature: Such as `"def get_payload(self, i=None, decode=False)"`; empty for classes and modules.
-        docstring: Cleaned of indentation.
     """
 
     module: str
@@ -126,11 +122,6 @@ def _parse(source: str) -> ast.Module:
 
 def documented(source: str, *, module: str, file: str) -> list[Documented]:
     """The docstrings of one file.
-
-    Args:
-        source: Python.
-        module: The top-level module.
-        file: The file's module.
 
     Example:
         >>> source = 'class A:\\n    def f(self, x=1):\\n        "Double x."\\n'
@@ -187,9 +178,6 @@ def folder_documents(folder: Path, *, licence: str, source: str, leave_out: Sequ
     out, and a warning names them.
 
     Args:
-        folder: Where the files are; folders inside are searched too.
-        licence: Of all of them.
-        source: Name of the source.
         leave_out: Patterns of files to leave out, such as `"*.png"`.
 
     Raises:

@@ -52,13 +52,9 @@ def train_bpe(texts: Iterable[str], directory: Path, *, vocab_size: int) -> Path
     Byte-level: every text can be encoded and decodes to itself.  The end-of-document token has id 0.
 
     Args:
-        texts: What to learn the merges from.
         directory: Where `tokenizer.json` and its configuration go; the value for
             `TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=...)`.
         vocab_size: Number of ids, at least 257: all bytes and the end of a document.
-
-    Returns:
-        The directory.
 
     Raises:
         ValueError: If the vocabulary is too small for all bytes, or larger than the text has merges for.
@@ -190,9 +186,6 @@ def nemotron(directory: Path) -> Nemotron:
 
     An id is the rank in the Tekken file plus 1,000; the ids below are special tokens, named as Megatron names them.
 
-    Args:
-        directory: Where both forms go.
-
     Raises:
         RuntimeError: If the installed Tekken file and Megatron do not agree about the pattern that cuts text.
 
@@ -230,9 +223,6 @@ def nemotron(directory: Path) -> Nemotron:
 def tekken_ranks(texts: Iterable[str]) -> list[list[int]]:
     """The ranks that the Tekken file itself gives, by tiktoken and without Megatron: what an id must be, minus 1,000.
 
-    Args:
-        texts: What to encode.
-
     Returns:
         One list a text.
     """
@@ -253,11 +243,6 @@ def _tekken() -> dict[str, Any]:
 
 def compare_with_hub(mine: Nemotron, texts: Iterable[str], *, model: str = HUB_MODEL) -> int:
     """With a network: give the same texts to NVIDIA's own tokenizer file from the Hub.
-
-    Args:
-        mine: The encoder that was made here.
-        texts: What to encode.
-        model: The repository on the Hugging Face Hub.
 
     Returns:
         The number of texts that were compared.

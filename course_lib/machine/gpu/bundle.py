@@ -32,8 +32,6 @@ from course_lib.common.project import PROJECT
 from course_lib.common.units import MiB, format_bytes
 from course_lib.machine.gpu import kernels, start
 
-__all__ = ["CHECK", "PARTS", "CannotBundle", "Part", "Target", "closure", "cut", "have", "main", "make"]
-
 ROOTS = ("megatron-bridge", "megatron-core", "psutil", "pyyaml", "rich", "scipy", "tokenizers", "typer", "pandas")
 """What ranks and the check import; the rest follows from the lock."""
 
@@ -80,12 +78,8 @@ class Part:
     """One part of the bundle.
 
     Attributes:
-        name: Its name, also that of its folder on the node.
-        what: What is in it.
         minutes: How long it took once, on two cores that others kept busy; `None` if nobody timed it.
         optional: Without it the bundle is of use all the same; the checks that need it are skipped, by name.
-        make: Fills a folder.
-        on_path: Whether Python looks for packages in it.
     """
 
     name: str
@@ -112,12 +106,7 @@ def _lock() -> dict[str, dict[str, Any]]:
 
 
 def closure(roots: Sequence[str], *, without: frozenset[str] | set[str] = frozenset()) -> dict[str, str]:
-    """Name and version of packages and all that they need, as `uv.lock` pins them.
-
-    Args:
-        roots: Names.
-        without: Names that are left out, with what only they need.
-    """
+    """Name and version of packages and all that they need, as `uv.lock` pins them."""
     found: dict[str, str] = {}
     waiting: list[tuple[str, tuple[str, ...]]] = [(name, ()) for name in roots]
     seen = set()
@@ -287,13 +276,9 @@ def make(
     """Make every part that is not there yet, and cut it into pieces.
 
     Args:
-        to: The folder that is copied to the node.
-        target: The node.
         work: A folder for half-done work, kept so that a second call goes on.
         only: Names of parts; an optional one that is named must succeed.
         piece_bytes: Largest size of a piece.
-        parts: The parts there are.
-        say: Told in a line what happened.
 
     Returns:
         The manifest, as in `manifest.json`.
@@ -345,7 +330,6 @@ def lacking(folders: Sequence[Path], there: frozenset[str]) -> dict[str, list[st
     """What carried packages ask for that neither the bundle nor the node has, with who asks; it may be of no use here.
 
     Args:
-        folders: Folders of packages.
         there: Normalized names of what the node has.
     """
     from packaging.requirements import Requirement
@@ -436,9 +420,6 @@ def cut(folder: Path, to: Path, name: str, piece_bytes: int) -> list[dict[str, A
     """Pack a folder into `NAME.tar.xz.00`, `.01` and so on; equal folders become equal pieces.
 
     Args:
-        folder: What is packed.
-        to: Where the pieces go.
-        name: Their name.
         piece_bytes: Largest size of one.
 
     Returns:

@@ -34,8 +34,6 @@ from typing import Any
 from course_lib import stack
 from course_lib.common import files, units
 
-__all__ = ["CHECKS", "DRY_DEVICE", "Check", "Context", "Row", "as_text", "main", "run"]
-
 DRY_DEVICE = "cpu (dry)"
 GATE = "COURSE_GPU_GATE"
 """The environment variable that names the file which a GPU rank waits for before it touches the GPU."""
@@ -58,7 +56,6 @@ class Check:
 
     Attributes:
         name: Its name, for `--only` and in the report.
-        settles: The question that it answers.
         limit_seconds: It is ended after so long; waiting for the GPU does not count.
         least_seconds: With less than this left of the budget it is not begun.
         function: What answers it, as `module:function`, called with a `Context`.
@@ -112,7 +109,6 @@ class Row:
     """One quantity, expected beside measured.
 
     Attributes:
-        quantity: What it is.
         unit: Its unit, such as `"GiB"`.
         expected: The number that was known before; `None` if nobody said one.
         measured: The number that was met; `None` if it was not.
@@ -140,11 +136,8 @@ class Context:
     """What a check knows, and where it writes what it finds.
 
     Attributes:
-        name: The check's name.
         dry: Tiny shapes on CPU ranks.
-        work: A folder for large files, which no report takes along.
         laptop: What a laptop left in the bundle, a folder of `reference`; `None` without one.
-        limit_seconds: Time after the gate.
         earlier: Results of the checks before, by name.
     """
 
@@ -300,14 +293,11 @@ def run(
     """Run the checks one after the other, and write `report.json` and `report.txt` after each event.
 
     Args:
-        out: Folder of the reports, made if it is not there.
         dry: Tiny shapes on CPU ranks; such a report is refused as a measurement of a GPU.
         only: Names of checks; by default all.  What these need is taken from a report that is in `out` already.
         budget_seconds: For everything; what no longer fits is skipped, by name.
         laptop: What a laptop prepared (`reference`); without it the CPU of this machine prepares it.
         work: A folder for large files; by default a temporary one, which is removed.
-        checks: The checks there are.
-        say: Told in a line what ended.
 
     Returns:
         The report, as in `report.json`.
@@ -403,9 +393,6 @@ def why_not(
     """Why a check cannot be begun, in words; `None` if it can.
 
     Args:
-        check: The check.
-        left_seconds: What is left of the budget.
-        dry: Whether CPU ranks will do it.
         told: What the check `imports` noted of each package: one that is installed may still not import.
     """
     if left_seconds < check.least_seconds:

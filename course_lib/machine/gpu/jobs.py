@@ -33,8 +33,6 @@ from course_lib.stack import devices
 if TYPE_CHECKING:
     from course_lib.machine.gpu.check import Context
 
-__all__ = ["TRAININGS", "Training", "config", "imports", "layers", "lora", "machine", "rates", "resume", "training"]
-
 _RANKS = f"{__package__}.ranks"
 PACKAGES = (
     "torch triton numpy transformers tokenizers megatron-core megatron-bridge transformer-engine transformer-engine-torch "
@@ -57,13 +55,10 @@ class Training:
 
     Attributes:
         recipe: NVIDIA's function, as `module:function`.
-        global_batch_size: Sequences a step.
         steps: How many.
-        micro_batch_size: Sequences at a time.
         seq_length: Tokens in a sequence; `None` leaves the recipe's.
         vocab_size: Ids; `None` leaves the recipe's.
         fields: Other fields by dotted name; `"torch.bfloat16"` and the like become dtypes.
-        local: Megatron Core's own layers instead of Transformer Engine's.
     """
 
     recipe: str
@@ -110,7 +105,6 @@ def config(name: str, *, dry: bool) -> Any:
     """Bridge's configuration of a run of `TRAININGS`, without the Hub, for one rank.
 
     Args:
-        name: Its name.
         dry: Shrink the model to what a CPU trains in a second, keeping its kind.
     """
     asked = TRAININGS[name]

@@ -21,8 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CannotBuild", "Pin", "keep_architecture", "mamba", "run", "transformer_engine"]
-
 TOOLKIT = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-cccl", "nvidia-cuda-profiler-api")
 """The compiler, its headers and its back end; torch's own wheels hold the libraries."""
 
@@ -135,11 +133,7 @@ def transformer_engine(
 
     Args:
         target: A `bundle.Target`.
-        folder: Where the packages go.
-        work: For half-done work.
         pins: The packages by name.
-        uv: Runs uv.
-        install: Puts pinned packages into a folder.
 
     Raises:
         CannotBuild: If it cannot be built, or the library has no code for the architecture.
@@ -197,7 +191,6 @@ def keep_architecture(library: Path, arch: int) -> dict[int, int]:
 
     Args:
         library: A shared library.
-        arch: Compute capability without its dot.
 
     Returns:
         Bytes by architecture, as they were.

@@ -21,8 +21,6 @@ from course_lib.ranks import train
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["layers", "rank_main", "rates", "save_fresh"]
-
 
 def wait_at_the_gate() -> None:
     """Until the check that has the GPU has left it; CPU ranks are started later instead."""

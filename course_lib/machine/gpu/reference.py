@@ -20,8 +20,6 @@ from course_lib.runs import checkpoints
 from course_lib.stack import devices
 from course_lib.text import corpus, indexed, tokenizers
 
-__all__ = ["DONE", "config", "few_steps", "make", "read", "set_fp32", "shrink"]
-
 DONE = "reference.json"
 """Written last: a folder without it is not whole."""
 
@@ -36,14 +34,7 @@ def shrink(cfg: Any) -> None:
 
 
 def few_steps(cfg: Any, *, steps: int, global_batch_size: int, micro_batch_size: int) -> None:
-    """A short run, every step in the log, nothing saved and no evaluation.
-
-    Args:
-        cfg: Bridge's configuration; changed in place.
-        steps: Steps of the run.
-        global_batch_size: Sequences a step.
-        micro_batch_size: Sequences at a time.
-    """
+    """A short run, every step in the log, nothing saved and no evaluation."""
     cfg.train.train_iters, cfg.train.global_batch_size, cfg.train.micro_batch_size = (
         steps,
         global_batch_size,
@@ -62,7 +53,6 @@ def config(folder: Path, steps: int) -> Any:
 
     Args:
         folder: Where `make` has written tokens and tokenizer.
-        steps: Steps of the run.
     """
     from megatron.bridge.recipes.llama import llama32_1b_pretrain_config
     from megatron.bridge.training.tokenizers.config import TokenizerConfig
@@ -90,12 +80,7 @@ def set_fp32(cfg: Any) -> None:
 
 
 def make(folder: Path, *, dry: bool = False) -> None:
-    """Tokens of Python's language reference, and a run on one CPU rank that saves a checkpoint half-way.
-
-    Args:
-        folder: Made, or replaced if it is not whole.
-        dry: Few steps.
-    """
+    """Tokens of Python's language reference, and a run on one CPU rank that saves a checkpoint half-way."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     parts = corpus.language_reference()

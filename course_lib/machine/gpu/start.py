@@ -20,8 +20,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["NotHere", "Pieces", "main", "unpack"]
-
 
 class NotHere(Exception):
     """The bundle cannot be used here; the message says what to do."""
@@ -95,8 +93,6 @@ def unpack(manifest: dict, here: Path, at: Path) -> dict[str, Path]:
 
     Args:
         manifest: `manifest.json`.
-        here: The folder of the pieces.
-        at: Where the parts go, a folder each.
 
     Returns:
         Folder by part.

@@ -43,7 +43,6 @@ def check(cfg: Any, ranks: int) -> list[Refusal]:
 
     Args:
         cfg: A Bridge ``ConfigContainer``, a model provider, or the same as (nested) mappings.
-        ranks: World size.
 
     Returns:
         Every reason against it, each with changes that were tried and are accepted as far as this reason goes; an empty
@@ -88,7 +87,6 @@ def require(cfg: Any, ranks: int) -> Layout:
 
     Args:
         cfg: As for :func:`check`.
-        ranks: World size.
 
     Returns:
         The layout.
@@ -105,7 +103,6 @@ def legal_layouts(ranks: int, cfg: Any) -> list[Layout]:
     """All ways to divide the ranks that this model allows, by TP, PP, CP and (with experts) EP.
 
     Args:
-        ranks: World size.
         cfg: As for :func:`check`; its own layout fields are replaced, everything else is kept.
 
     Returns:

@@ -17,8 +17,6 @@ from course_lib.common.config import Fields
 from course_lib.planning.layout.sizes import Layout, LayoutError, Refusal, divisors, next_multiple
 from course_lib.planning.layout.stages import hybrid_pattern, stage_layers
 
-__all__ = ["embedding_rows", "padded_from_tokenizer", "padded_vocab_size", "refusals"]
-
 TP = "model.tensor_model_parallel_size"
 EP = "model.expert_model_parallel_size"
 PP = "model.pipeline_model_parallel_size"
@@ -36,10 +34,6 @@ OTHER_SIZES = (("dataset", "seq_length"), ("tokenizer", "vocab_size"))
 
 def refusals(layout: Layout, fields: Fields) -> list[Refusal]:
     """Every reason why this layout of this model cannot run.
-
-    Args:
-        layout: The sizes.
-        fields: The configuration they were read from.
 
     Returns:
         The reasons; empty if Megatron would accept it.
@@ -320,7 +314,6 @@ def padded_vocab_size(vocab_size: int, *, tensor_model_parallel_size: int = 1, d
     """How many rows does the embedding get?
 
     Args:
-        vocab_size: Number of ids of the tokenizer.
         tensor_model_parallel_size: TP; every rank holds the same number of rows.
         divisible_by: ``make_vocab_size_divisible_by`` of the model.
 

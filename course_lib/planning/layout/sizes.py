@@ -10,8 +10,6 @@ from typing import Any
 
 from course_lib.common.config import Fields
 
-__all__ = ["Layout", "LayoutError", "Refusal", "divisors", "either", "next_multiple"]
-
 
 @dataclass(frozen=True)
 class Refusal:
@@ -19,8 +17,6 @@ class Refusal:
 
     Attributes:
         field: The configuration field to change, e.g. ``model.tensor_model_parallel_size``.
-        message: What was given and what it collides with.
-        fix: What to do; a remark on the changes where there are some.
         changes: Alternative remedies, each with new values by dotted field; ``ranks`` is the world size.
     """
 
@@ -64,7 +60,6 @@ class Layout:
     """How the ranks of one run are divided.
 
     Attributes:
-        world_size: Number of ranks.
         tensor_model_parallel_size: TP, ranks that share each matrix.
         pipeline_model_parallel_size: PP, stages that share the layers.
         context_parallel_size: CP, ranks that share each sequence.
@@ -92,7 +87,6 @@ class Layout:
 
         Args:
             cfg: A Bridge ``ConfigContainer``, a model provider, or the same as nested mappings (``config.yaml``).
-            ranks: World size.
 
         Returns:
             The layout.  Sequence parallelism without TP is dropped, as Bridge drops it.

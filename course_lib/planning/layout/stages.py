@@ -14,8 +14,6 @@ from typing import Any
 from course_lib.common.config import Fields
 from course_lib.planning.layout.sizes import LayoutError, Refusal, divisors
 
-__all__ = ["stage_layers"]
-
 _PATTERNS = ("hybrid_layer_pattern", "hybrid_override_pattern")
 # What takes each of the three ways to divide the layers back.
 PLAN = {"model.pipeline_model_parallel_layout": None}
