@@ -23,7 +23,7 @@ try:
     from course_lib import runs  # noqa: F401
     from course_lib.common.project import untested_allowed
     from course_lib.planning import layout  # noqa: F401
-    from course_lib.ranks import cpu, train  # noqa: F401
+    from course_lib.ranks import cpu, recording, train  # noqa: F401
     from course_lib.runs import failures  # noqa: F401
     from course_lib.stack import devices  # noqa: F401
 

@@ -123,20 +123,34 @@ def test_every_file_and_name_of_the_library_that_is_written_down_exists() -> Non
     assert sorted(set(dead)) == []
 
 
-def lesson_imports() -> set[Path]:
-    """The files of course_lib that a lesson imports."""
-    found = set()
-    for path in PROJECT.glob("notebooks/*.ipynb"):
+def lesson_imports() -> dict[Path, set[str]]:
+    """The files of course_lib that lessons import, with the numbers of those lessons."""
+    found: dict[Path, set[str]] = {}
+    for path in sorted(PROJECT.glob("notebooks/[0-9]*.ipynb")):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
         for _, name in imports(ast.parse(code)):
             place = PROJECT.joinpath(*name.split("."))
-            if name.startswith("course_lib."):
-                found |= {place.with_suffix(".py"), place / "__init__.py"} & set(FILES)
+            here, above = ({way.with_suffix(".py"), way / "__init__.py"} & set(FILES) for way in (place, place.parent))
+            for file in here or above:
+                found.setdefault(file, set()).add(path.name[:2])
     return found
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if room(path) in ("common", "stack", "runs")], ids=name_of)
+def test_the_readme_says_which_lessons_use_a_room() -> None:
+    """The last column of the rooms' table is what the notebooks import, so a new import changes one line there."""
+    lines = re.findall(r"^\| \d \| `([\w/]+)/` \|.*\| ([\d ]*)\|$", (LIBRARY / "README.md").read_text(), re.MULTILINE)
+    used: dict[str, set[str]] = {name: set() for name in ROOMS}
+    for path, lessons in lesson_imports().items():
+        used[room(path)] |= lessons
+    assert {name: told.strip() for name, told in lines} == {name: " ".join(sorted(used[name])) for name in ROOMS}
+
+
+NEW = ("experiments", "text", "lesson", "lesson/exercises", "reading", "planning", "figures")
+"""Rooms whose modules may say what they offer before a lesson imports them."""
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if room(path) not in NEW], ids=name_of)
 def test_what_a_lesson_imports_says_what_it_offers(path: Path) -> None:
     """`__all__` bounds the face of a room and what a lesson imports; elsewhere the underscore says enough."""
     has_list = "\n__all__ = " in path.read_text(encoding="utf-8")
