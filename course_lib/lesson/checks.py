@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,7 +26,6 @@ __all__ = [
     "attempt",
     "claim",
     "close",
-    "exercise",
     "expect_error",
     "ledger",
     "measured",
@@ -34,7 +33,6 @@ __all__ = [
     "publish",
     "reset_ledger",
     "solution",
-    "solved",
 ]
 
 ledger, reset_ledger = table, reset  # the names that read well behind `checks.`
@@ -145,66 +143,6 @@ def solution(answer: object, judge: verdicts.Judge, *facts: Any) -> None:
     if not verdict.right:
         raise ClaimFailed(f"does not hold: the solution is right\n{verdict.hint}")
     print(f"right: {verdict.hint}")
-
-
-def exercise(answer: object, check: Callable[[Any], object]) -> bool:
-    """Look at a learner's attempt without ever failing the notebook, and enter the result in the ledger.
-
-    Args:
-        answer: What the learner wrote; ``None`` means that nothing was tried yet.
-        check: A function of the answer. It returns False, or raises ``ClaimFailed``, when the answer is wrong.
-
-    Returns:
-        Whether the answer is right.
-
-    Example:
-        >>> exercise(None, lambda answer: claim(answer == 4, "TP=2 leaves DP=4"))
-        not attempted yet: replace None with your answer and run the cell again
-        False
-        >>> exercise(2, lambda answer: claim(answer == 4, "TP=2 leaves DP=4", otherwise="8 ranks / 2 = 4."))
-        not yet: does not hold: TP=2 leaves DP=4
-        8 ranks / 2 = 4.
-        False
-    """
-    if answer is None:
-        print("not attempted yet: replace None with your answer and run the cell again")
-        return False
-    try:
-        solved(answer, check)
-    except ClaimFailed as error:
-        print(f"not yet: {error}")
-        right = False
-    else:
-        print("right")
-        right = True
-    try:
-        attempted(right)
-    except LedgerError as error:  # the answer was judged; that it is not remembered is worth a line, and no more
-        print(error)
-    return right
-
-
-def solved(answer: object, check: Callable[[Any], object]) -> None:
-    """Prove that an answer is right; for the solution cell, which must fail if it is not.
-
-    Raises:
-        ClaimFailed: The answer is missing or wrong, or the check cannot work with an answer of this kind.
-    """
-    if answer is None:
-        raise ClaimFailed("there is no answer to check: the solution is None")
-    try:
-        verdict = check(answer)
-        # numpy's own False is no singleton, and a check that only asserts returns None.
-        wrong = verdict is not None and not bool(verdict)
-    except ClaimFailed:
-        raise
-    except AssertionError as error:
-        raise ClaimFailed(str(error) or f"the answer {answer!r} does not pass") from error
-    except Exception as error:  # an attempt may be of any kind: a string where a number was meant, say
-        kinds = f"a {type(answer).__name__} ({type(error).__name__}: {error})"
-        raise ClaimFailed(f"the check cannot work with the answer {answer!r}, {kinds}") from error
-    if wrong:
-        raise ClaimFailed(f"the answer {answer!r} is not right")
 
 
 @contextmanager

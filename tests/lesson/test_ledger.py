@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from course_lib.common.project import PROJECT
 from course_lib.figures import plots
-from course_lib.lesson import checks, ledger, notebooks
+from course_lib.lesson import checks, ledger, notebooks, verdicts
 from support import hygiene, hygiene_learner
 
 
@@ -32,10 +32,15 @@ def in_lesson_03(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger, "_running_cell", lambda: ("03", "attempt"))
 
 
+def is_four(answer: object) -> verdicts.Verdict:
+    """An exercise."""
+    return verdicts.value(answer, 4, why="8 / 2.", otherwise="World size / TP.")
+
+
 def test_attempts_are_counted_and_right_stays_right(in_lesson_03: None) -> None:
     """None is no attempt, a wrong answer is one, and a rerun of the stub does not take a solved exercise back."""
     for answer in (None, 3, 4, None, 3):
-        checks.exercise(answer, lambda value: value == 4)
+        checks.attempt(answer, is_four)
     assert ledger.exercises().to_dict("records") == [
         {"lesson": "03", "exercise": "attempt", "attempts": 3, "state": "right"}
     ]
@@ -43,21 +48,22 @@ def test_attempts_are_counted_and_right_stays_right(in_lesson_03: None) -> None:
 
 def test_an_unsolved_exercise_is_not_yet_right(in_lesson_03: None) -> None:
     """Wrong answers alone leave it open."""
-    checks.exercise(3, lambda value: value == 4)
+    checks.attempt(3, is_four)
     assert list(ledger.exercises().state) == ["not yet"]
 
 
 def test_without_a_notebook_nothing_is_entered(own_ledger: Path) -> None:
     """A script or a headless run is no learner's attempt."""
-    assert checks.exercise(4, lambda value: value == 4)
+    checks.attempt(4, is_four)
     assert not own_ledger.exists()
 
 
 def test_a_broken_ledger_does_not_fail_an_attempt(in_lesson_03, own_ledger, capsys) -> None:
     """The answer is judged all the same, and a line says what to do about the file."""
     own_ledger.write_text("[]")
-    assert checks.exercise(4, lambda value: value == 4)
-    assert "Move the file away" in capsys.readouterr().out and own_ledger.read_text() == "[]"
+    checks.attempt(4, is_four)
+    out = capsys.readouterr().out
+    assert "right: " in out and "Move the file away" in out and own_ledger.read_text() == "[]"
 
 
 @pytest.mark.parametrize(

@@ -348,7 +348,7 @@ def ledger(tmp_path, monkeypatch):
     monkeypatch.setenv("COURSE_LEDGER", str(tmp_path / "ledger.json"))
     for number in LESSONS:
         for source, _ in cells(number).values():
-            for name in re.findall(r'checks\.predict\("\d\d", "([^"{]+)"', source):
+            for name in re.findall(r'checks\.predict\(\s*"\d\d",\s*"([^"{]+)"', source):
                 checks.predict(number, name, 1.0, "unit")
 
 

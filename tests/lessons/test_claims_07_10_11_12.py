@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from types import SimpleNamespace as Some
 
 import pandas as pd
@@ -213,8 +214,10 @@ def lesson_10():
     kept = Some(compare=gives(table), at=gives(0))
     changed = Some(compare=gives(table.assign(largest_difference=[0.0, 1e-3])), at=gives(0))
     hub = {"loaded": Some(parameters=gives([weight])), "parameters": 100, "checkpoints": kept, "last": 0}
-    hub |= {"Path": str, "places": {"back": "back"}}
-    yield "check-hub", hub, [{"parameters": 101}, {"checkpoints": changed}]
+    same, whole = Some(largest_difference=0.0, largest_logit=1.0, folder=0), Some(path=Path("run"))
+    hub |= {"export": Some(TOLERANCE=1e-4, to_megatron=gives(0)), "exported": same, "whole": whole}
+    other = Some(largest_difference=0.1, largest_logit=1.0, folder=0)
+    yield "check-hub", hub, [{"parameters": 101}, {"checkpoints": changed}, {"exported": other}]
     rise = pd.Series([0.28, 0.27])
     loaded = {"padded": Some(outcome=Some(status="succeeded")), "rise": rise}
     yield "check-rows", loaded, [

@@ -16,7 +16,7 @@ from course_lib.experiments import faults
 from course_lib.lesson import checks
 from support.lesson_cells import Sample, cells, execute
 
-NAMES = ("loss at step 1", "work per token", "weight and optimizer by Bridge")
+NAMES = ("loss at step 1", "held-out loss at the end", "work per token", "weight and optimizer by Bridge")
 STEPS = pd.DataFrame({"step": range(1, 11), "loss": 5.0, "grad_norm": 0.7, "elapsed_ms": 100.0})
 LOG = pd.DataFrame({"loss": [5.0, 5.0], "grad_norm": 0.7, "skipped": 0, "nan": 0, "elapsed_ms": 101.0})
 

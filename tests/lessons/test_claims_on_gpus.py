@@ -89,7 +89,7 @@ def parameters_on_a_gpu(cfg: Any) -> int:
 def test_lesson_03_holds_on_a_gpu(bridge):
     """A bf16 loss is as near to its formula, Transformer Engine's layers have as many parameters, and the hand-made file
     may differ from the launcher by rounding."""
-    made = made_by("03", ("imports", "parameters", "recipe", "shrink-model", "shrink-run", "predict"))
+    made = made_by("03", ("imports", "parameters", "recipe", "shrink-model", "shrink-run", "guess", "predict"))
     cfg, vocab_size = made["cfg"], made["vocab_size"]
     first = first_loss_in_bf16(vocab_size, cfg.model.hidden_size)
     log = f" > number of parameters on (tensor, pipeline) model parallel rank (0, 0, 0): {parameters_on_a_gpu(cfg)}"
@@ -201,7 +201,7 @@ def test_lesson_08_expects_nine_bytes_a_parameter():
 
 def test_lesson_10_expects_fourteen_bytes_a_parameter():
     """A GPU's checkpoint holds bf16 weights, their fp32 copy and two moments; eight ranks write a share of the latter each."""
-    made = made_by("10", ("imports", "parameters", "config", "predict"), print=gives(None))
+    made = made_by("10", ("imports", "parameters", "config", "guess", "predict"), print=gives(None))
     states = memory.states(made["cfg"], ranks=8)[0]
     assert made["state_bytes"] == 14
     written = states.weights_bytes + 8 * states.optimizer_bytes
@@ -228,7 +228,7 @@ def test_lessons_07_and_10_do_not_ask_gpus_for_every_digit():
 
 def test_lesson_11_counts_a_gpus_messages():
     """Half the bytes in the residual stream, one gather for the fused loss; gradients travel in another phase."""
-    made = made_by("11", ("imports", "parameters", "config", "predict"))
+    made = made_by("11", ("imports", "parameters", "config", "guess", "predict"))
     cfg, stream = made["cfg"], made["stream_bytes"]
     form = messages.expected(cfg, ranks=8, element_bytes=2)
     of_layers = form[(form.group == "tp") & (form.bytes == stream)]

@@ -40,7 +40,7 @@ REFUSED = {
     'tokenizers.load(Path("nowhere"))': "nowhere/tokenizer.json does not exist",
     "sweep.one_change(cfg, cfg)": "the configurations do not differ",
     'checks.claim(False, "two and two are five")': "does not hold: two and two are five",
-    "checks.solved(3, lambda answer: 1 / 0)": "the check cannot work with the answer 3",
+    "checks.solution(3, lambda answer: 1 / 0)": "the exercise cannot work with the answer 3",
 }
 SHOWN_WHOLE = {
     "%tb": ("in solved(", "ZeroDivisionError", "ClaimFailed: the check cannot work"),  # the refusal just before

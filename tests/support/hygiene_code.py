@@ -17,7 +17,7 @@ __all__ = [
     "parameters_are_literals",
 ]
 
-MAX_CODE_LINES = 14  # a cell that fits on the screen together with its output
+MAX_CODE_LINES = 24  # of at most MAX_WIDTH characters: a cell that fits on the screen together with its output
 MAX_WIDTH = 88  # characters; what the book and a projector show without wrapping
 MAX_IMPORT_LINES = 20  # no output; a line for each room says where one is
 
