@@ -93,6 +93,7 @@ def run(
 
     Args:
         cfg: Bridge's configuration, or a `config.yaml` that it wrote.
+        name: Name of the run's directory; a number is added if it exists.
         save: Keep checkpoints in the run's own directory.  Bridge's recipes save to, and silently resume from, one
             default directory; a run of this course does neither unless asked, from a file as well.
         load: A run, or a checkpoint directory, to start from: weights, optimizer, step and place in the data.
@@ -144,6 +145,7 @@ def call(
 
     Args:
         job: What each rank calls, as `module:function`.  Ranks that want to talk call `train.meet()` first.
+        argument: Its one argument, of JSON's kinds.
         device: `"cpu"` or `"cuda"` if the caller knows better than `stack.device(ranks)`.
         threads: Threads of each CPU rank's matrix products; by default the ranks share the cores.
 
@@ -297,13 +299,7 @@ def _count_of(content: dict, section: str, field: str) -> int:
 def _launch_record(
     content: dict, path: Path, ranks: int, device: str, launcher: str, target: str, plan: Layout, record: bool
 ) -> dict:
-    sizes = (
-        "tensor_model_parallel",
-        "pipeline_model_parallel",
-        "context_parallel",
-        "expert_model_parallel",
-        "data_parallel",
-    )
+    kinds = "tensor_model pipeline_model context expert_model data".split()
     return writer.launch_record(
         path,
         ranks=ranks,
@@ -313,7 +309,7 @@ def _launch_record(
         target=target,
         record=record,
         command=" ".join(command(path, ranks=ranks)),
-        layout={f"{size}_size": getattr(plan, f"{size}_size") for size in sizes},
+        layout={f"{kind}_parallel_size": getattr(plan, f"{kind}_parallel_size") for kind in kinds},
         seed=(content.get("rng") or {}).get("seed"),
         global_batch_size=_count_of(content, "train", "global_batch_size"),
         seq_length=_count_of(content, "model", "seq_length"),

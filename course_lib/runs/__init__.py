@@ -10,7 +10,6 @@ import contextlib
 import json
 import math
 import os
-import platform
 import re
 import shutil
 import statistics
@@ -451,7 +450,7 @@ def _read_json(path: Path) -> dict | None:
 def _vanished(launch: dict) -> Outcome | None:
     """The outcome of a run that one process trained by itself, and that can say nothing any more."""
     pid = launch.get("pid")
-    if pid is None or launch["host"] != platform.node() or pid == os.getpid():
+    if pid is None or launch["host"] != os.uname().nodename or pid == os.getpid():
         return None
     import psutil
 

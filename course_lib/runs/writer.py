@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -63,7 +62,7 @@ def recording(
     Raises:
         ConfigError: If the configuration holds an access token, or what is no data; nothing is left on disk then.
     """
-    here = {"pid": os.getpid(), "host": platform.node(), "launcher": "this process", "ranks": 1}
+    here = {"pid": os.getpid(), "host": os.uname().nodename, "launcher": "this process", "ranks": 1}
     run = create(name, config=config, device=device, train_iters=train_iters, loss_unit=loss_unit, **here | about)
     mine = Writer(run.path, device=device, view=view)
     try:

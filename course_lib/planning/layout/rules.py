@@ -1,4 +1,4 @@
-"""The rules behind :mod:`course_lib.planning.layout`: one function for each subject, each reason in the course's words.
+"""The rules behind :mod:`course_lib.planning.layout`, one function for each subject; and the padded vocabulary.
 
 Source: megatron-core 0.19.2 (``model_parallel_config.py``, ``parallel_state.py``, ``num_microbatches_calculator.py``,
 ``pipeline_parallel/schedules.py``, ``ssm/mamba_mixer.py``, ``tensor_parallel/layers.py``, and in ``transformer/``
