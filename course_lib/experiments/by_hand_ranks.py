@@ -10,8 +10,6 @@ import torch.distributed as dist
 from course_lib.experiments.by_hand import column_parallel, data_parallel_step, row_parallel, sharded_step
 from course_lib.ranks import train
 
-__all__ = ["data_parallel", "optimizer_bytes", "tensor_parallel"]
-
 
 def _begin(*, tensor_parallel: bool) -> None:
     """Let the ranks meet, and start Megatron Core in each."""

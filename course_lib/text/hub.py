@@ -11,8 +11,6 @@ from pathlib import Path
 from course_lib.common.units import format_bytes
 from course_lib.text import corpus
 
-__all__ = ["TINY_STORIES", "Offer", "build", "describe"]
-
 TINY_STORIES = ("roneneldan/TinyStories", "TinyStories-valid.txt")
 """Repository and file: short English stories."""
 

@@ -15,17 +15,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = [
-    "MAX_LINE_BYTES",
-    "BadText",
-    "Document",
-    "Documented",
-    "documented",
-    "folder_documents",
-    "library_functions",
-    "python_documents",
-]
-
 MAX_LINE_BYTES = 64 * 2**20
 """No document is longer, be it a line or a file: a broken file may be one line of many gigabytes, and is not read."""
 
