@@ -82,6 +82,24 @@ def test_a_control_without_a_kernel_says_so(page, site: str) -> None:
     page.screenshot(path=str(_shot("book_widget_dark.png")))
 
 
+def test_a_question_unfolds_its_reason_without_a_kernel(page, site: str) -> None:
+    """Nothing is told before a click; then the reason stands below its option, readable in the dark theme, too."""
+    page.goto(f"{site}/lessons/07_small.html")
+    page.evaluate("document.documentElement.dataset.theme = 'dark'")
+    options = page.locator(".quiz details")
+    reason = options.first.locator("p")
+    assert options.count() == 9 and not reason.is_visible()
+    options.first.locator("summary").click()
+    assert reason.is_visible() and not options.last.locator("p").is_visible()
+    colour = reason.evaluate("words => getComputedStyle(words).color")
+    assert min(map(int, colour.removeprefix("rgb(").split(")")[0].split(",")[:3])) > 150, "dark words on a dark page"
+    behind = page.locator(".output.text_html", has=page.locator(".quiz")).evaluate(
+        "box => getComputedStyle(box).backgroundColor"
+    )
+    assert behind == "rgba(0, 0, 0, 0)", "a light card behind light words"
+    page.screenshot(path=str(_shot("book_quiz_dark.png")))
+
+
 PAGES = ("index", "eight_gpu_plan", "memory_planner", "before_the_first_step", "troubleshooting", "lessons/07_small")
 
 

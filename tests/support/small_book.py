@@ -12,7 +12,7 @@ import pytest
 from book import builder
 from book.builder import assets as book_assets
 from course_lib.common.project import PROJECT
-from course_lib.lesson import tables
+from course_lib.lesson import quiz, tables
 from support.notebooks_made_here import clean, code, markdown, write
 
 # One transparent pixel.
@@ -33,7 +33,7 @@ def copy_book(tmp_path: Path) -> Path:
 
 
 def executed_lesson(root: Path, *, extra: str = "") -> Path:
-    """A lesson and its executed copy, with a widget, a picture with words, a formula, a diagram and a wide table."""
+    """A lesson and its executed copy, with a widget, a quiz, a picture with words, a formula, a diagram and a wide table."""
     import ipywidgets
     import pandas as pd
     from ipywidgets.embed import dependency_state
@@ -58,6 +58,9 @@ def executed_lesson(root: Path, *, extra: str = "") -> Path:
         {"output_type": "display_data", "data": {"text/html": tables.full(wide).to_html()}, "metadata": {}},
     ]  # fmt: skip
     lesson["cells"][4]["execution_count"] = 1
+    asked = next(cell for cell in lesson["cells"] if cell["id"] == "quiz")
+    words = {"text/html": quiz.as_text(quiz.read("00"))}  # what a kernel without a browser shows
+    asked |= {"execution_count": 2, "outputs": [{"output_type": "display_data", "data": words, "metadata": {}}]}
     state = {"state": dependency_state(control), "version_major": 2, "version_minor": 0}
     lesson["metadata"]["widgets"] = {"application/vnd.jupyter.widget-state+json": state}
     path = write(root / "book" / "lessons" / "07_small.ipynb", lesson)
