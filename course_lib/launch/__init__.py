@@ -23,7 +23,7 @@ from course_lib.common.project import variable
 from course_lib.launch import forkserver, supervise, torchrun
 from course_lib.launch.supervise import RunFailed, RunInterrupted
 from course_lib.launch.torchrun import command, settings, start_process
-from course_lib.ranks import train
+from course_lib.ranks import routing, train
 from course_lib.runs import checkpoints, config_file, field_values, foreign_code, writer
 from course_lib.runs.field_values import FieldError
 from course_lib.stack import devices
@@ -83,7 +83,7 @@ def run(
     show: str | None = "live",
     launcher: str | None = None,
     target: str = train.TARGET,
-    record: bool = False,
+    record: bool | str = False,
     watch: Callable[[runs.Run], object] | None = None,
 ) -> runs.Run:
     """Train on so many ranks and return what happened.
@@ -103,7 +103,7 @@ def run(
             (see `train.rank_main`); the module must be importable where the ranks run.  What it returns is read by
             `Run.answers()`.
         record: Write every collective and every forward and backward pass to the run directory, for `Run.collectives`
-            and `Run.timeline`.
+            and `Run.timeline`, and how many tokens chose each expert, for `Run.router`; `"router"` writes the last alone.
         watch: Called with the run some ten times a second while it trains.
 
     Raises:
@@ -208,7 +208,7 @@ def prepare(
     load: runs.Run | Path | None = None,
     launcher: str | None = None,
     target: str = train.TARGET,
-    record: bool = False,
+    record: bool | str = False,
 ) -> runs.Run:
     """Write the run directory and start nothing: for a scheduler, another launcher, or your own hands.
 
@@ -227,6 +227,8 @@ def prepare(
 
     _refuse_no_function(target)
     device = stack.device(ranks)
+    if record not in (True, False, routing.ONLY):
+        raise ValueError(f"record={record!r}: use True, False or {routing.ONLY!r}")
     if launcher == "warm" and device == "cuda":
         raise ValueError(
             "launcher='warm' forks ranks that work on the CPU, and these ranks have GPUs: leave launcher out, or set "
@@ -243,6 +245,8 @@ def prepare(
         field_values.check_fields(cfg)
         given = devices.applied(cfg, device)
     field_values.refuse_wrong_values(given)
+    if record == routing.ONLY and (reason := routing.unrecorded(given, device)):
+        raise ConfigError(f"record={record!r}: {reason}")
     plan = layout.require(given, ranks)
     resumed = checkpoints.refuse(given, load=source, ranks=ranks)
     if launcher in (None, "warm", "torchrun"):  # another one may start it on a machine with other files
@@ -297,7 +301,7 @@ def _count_of(content: dict, section: str, field: str) -> int:
 
 
 def _launch_record(
-    content: dict, path: Path, ranks: int, device: str, launcher: str, target: str, plan: Layout, record: bool
+    content: dict, path: Path, ranks: int, device: str, launcher: str, target: str, plan: Layout, record: bool | str
 ) -> dict:
     kinds = "tensor_model pipeline_model context expert_model data".split()
     return writer.launch_record(

@@ -8,7 +8,15 @@ from typing import Any
 
 from course_lib.common.config import Fields
 
-__all__ = ["Mixers", "flops_per_token", "layer_weights", "mixers", "parameter_count"]
+__all__ = [
+    "Mixers",
+    "attention_weights",
+    "feed_forward_weights",
+    "flops_per_token",
+    "layer_weights",
+    "mixers",
+    "parameter_count",
+]
 
 
 def parameter_count(model: Any, *, vocab_size: int | None = None) -> int:
@@ -78,11 +86,26 @@ def layer_weights(fields: Fields) -> int:
     Args:
         fields: The model's fields; those with a default of Megatron's may be missing.
     """
-    get = fields.model
-    hidden, heads = get("hidden_size"), get("num_attention_heads")
-    channels, groups = fields.head_channels, get("num_query_groups", heads)
-    matrices = 3 if get("gated_linear_unit", False) else 2
-    return hidden * channels * (2 * heads + 2 * groups) + matrices * hidden * get("ffn_hidden_size", 4 * hidden)
+    width = fields.model("ffn_hidden_size", 4 * fields.model("hidden_size"))
+    return attention_weights(fields) + feed_forward_weights(fields, width)
+
+
+def attention_weights(fields: Fields) -> int:
+    """How many weights stand in the matrices of one attention layer."""
+    return _attention(fields)[0]
+
+
+def feed_forward_weights(model: Any, width: int, inputs: int | None = None) -> int:
+    """How many weights stand in the two matrices of a feed-forward, three with a gate: a layer's, or one expert's.
+
+    Args:
+        model: A Bridge model provider, a `ConfigContainer`, or fields of one.
+        width: Features between the matrices.
+        inputs: Features before and after them; the hidden size by default.
+    """
+    fields = Fields.of(model)
+    matrices = 3 if fields.model("gated_linear_unit", False) else 2
+    return matrices * (inputs or fields.model("hidden_size")) * width
 
 
 @dataclass(frozen=True)
@@ -140,7 +163,7 @@ def mixers(fields: Fields) -> Mixers:
     state_space, scan = _state_space(fields) if "M" in kinds else (0, 0)
     parts = {
         "attention": kinds.count("*") * attention,
-        "mlp": kinds.count("-") * _feed_forward(fields, get("ffn_hidden_size", 4 * hidden)),
+        "mlp": kinds.count("-") * feed_forward_weights(fields, get("ffn_hidden_size", 4 * hidden)),
         "moe": kinds.count("E") * routed,
         "shared_experts": kinds.count("E") * shared,
         "mamba": kinds.count("M") * state_space,
@@ -189,18 +212,13 @@ def _attention(fields: Fields) -> tuple[int, int]:
     return weights, heads * (keys + turned + values)
 
 
-def _feed_forward(fields: Fields, width: int, inputs: int | None = None) -> int:
-    matrices = 3 if fields.model("gated_linear_unit", False) else 2
-    return matrices * (inputs or fields.model("hidden_size")) * width
-
-
 def _experts(fields: Fields) -> tuple[int, int]:
     """Weights of one sparse layer that a token meets: its chosen experts with the router, and the shared expert."""
     get = fields.model
     hidden, latent = get("hidden_size"), get("moe_latent_size")
     width = get("moe_ffn_hidden_size") or get("ffn_hidden_size", 4 * hidden)
-    routed = get("moe_router_topk", 2) * _feed_forward(fields, width, latent)
-    shared = _feed_forward(fields, get("moe_shared_expert_intermediate_size", 0))
+    routed = get("moe_router_topk", 2) * feed_forward_weights(fields, width, latent)
+    shared = feed_forward_weights(fields, get("moe_shared_expert_intermediate_size", 0))
     return routed + hidden * get("num_moe_experts") + (2 * hidden * latent if latent else 0), shared
 
 

@@ -1,18 +1,20 @@
-"""What a training step sends, by closed form: tensor, pipeline, context and data parallelism of a Llama-shaped model.
+"""What a training step sends, by closed form: tensor, pipeline, context, data and expert parallelism of a model shaped
+like Llama or like Qwen's with experts.
 
 `course_lib.reading.collectives` holds it against what a run recorded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import ceil, lcm
 from typing import TYPE_CHECKING, Any
 
 from course_lib.common.config import Fields
-from course_lib.planning.closed_forms import layer_weights
+from course_lib.planning import expert_messages
+from course_lib.planning.closed_forms import attention_weights, layer_weights
 from course_lib.planning.layout import embedding_rows, stage_layers
-from course_lib.planning.layout.sizes import Layout
+from course_lib.planning.layout.sizes import Layout, next_multiple
 from course_lib.planning.layout.stages import has_implicit_chunks
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ def expected(
     element_bytes: int = 4,
     gradient_bytes: int = 4,
     loss_fusion: str | None = None,
+    arriving: Sequence[int] | None = None,
 ) -> pd.DataFrame:
     """What one rank takes part in during one step, the first excepted, by closed form.
 
@@ -54,13 +57,15 @@ def expected(
         gradient_bytes: Bytes of a gradient where it is reduced.
         loss_fusion: What the loss runs as: None for separate operations, which is what a CPU rank does whatever the recipe
             says, or the recipe's `cross_entropy_fusion_impl` for a GPU, `"te"` or `"native"`.
+        arriving: How many choices of experts arrive at this rank, one number a layer and microbatch
+            (`course_lib.reading.experts.arriving`); without it every expert gets the same.
 
     Returns:
         Rows `phase, operation, group, group_size, bytes, count, why`: `bytes` is the size of one operation.
 
     Raises:
-        NotCounted: For experts, recomputation, other layers than Llama's, a `cp_comm_type` other than `"all_gather"`, which
-            is what a CPU rank does, or an optimizer whose state is divided into several instances.
+        NotCounted: For recomputation, layers of other shapes, experts that are cut or dropped from, a `cp_comm_type` other
+            than `"all_gather"`, which is what a CPU rank does, or an optimizer whose state is divided into several instances.
 
     Source: megatron-core tensor_parallel/layers.py, mappings.py, cross_entropy.py, distributed/finalize_model_grads.py,
     pipeline_parallel/schedules.py @ 0.19.2; for keys and values course_lib/ranks/cpu/attention.py.
@@ -70,9 +75,8 @@ def expected(
     layout = Layout.from_config(cfg, ranks=ranks)
     fields = Fields.of(cfg)
     _refuse_what_is_not_counted(fields, layout)
-    rows = [
-        row for row in _rows(fields, layout, rank, element_bytes, gradient_bytes, loss_fusion) if row[3] > 1 and row[5]
-    ]
+    every = _rows(fields, layout, rank, element_bytes, gradient_bytes, loss_fusion, arriving)
+    rows = [row for row in every if row[3] > 1 and row[5]]
     return pd.DataFrame(rows, columns=[*KEY, "count", "why"])
 
 
@@ -97,18 +101,18 @@ def _loss(tokens_bytes: int, tp: int, fusion: str | None) -> list[tuple[str, int
 
 def _refuse_what_is_not_counted(fields: Fields, layout: Layout) -> None:
     wanted = {
-        "num_moe_experts": None,
         "recompute_granularity": None,
         "add_bias_linear": False,
         "normalization": "RMSNorm",
         "position_embedding_type": "rope",
         "multi_latent_attention": False,
-        "qk_layernorm": False,
     }
     if layout.context_parallel_size > 1 and (kind := fields.model("cp_comm_type", None)) not in (None, "all_gather"):
         raise NotCounted(f"cp_comm_type={kind!r} runs inside Transformer Engine, which no CPU rank can record")
     if (instances := fields.get("ddp", "num_distributed_optimizer_instances", 1)) != 1:
         raise NotCounted(f"num_distributed_optimizer_instances={instances} divides the optimizer's state twice")
+    if fields.model("num_moe_experts") and (why := expert_messages.not_counted(fields, layout)):
+        raise NotCounted(f"experts: {why}")
     if has_implicit_chunks(fields):
         raise NotCounted("the pipeline plan interleaves: set virtual_pipeline_model_parallel_size as well")
     defaults = {"add_bias_linear": True, "normalization": "LayerNorm", "position_embedding_type": "learned_absolute"}
@@ -119,7 +123,13 @@ def _refuse_what_is_not_counted(fields: Fields, layout: Layout) -> None:
 
 
 def _rows(
-    fields: Fields, layout: Layout, rank: int, element_bytes: int, gradient_bytes: int, loss_fusion: str | None
+    fields: Fields,
+    layout: Layout,
+    rank: int,
+    element_bytes: int,
+    gradient_bytes: int,
+    loss_fusion: str | None,
+    arriving: Sequence[int] | None,
 ) -> Iterator[tuple]:
     """Rows (phase, operation, group, group size, bytes, count, why); those without partners are left in."""
     tp, pp, cp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.context_parallel_size
@@ -130,28 +140,36 @@ def _rows(
     first, last = int(stage == 0), int(stage == pp - 1)
     m = fields.get("train", "global_batch_size") // (micro * layout.data_parallel_size)
     stream = sequence * micro * hidden * element_bytes
-    split_in, split_out = 2 * layers + last, 2 * layers + first  # column-parallel inputs, row-parallel outputs
+    experts = bool(fields.model("num_moe_experts"))
+    cut = 2 * layers  # attention and feed-forward; experts are not cut, a shared one is
+    if experts and not fields.model("moe_shared_expert_intermediate_size"):
+        cut = layers
+    split_in, split_out = cut + last, cut + first  # column-parallel inputs, row-parallel outputs
     if layout.sequence_parallel:
         yield "forward", "reduce_scatter", "tp", tp, stream, m * split_out, "row-parallel outputs and the embedding"
         yield "forward", "all_gather", "tp", tp, stream, m * split_in, "column-parallel inputs"
         both = m * (split_in + split_out)
         yield "backward", "all_gather", "tp", tp, stream, both, "inputs again, and gradients of the outputs"
         yield "backward", "reduce_scatter", "tp", tp, stream, m * split_in, "gradients of column-parallel inputs"
-        norms = gradient_bytes * hidden * (2 * layers + last)
-        yield (
-            "update",
-            "all_reduce",
-            "tp",
-            tp,
-            norms,
-            1,
-            "gradients of the norms, which saw a part of the sequence each",
-        )
     else:
         yield "forward", "all_reduce", "tp", tp, stream, m * split_out, "row-parallel outputs and the embedding"
         yield "backward", "all_reduce", "tp", tp, stream, m * split_in, "gradients of column-parallel inputs"
+    partly = _partly_seen(fields, layout, layers, last)
+    yield (
+        "update",
+        "all_reduce",
+        "tp",
+        tp,
+        gradient_bytes * partly,
+        int(partly > 0),
+        "gradients of what saw a part each",
+    )
     for operation, size_bytes, times, why in _loss(4 * sequence * micro, tp, loss_fusion):
         yield "forward", operation, "tp", tp, size_bytes, times * m * last, f"loss: {why}"
+    if experts:
+        yield from expert_messages.rows(
+            fields, layout, layers=layers, microbatches=m, element_bytes=element_bytes, arriving=arriving
+        )
     heads = fields.model("num_attention_heads")
     groups = fields.model("num_query_groups", heads)
     channels = fields.head_channels
@@ -160,6 +178,15 @@ def _rows(
     yield "backward", "reduce_scatter", "cp", cp, keys, 2 * m * layers, "their gradients, to the rank that has them"
     yield from _pipeline_rows(layout, stage, m, stream // (tp if layout.sequence_parallel else 1))
     yield from _update_rows(fields, layout, stage, element_bytes, gradient_bytes)
+
+
+def _partly_seen(fields: Fields, layout: Layout, layers: int, last: int) -> int:
+    """Parameters that each TP rank holds whole and used on a part of the sequence, or of the heads, alone."""
+    hidden, normed = fields.model("hidden_size"), fields.model("qk_layernorm", False)
+    count = 2 * fields.head_channels * layers if normed else 0
+    if layout.sequence_parallel:
+        count += hidden * (2 * layers + last) + layers * hidden * fields.model("num_moe_experts", 0)
+    return count
 
 
 def _pipeline_rows(layout: Layout, stage: int, m: int, size_bytes: int) -> Iterator[tuple]:
@@ -179,21 +206,21 @@ def _update_rows(
     dp = layout.data_parallel_size * layout.context_parallel_size  # ranks that hold the same weights
     sharded = bool(fields.get("ddp", "use_distributed_optimizer", False))
     tied = bool(fields.model("share_embeddings_and_output_weights", True))
-    for count in _buckets(fields, layout, stage, sharded=sharded):
+    buckets = [("dp-cp", dp, count) for count in _buckets(fields, layout, stage, sharded=sharded)]
+    chained = bool(fields.model("num_moe_experts")) and layout.expert_model_parallel_size > 1
+    if chained:  # experts have an optimizer of their own
+        copies, each = layout.expert_data_parallel_size, expert_messages.parameters(fields, layout)[2]
+        buckets += [("expert-dp", copies, layers * each) for layers in stage_layers(fields)[stage]]
+    for group, size, count in buckets:
         if sharded:
-            count = ceil(count / lcm(dp, 128)) * lcm(dp, 128)  # equal shards, aligned for NCCL
-            yield (
-                "update",
-                "reduce_scatter",
-                "dp-cp",
-                dp,
-                gradient_bytes * count,
-                1,
-                "gradients, to the rank that steps",
-            )
-            yield "update", "all_gather", "dp-cp", dp, element_bytes * count, 1, "parameters, back to everybody"
+            count = ceil(count / lcm(size, 128)) * lcm(size, 128)  # equal shards, aligned for NCCL
+            sent = gradient_bytes * count
+            yield "update", "reduce_scatter", group, size, sent, 1, "gradients, to the rank that steps"
+            # Each of two chained optimizers asks for all parameters after its own step.
+            again = 2 if chained else 1
+            yield "update", "all_gather", group, size, element_bytes * count, again, "parameters, back to everybody"
         else:
-            yield "update", "all_reduce", "dp-cp", dp, gradient_bytes * count, 1, "gradients"
+            yield "update", "all_reduce", group, size, gradient_bytes * count, 1, "gradients"
     if tied and pp > 1 and stage in (0, pp - 1):
         size_bytes = gradient_bytes * _table(fields, layout)
         yield "update", "all_reduce", "embedding", 2, size_bytes, 1, "the tied embedding, kept on two stages"
@@ -217,7 +244,7 @@ def _buckets(fields: Fields, layout: Layout, stage: int, *, sharded: bool) -> It
     tied = bool(fields.model("share_embeddings_and_output_weights", True))
     table = _table(fields, layout)
     for chunk in range(chunks):
-        count = _parameters(fields, layout, stage, chunk)
+        count = _parameters(fields, layout, stage, chunk, sharded=sharded)
         shared = (stage == 0 and chunk == 0) or (stage == pp - 1 and chunk == chunks - 1)
         if sharded and tied and pp > 1 and shared:  # a bucket of its own, so that both copies are cut alike
             yield table
@@ -230,16 +257,28 @@ def _table(fields: Fields, layout: Layout) -> int:
     return embedding_rows(fields) // layout.tensor_model_parallel_size * fields.model("hidden_size")
 
 
-def _parameters(fields: Fields, layout: Layout, stage: int, chunk: int) -> int:
-    """Parameters of one model chunk on one rank."""
+def _parameters(fields: Fields, layout: Layout, stage: int, chunk: int, *, sharded: bool) -> int:
+    """Parameters of one model chunk on one rank in its dense buffer, where those of a sharded one begin at multiples of 64.
+
+    Source: megatron-core distributed/param_and_grad_buffer.py @ 0.19.2.
+    """
     tp, chunks = layout.tensor_model_parallel_size, stage_layers(fields)[stage]
     hidden = fields.model("hidden_size")
     begins = stage == 0 and chunk == 0
     ends = stage == layout.pipeline_model_parallel_size - 1 and chunk == len(chunks) - 1
     tied = fields.model("share_embeddings_and_output_weights", True)
     tables = 1 if begins and ends and tied else int(begins) + int(ends)
-    norms = hidden * (2 * chunks[chunk] + int(ends))
-    return chunks[chunk] * layer_weights(fields) // tp + norms + tables * _table(fields, layout)
+    step = 64 if sharded else 1
+    layer = 2 * next_multiple(step, hidden)
+    if fields.model("qk_layernorm", False):
+        layer += 2 * next_multiple(step, fields.head_channels)
+    if fields.model("num_moe_experts"):
+        router, shared, experts = expert_messages.parameters(fields, layout)
+        layer += attention_weights(fields) // tp + next_multiple(step, router) + shared
+        layer += experts if layout.expert_model_parallel_size == 1 else 0
+    else:
+        layer += layer_weights(fields) // tp
+    return chunks[chunk] * layer + int(ends) * hidden + tables * _table(fields, layout)
 
 
 def sent_bytes(operation: str, size_bytes: float, group_size: int) -> float:

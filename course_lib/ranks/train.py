@@ -266,7 +266,7 @@ def rank_main(run_directory: str, cfg: ConfigContainer | None = None, *, callbac
     from megatron.bridge.training.pretrain import pretrain
 
     from course_lib.planning import layout
-    from course_lib.ranks import recording
+    from course_lib.ranks import recording, routing
     from course_lib.stack import devices
 
     writer = Writer(path, rank=rank, world=world, device=device)
@@ -278,8 +278,12 @@ def rank_main(run_directory: str, cfg: ConfigContainer | None = None, *, callbac
     layout.require(cfg, world)
     writer.stage("building the model")
     train = finetune if cfg.checkpoint.pretrained_checkpoint else pretrain
-    tokens = recording.Tokens()
-    listeners = [recording.Clock(writer), *([recording.Messages(path, rank)] if launch.get("record") else [])]
+    tokens, record = recording.Tokens(), launch.get("record")
+    listeners = [recording.Clock(writer)]
+    if record and record != routing.ONLY:
+        listeners.append(recording.Messages(path, rank))
+    if record and not routing.unrecorded(cfg, device):
+        listeners.append(routing.Routers(path, rank))
     listeners.append(recording.Metrics(writer, tokens))
     try:
         train(cfg, tokens.counting(forward_step), callbacks=[*listeners, *callbacks])

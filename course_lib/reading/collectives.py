@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from course_lib.common.config import Fields
 from course_lib.planning.messages import KEY, expected
+from course_lib.reading import experts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,7 +58,11 @@ def compare(run: Run, *, rank: int = 0, step: int | None = None) -> pd.DataFrame
         closed form holds.
     """
     element_bytes = 2 if run.launch.get("device") == "cuda" else 4
-    planned = expected(run.config, ranks=run.launch["ranks"], rank=rank, element_bytes=element_bytes)
+    arriving = experts.arriving(run, rank=rank, step=step) if run.config["model"].get("num_moe_experts") else None
+    fields, ranks = Fields.of(run.config), run.launch["ranks"]
+    if element_bytes == 4 and fields.model("moe_token_dispatcher_type") == "flex":  # as CPU ranks replace it
+        fields = Fields(run.config, {"model.moe_token_dispatcher_type": "alltoall"})
+    planned = expected(fields, ranks=ranks, rank=rank, element_bytes=element_bytes, arriving=arriving)
     found = recorded(run, rank=rank, step=step)
     planned = planned.groupby(KEY, sort=False).agg(expected=("count", "sum"), why=("why", "first")).reset_index()
     both = planned.merge(found.rename(columns={"count": "recorded"}), on=KEY, how="outer", sort=False)

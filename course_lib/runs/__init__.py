@@ -45,6 +45,7 @@ _COLUMNS = {
     "memory": "rank step time memory_bytes peak_memory_bytes",
     "steps": "rank step loss grad_norm skipped",
     "collectives": "rank step time phase operation group group_size dtype bytes peer module caller",
+    "router": "rank step layer microbatch tokens",
     "timeline": "rank step kind microbatch chunk begin end busy_seconds",
 }
 COLUMNS = {table: tuple(columns.split()) for table, columns in _COLUMNS.items()}
@@ -160,6 +161,11 @@ class Run:
     def timeline(self) -> pd.DataFrame:
         """One row a rank and forward or backward pass of a microbatch; as `collectives`."""
         return self._table("timeline")
+
+    @cached_property
+    def router(self) -> pd.DataFrame:
+        """One row a rank, layer and microbatch; `tokens` lists how many chose each expert.  Empty unless recorded."""
+        return self._table("router")
 
     def _table(self, name: str) -> pd.DataFrame:
         import pandas as pd
