@@ -1,4 +1,4 @@
-"""Lesson 03: what a layout leaves for data parallelism, the same training in two stages, and a layout that is refused."""
+"""Lesson 03: what a layout leaves for data parallelism, the same training in another layout, and one that is refused."""
 
 from __future__ import annotations
 
@@ -27,24 +27,22 @@ def data_parallel_size(answer: int, tensor_parallel_size: int, ranks: int) -> Ve
     )
 
 
-def two_stages(answer: runs.Run | str, before: runs.Run) -> Verdict:
-    """Which run trains in two pipeline stages what `before` trained in one?"""
+def same_losses(answer: runs.Run | str, before: runs.Run, tensor_parallel_size: int) -> Verdict:
+    """Which run trains at this tensor-parallel size what `before` trained at another one?"""
     run = own_run(answer)
-    sizes = run.launch.get("layout", {})
-    if sizes.get("pipeline_model_parallel_size") != 2:
-        found = sizes.get("pipeline_model_parallel_size")
-        return wrong(f"PP is {found} in that run: two stages are `cfg_yours.model.pipeline_model_parallel_size`.")
+    found = run.launch.get("layout", {}).get("tensor_model_parallel_size")
+    if found != tensor_parallel_size:
+        hint = "`cfg_yours.model.tensor_model_parallel_size` says into how many parts a matrix is cut."
+        return wrong(f"TP is {found} in that run: {hint}")
     if run.launch["ranks"] != before.launch["ranks"]:
         return wrong(f"It ran on {run.launch['ranks']} ranks, and the run of above on {before.launch['ranks']}.")
     if len(run.metrics) != len(before.metrics):
         return wrong(f"It has {len(run.metrics)} steps, and the run of above {len(before.metrics)}.")
     distance = runs.difference(run, before)
-    if (
-        before.launch["device"] == "cpu" and not distance < 1e-4
-    ):  # on GPUs each stage draws its weights from another seed
+    if before.launch["device"] == "cpu" and not distance < 1e-4:  # on GPUs the first weights depend on TP
         hint = "something besides the layout was changed; let recipes.diff compare both configurations."
         return wrong(f"Losses or gradient norms differ by {distance:.1e} of their size: {hint}")
-    return right(f"two stages train the same, to {distance:.1e} of the size of losses and gradient norms.")
+    return right(f"TP={found} trains the same, to {distance:.1e} of the size of losses and gradient norms.")
 
 
 def legal_layout(answer: Any, before: Any, ranks: int) -> Verdict:

@@ -14,20 +14,20 @@ def data_parallel_size(folder: Path) -> Tried:
     return Tried(2, [(8, "whole model"), (4, "share one copy"), (1, "PP is 1")], [4, 8])
 
 
-def two_stages(folder: Path) -> Tried:
-    """One stage, other ranks, other steps, another learning rate."""
+def same_losses(folder: Path) -> Tried:
+    """The old size, other ranks, other steps, another learning rate."""
 
-    def run(name: str, stages: int, ranks: int = 8, **more: Any) -> Any:
-        launch = {"ranks": ranks, "layout": {"pipeline_model_parallel_size": stages}}
+    def run(name: str, size: int, ranks: int = 8, **more: Any) -> Any:
+        launch = {"ranks": ranks, "layout": {"tensor_model_parallel_size": size}}
         return tried.run(folder, name, launch=launch, **more)
 
     wrong = [
-        (run("same", 1), "PP is 1"),
-        (run("few", 2, 4), "on 4 ranks"),
-        (run("short", 2, losses=[7.0]), "1 steps"),
-        (run("rate", 2, losses=[7.0, 6.5, 6.2]), "besides the layout"),
+        (run("same", 2), "TP is 2"),
+        (run("few", 4, 4), "on 4 ranks"),
+        (run("short", 4, losses=[7.0]), "1 steps"),
+        (run("rate", 4, losses=[7.0, 6.5, 6.2]), "besides the layout"),
     ]
-    return Tried(run("yours", 2), wrong, [run("before", 1)])
+    return Tried(run("yours", 4), wrong, [run("before", 2), 4])
 
 
 def legal_layout(folder: Path) -> Tried:
