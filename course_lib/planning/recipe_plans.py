@@ -24,6 +24,12 @@ NOTES = {
     "run, and hold its losses against the first",
     "perf_recipes:llama3_8b_pretrain_8gpu_h100_fp8cs_config": "FP8 and bf16 gradients; without its recomputed layers the "
     "plan would be a little too large; one would do by these lines, and NVIDIA takes five",
+    "recipes:deepseek_v2_lite_pretrain_8gpu_h100_bf16_config": "EP=8 deals out the experts; every layer is recomputed, for which "
+    "memory does not ask",
+    "recipes:gemma2_9b_pretrain_8gpu_h100_bf16_config": "TP=8 without sequence parallelism: the course would take TP=4 with it, "
+    "because every doubling of TP adds messages",
+    "recipes:moonlight_16b_pretrain_8gpu_h100_bf16_config": "EP=8 deals out the experts; TP=2 is not asked for by memory, and "
+    "bf16 gradients and moments are not, either",
     "recipes:nemotron_3_nano_4b_pretrain_8gpu_h100_bf16_config": "no cut, as the course takes for 3B; bf16 gradients; verified "
     "by NVIDIA on this node. Mamba's activations are not planned",
     "recipes:nemotron_3_nano_pretrain_8gpu_h100_bf16_config": "EP=8 is the only way in: experts are most of the weights. What is "

@@ -85,6 +85,8 @@ FIELDS: tuple[Field, ...] = (
     Field("model.tp_comm_overlap", False, "overlaps inside Transformer Engine"),
     Field("model.cuda_graph_impl", "none", _NO_GRAPH),
     Field("model.fp8", None, "FP8 needs Transformer Engine"),
+    Field("model.moe_router_padding_for_quantization", False, "as model.fp8"),
+    Field("model.moe_router_padding_for_fp8", False, "as model.fp8"),
     Field("model.bf16", False, _FP32),
     Field("model.fp16", False, _FP32),
     Field("model.params_dtype", _float32, _FP32),

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from course_lib import recipes
-from course_lib.common.config import ConfigError
+from course_lib.common.config import ConfigError, changed
 from course_lib.planning import census, closed_forms, layout
 from course_lib.ranks import train
 from course_lib.recipes import catalogue
@@ -225,3 +225,26 @@ def test_models_with_experts_or_mamba_are_built_and_counted(expected: dict[str, 
     counted = census.count(paths, vocab_size=vocab_size, ranks=128, only_first=True)
     assert {path: counted[path.split(":")[1]].total for path in paths} == {path: expected[path] for path in paths}
     assert not [name for name, model in counted.items() if "other" in model.parts]
+
+
+def test_shapes_of_other_families_have_their_published_totals(bridge: Any) -> None:
+    """The whole model as Megatron builds it; those of Gemma 2 and gpt-oss are what their makers' checkpoints hold."""
+    from course_lib.planning import meta_model
+
+    totals = {
+        "gemma.h100.gemma2:gemma2_9b_pretrain_8gpu_h100_bf16_config": 9_241_705_984,
+        "gpt_oss.h100.gpt_oss:gpt_oss_20b_sft_8gpu_h100_bf16_config": 20_914_757_184,
+        "gpt_oss.h100.gpt_oss:gpt_oss_120b_peft_8gpu_h100_bf16_config": 116_829_156_672,
+        # Core norms the input of the query projection once more, where it has no low rank: 27 x 2,048 weights.
+        "deepseek.h100.deepseek_v2:deepseek_v2_lite_pretrain_8gpu_h100_bf16_config": 15_706_484_224 + 27 * 2_048,
+    }
+    sizes = ("tensor_model", "pipeline_model", "context", "expert_model")
+    for path, total in totals.items():
+        module, name = path.split(":")
+        with recipes.offline():
+            cfg = getattr(importlib.import_module(f"megatron.bridge.recipes.{module}"), name)()
+        whole = changed(cfg, {"peft": None} | {f"model.{size}_parallel_size": 1 for size in sizes})
+        whole.tokenizer.use_tokenizer_vocab_size = False
+        with meta_model.built(whole, ranks=1) as chunks:
+            parts = [part for chunk in chunks for part in chunk.parameters()]
+        assert sum(part.numel() * getattr(part, "stands_for", 1) for part in parts) == total, name
