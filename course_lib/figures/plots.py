@@ -202,7 +202,8 @@ def stacked(
     """
     ax = _axis(ax)
     limit = 0.01 * max(sum(parts.values()) for parts in bars.values())
-    looks = [(colour, hatch) for hatch in ("", "///") for colour in COLOURS.values()]
+    # A second part in one hue would look like a relative of the first.
+    looks = [(colour, "") for colour in COLOURS.values()] + [(PALE, hatch) for hatch in ("///", "...", "xxx", "---")]
     large = list(dict.fromkeys(part for parts in bars.values() for part, size in parts.items() if size >= limit))
     large = [part for part in large if part != "other"][: len(looks)]
     left = dict.fromkeys(bars, 0.0)
@@ -286,6 +287,7 @@ def _show(fig: Figure, *, alt: str) -> None:
 # Source: Okabe and Ito, "Color Universal Design" (2008). Orange, sky blue and yellow are left out: under 3:1 on white.
 COLOURS = {"blue": "#0072B2", "vermilion": "#D55E00", "green": "#009E73", "purple": "#CC79A7"}
 INK = "#787878"  # 4.4:1 on white and 4.2:1 on #121212: nearly equal, because one picture serves both
+PALE = "#A3A3A3"  # 2.5:1 on white: an area, never a line or a word
 CSS_PIXELS_PER_INCH = 96
 DOTS_PER_INCH = 2 * CSS_PIXELS_PER_INCH  # sharp on a dense screen, and still about 40 KB a figure
 

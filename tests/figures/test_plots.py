@@ -147,6 +147,11 @@ def test_a_bar_counts_every_part_once() -> None:
     assert "m has 100 parameters" in ax.get_label()
     names = [text.get_text() for text in ax.get_legend().get_texts()]
     assert len(names) == len(set(names)) == 9 and names[-1] == "other"
+    looks = [(bar.get_facecolor(), bar.get_hatch()) for bar in ax.get_legend().legend_handles]
+    hues = [colour for colour, _ in looks if len(set(colour[:3])) > 1]
+    assert len(set(looks)) == 9 and len(set(hues)) == len(hues) == len(plots.COLOURS), (
+        "two parts of one hue look related"
+    )
 
 
 def test_estimates_and_groups_say_their_numbers():
