@@ -27,7 +27,9 @@ def curves(runs: Mapping[str, Run], column: str, *, ax: Axes, unit: str, title: 
     ends = []
     for name, run in runs.items():
         ax.plot(run.metrics["step"], run.metrics[column], label=name)
-        ends.append(f"{name} goes from {run.metrics[column].iloc[0]:.3g} to at most {run.metrics[column].max():.3g}")
+        values = run.metrics[column]
+        highest = f", at most {values.max():.3g}" if values.max() > max(values.iloc[0], values.iloc[-1]) else ""
+        ends.append(f"{name} goes from {values.iloc[0]:.3g} to {values.iloc[-1]:.3g}{highest}")
     words = column.replace("_", " ")
     plots.finish(ax, x="step", y=f"{words} ({unit})" if unit else words, title=title, sentences=ends)
     ax.legend()

@@ -24,7 +24,7 @@ from course_lib.recipes import catalogue
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["NANO", "NANO_4B", "Difference", "columns", "differences", "installed", "load", "stages"]
+__all__ = ["NANO", "NANO_4B", "Difference", "columns", "differences", "in_trl", "installed", "load", "stages"]
 
 NANO = "nemotronh.h100.nemotron_3_nano:nemotron_3_nano_pretrain_8gpu_h100_bf16_config"
 NANO_4B = "nemotronh.h100.nemotron_3_nano_4b:nemotron_3_nano_4b_pretrain_8gpu_h100_bf16_config"
@@ -63,6 +63,14 @@ def stages(*, directory: Path = DATA) -> pd.DataFrame:
 
     data = json.loads((directory / "nano3_stages.json").read_text(encoding="utf-8"))
     return pd.DataFrame(data["rows"], dtype=object)
+
+
+def in_trl(*, directory: Path = DATA) -> pd.DataFrame:
+    """Settings of nano3's stage 2 beside TRL's arguments: names to values in both, how far they agree, and what they do."""
+    import pandas as pd
+
+    data = json.loads((directory / "nano3_rl_keys.json").read_text(encoding="utf-8"))
+    return pd.DataFrame(data["rows"], columns=["keys", "trl", "agrees", "says"])
 
 
 def differences(*, directory: Path = DATA) -> tuple[Difference, ...]:

@@ -143,3 +143,18 @@ def test_a_model_that_cannot_be_built_is_named() -> None:
     """The census stops with the recipe's name and the child's last words."""
     with pytest.raises(census.CensusFailed, match="(?s)no_such_config.*0 could be built.*no_such"):
         census.count(["llama.h100.llama3:no_such_config"])
+
+
+def test_trl_takes_what_stage_2_asks_for() -> None:
+    """Every argument beside nano3's fifteen settings is one of the installed TRL, and the sizes are those of the stages' table."""
+    from trl import GRPOConfig
+
+    rows = blueprint.in_trl()
+    given = {name: value for arguments in rows.trl for name, value in arguments.items()}
+    config = GRPOConfig(use_cpu=True, bf16=False, **given)
+    assert len(rows) == 15 and {name: getattr(config, name) for name in given} == given
+    stage2 = blueprint.stages().query("stage.str.startswith('2')").set_index("key").default
+    prompts = config.generation_batch_size // config.num_generations
+    assert f"{prompts} x {config.num_generations}" == stage2["prompts x generations per step"]
+    assert config.generation_batch_size == stage2["policy.train_global_batch_size"]
+    assert config.max_completion_length == stage2["sequence length, tokens"]
