@@ -146,7 +146,7 @@ def test_a_model_that_cannot_be_built_is_named() -> None:
 
 
 def test_trl_takes_what_stage_2_asks_for() -> None:
-    """Every argument beside nano3's fifteen settings is one of the installed TRL, and the sizes are those of the stages' table."""
+    """Every argument beside nano3's fifteen settings is one of the installed TRL; the sizes are those of the stages' table."""
     from trl import GRPOConfig
 
     rows = blueprint.in_trl()
