@@ -45,7 +45,7 @@ def test_chunks_give_the_recurrence(bridge: Any, name: str, largest: float, give
     """Outputs, last state and all gradients, shorter than a chunk of 32, of two whole ones, and beyond."""
     import torch
 
-    from course_lib.ranks.cpu import state_space
+    from course_lib.stack import state_space
 
     dtype, found = getattr(torch, name), []
     document = torch.arange(length).ge(7).int() + torch.arange(length).ge(41) if "documents" in given else None
@@ -67,7 +67,7 @@ def test_a_document_in_a_row_is_as_if_it_stood_alone(bridge: Any) -> None:
     """The whole function with its convolution: a row of three documents against three rows, values and gradients."""
     import torch
 
-    from course_lib.ranks.cpu import state_space
+    from course_lib.stack import state_space
 
     inner, mixed = HEADS * WIDTH, HEADS * WIDTH + 2 * GROUPS * STATES
     torch.manual_seed(2)
@@ -99,7 +99,7 @@ def test_the_layer_gives_transformers_numbers(bridge: Any) -> None:
     from transformers.models.mamba2.modeling_mamba2 import Mamba2Config, Mamba2Mixer
     from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
 
-    from course_lib.ranks.cpu import state_space
+    from course_lib.stack import state_space
 
     torch.manual_seed(3)
     config = Mamba2Config(
