@@ -31,6 +31,7 @@ SESSIONS = (
     (("06", "07"), "which layout they would pay for"),
     (("08", "09"), "what counts as a difference"),
     (("10", "11", "12"), "what survives a crash, and where the bytes go"),
+    (("13",), "what a model should forget, and who decides"),
 )
 
 

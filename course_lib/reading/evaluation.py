@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,6 +129,20 @@ def load(folder: Path) -> Model:
     return Model(AutoTokenizer.from_pretrained(folder), network, Path(folder).name)
 
 
+@contextmanager
+def _asking() -> Iterator[None]:
+    """No gradients, and one thread: in a model this small, threads wait for each other longer than they work."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def log_probabilities(model: Model, rows: Sequence[tuple[str, str]], *, batch: int = 64) -> pd.DataFrame:
     """How likely a model finds answers: one row a question and answer, with `nats`, `tokens` and `characters`.
 
@@ -154,7 +169,7 @@ def log_probabilities(model: Model, rows: Sequence[tuple[str, str]], *, batch: i
         ids = torch.full((len(some), len(encoded[some[-1]][0])), end)
         for place, row in enumerate(some):
             ids[place, : len(encoded[row][0])] = torch.tensor(encoded[row][0])
-        with torch.inference_mode():
+        with _asking():
             logits = model.network(input_ids=ids).logits[:, :-1].float()
         chosen = torch.log_softmax(logits, -1).gather(-1, ids[:, 1:, None])[..., 0]
         for place, row in enumerate(some):
@@ -224,7 +239,7 @@ def sample(
         if temperature
         else {"do_sample": False}
     )
-    with torch.random.fork_rng(), torch.inference_mode():
+    with torch.random.fork_rng(), _asking():
         torch.manual_seed(seed)
         for begin in range(0, len(questions), batch):
             ids = [
@@ -302,7 +317,7 @@ def bits_per_byte(model: Model, texts: Iterable[str], *, window: int, batch: int
 
     end, windows, text_bytes = model.tokenizer.eos_token_id, [], 0
     for text in texts:
-        ids = [end, *model.tokenizer(text, add_special_tokens=False)["input_ids"], end]
+        ids = [end, *model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], end]
         text_bytes += len(text.encode())
         windows += [ids[begin : begin + window + 1] for begin in range(0, len(ids) - 1, window)]
     windows.sort(key=len)
@@ -313,7 +328,7 @@ def bits_per_byte(model: Model, texts: Iterable[str], *, window: int, batch: int
         counted = torch.zeros(ids.shape)
         for row, each in enumerate(some):
             ids[row, : len(each)], counted[row, : len(each)] = torch.tensor(each), 1.0
-        with torch.inference_mode():
+        with _asking():
             logits = model.network(input_ids=ids[:, :-1]).logits.float()
         chosen = torch.log_softmax(logits, -1).gather(-1, ids[:, 1:, None])[..., 0]
         nats -= float((chosen * counted[:, 1:]).sum())

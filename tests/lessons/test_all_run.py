@@ -26,6 +26,7 @@ BROKEN = {
     "12": ({"tolerance": 0.0}, "Is the gradient averaged"),
     "06": ({"moment_bytes": 4}, "Is moment_bytes 8?"),
     "07": ({"torchrun_learning_rate": 5e-4}, "The launcher changed what was trained"),
+    "13": ({"adapter_dim": 32}, "which is 25% of the width"),
     "10": ({"resumed_steps": 30}, "a longer run is another run"),
 }
 """For each lesson one parameter that breaks a claim, and the words of the check that must notice."""
