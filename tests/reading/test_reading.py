@@ -232,6 +232,7 @@ def test_each_disease_shows_by_its_own_sign(tmp_path, sign, disease):
     assert signs.index[signs.verdict == "look"].tolist() == [sign]
     if "leak_rank" in disease:
         assert signs.loc[sign, "where"] == "rank 2, 4.0 MiB/step"
+        assert signs.loc[sign, ["measured", "limit"]].tolist() == [4.0, 1.0]
 
 
 @pytest.mark.parametrize(("above", "verdict"), [(health.START_NATS - 0.01, "ok"), (health.START_NATS + 0.01, "look")])
@@ -244,6 +245,23 @@ def test_signs_are_measured_against_step_1(tmp_path, above, verdict):
     assert signs.loc["gradient norm, average of 10, against step 1", "measured"] == 1.0
     fallen = sum(FALLING[10:]) / 10 - first
     assert signs.loc["loss, average of the last 10, above step 1", "measured"] == pytest.approx(fallen, abs=1e-3)
+
+
+@pytest.mark.parametrize(("spike", "verdict"), [(0.9, "ok"), (1.1, "look")])
+def test_a_spike_is_judged_at_one_nat(tmp_path, spike, verdict):
+    """The average of ten losses, against its lowest value so far."""
+    signs = health.symptoms(run_in(tmp_path, loss=[6.9] + [5.0] * 19 + [5.0 + spike] * 10, steps=30), vocab_size=None)
+    assert signs.loc["loss, average of 10, above its lowest", "verdict"] == verdict
+    assert not signs.index.str.startswith("first loss").any(), "a run that began with other weights has no first loss"
+
+
+def test_four_steps_show_growth(tmp_path):
+    """The fewest that do: two of them are in the second half, wherever the run began."""
+    growth = health.memory_growth(run_in(tmp_path, steps=4, leak_rank=1))
+    assert growth["bytes_per_step"].tolist() == [0, 4 * 2**20, 0, 0]
+    rows = [{"rank": 0, "step": step, "memory_bytes": 2**20 * min(step, 110)} for step in range(101, 121)]
+    (tmp_path / "memory.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert health.memory_growth(runs.Run(tmp_path))["bytes_per_step"].tolist() == [0], "it grew in the first half"
 
 
 def test_a_jump_of_memory_is_no_leak(tmp_path):
