@@ -130,16 +130,18 @@ def apply(patches: Iterable[Patch]) -> None:
     for owner, name, new in made:
         setattr(owner, name, new)
     _replace_defaults(replacements)
-    for patch in later:
-        if patch.late in sys.modules:  # another target's module has imported it meanwhile
-            _apply_late(patch, None)
+    for module in dict.fromkeys(patch.late for patch in later):
+        waiting = [patch for patch in later if patch.late == module]
+        if module in sys.modules:  # another target's module has imported it meanwhile
+            _apply_late(waiting, None)
         else:
-            after(patch.late, functools.partial(_apply_late, patch))
+            after(module, functools.partial(_apply_late, waiting))
 
 
-def _apply_late(patch: Patch, _: object) -> None:
-    _for_good.remove(patch.target)
-    apply([replace(patch, late="")])
+def _apply_late(patches: list[Patch], _: object) -> None:
+    """Apply what waited for one module, all at once: each `apply` looks through every function that there is."""
+    _for_good.difference_update(patch.target for patch in patches)
+    apply([replace(patch, late="") for patch in patches])
 
 
 @contextmanager

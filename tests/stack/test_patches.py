@@ -145,6 +145,24 @@ def test_a_late_patch_waits_for_its_module(victim, tmp_path, monkeypatch):
         patches.apply(mine[:1])
 
 
+def test_late_patches_of_one_module_cost_one_look(victim, tmp_path, monkeypatch):
+    """After patches are put in place every function there is is looked through, so those of one module go together."""
+    from course_lib.stack import lazy
+
+    monkeypatch.setattr(sys, "meta_path", [lazy._Finder(()), *sys.meta_path])
+    (tmp_path / "three_values.py").write_text("one = two = three = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    looks, mine = [], Patches()
+    monkeypatch.setattr(patches, "_replace_defaults", looks.append)
+    for name in ("one", "two", "three"):
+        mine.sets(2, f"three_values.{name}", why="", late="three_values")
+    patches.apply(mine)
+    import three_values
+
+    assert (three_values.one, three_values.two, three_values.three) == (2, 2, 2)
+    assert len(looks) == 2, "one for those that need not wait, one for the module"
+
+
 def test_all_misfits_are_named_at_once_and_nothing_is_applied(victim):
     """When upstream moved, the message names every patch that no longer fits, and why; none is half applied."""
     rows = [
