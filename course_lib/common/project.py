@@ -8,6 +8,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+__all__ = ["DATA", "LIBRARY", "PROJECT", "RUNS", "VARIABLES", "Variable", "refusal", "untested_allowed", "variable"]
+
 PROJECT = Path(__file__).resolve().parents[2]
 LIBRARY = PROJECT / "course_lib"
 DATA = PROJECT / "data"

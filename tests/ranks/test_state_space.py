@@ -188,3 +188,15 @@ def rank_step_by_step(_: str) -> None:
 def test_a_state_takes_tokens_one_by_one(in_ranks: Any, tmp_path: Path) -> None:
     """As in generation, where nothing but the state and the last four tokens is kept."""
     in_ranks(rank_step_by_step, tmp_path)
+
+
+def test_what_a_hybrid_keeps_while_it_generates(bridge: Any) -> None:
+    """Nemotron 3 Nano 4B: states and four inputs of the convolution of 21 layers, keys and values of four, in bf16."""
+    from megatron.bridge.recipes.nemotronh.nemotron_3_nano_4b import nemotron_3_nano_4b_pretrain_config
+
+    from course_lib.experiments import state_spaces
+
+    cfg = nemotron_3_nano_4b_pretrain_config()
+    cfg.tokenizer.vocab_size = cfg.model.vocab_size
+    state = 21 * 2 * (96 * 80 * 128 + (96 * 80 + 2 * 8 * 128) * 4)
+    assert state_spaces.cache(cfg) == {"state": state, "a token": 4 * 2 * 2 * 8 * 128}
