@@ -72,7 +72,7 @@ def failed_run(folder: Path) -> runs.Run:
     for rank in range(RANKS):
         words = lost.format(second=13 + rank % 3, peer=CULPRIT if rank % 2 else (rank + 1) % RANKS)
         if rank == 0:
-            words = "14:02:17 TimeoutError: the store was not answered within 5 s\n" + words
+            words += "14:02:17 TimeoutError: the store was not answered within 5 s\n"
         if rank == CULPRIT:
             words = "14:02:11 FileNotFoundError: /data/part-0006.idx does not exist: .bin and .idx belong together\n"
         if rank == 3:
