@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "NORMALISATIONS",
+    "SEPARATOR",
     "Interval",
     "Measures",
     "Model",
