@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from course_lib.common.project import DATA
+
 if TYPE_CHECKING:
     import pandas as pd
     from pandas.io.formats.style import Styler
 
-__all__ = ["full"]
+__all__ = ["full", "published"]
 
 _JOINT = re.compile(r"(?<=[._=])(?=[A-Za-z])")
 _ROOMY = "min-width: 11em; overflow-wrap: anywhere"
@@ -47,6 +50,13 @@ def full(frame: pd.DataFrame, *, index: bool = True) -> Styler:
     styled = frame.astype(object).style.set_table_styles(words).format(_shown).map(_room)
     styled = styled.format_index(_shown).format_index(_shown, axis=1)
     return styled if index else styled.hide(axis="index")
+
+
+def published(name: str) -> pd.DataFrame:
+    """The rows of a file of facts in `data/`, such as `"published/nemotron_30b"`."""
+    import pandas as pd
+
+    return pd.DataFrame(json.loads((DATA / f"{name}.json").read_text(encoding="utf-8"))["rows"])
 
 
 def _distinct(labels: Iterable[object]) -> list[object]:

@@ -1,0 +1,133 @@
+"""Every claim of a check cell of lesson 16 can fail: the cell runs on facts made up here, right and wrong."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace as Some
+
+import pandas as pd
+import pytest
+import torch
+
+from course_lib import runs
+from support.lesson_cells import falsify, gives, tagged
+
+
+def trained(*losses):
+    """A run with these losses."""
+    return Some(metrics=pd.DataFrame({"step": range(1, len(losses) + 1), "loss": losses, "grad_norm": 1.0}))
+
+
+def table(equal=True):
+    """A comparison with the closed form."""
+    return pd.DataFrame({"expected": [2], "recorded": [2 if equal else 3]})
+
+
+def load(*rows):
+    """Loads of four experts, a row a step and layer."""
+    index = pd.MultiIndex.from_product([range(1, len(rows) // 2 + 1), (1, 2)], names=["step", "layer"])
+    return pd.DataFrame(rows, index=index)
+
+
+def lesson():
+    """Facts of lesson 16, and for each cell what may be wrong with them."""
+    nano = Some(num_moe_experts=16)
+    count = {"held": Some(expert_parameters=80), "sparse_layers": 4, "nano": nano, "expert": 10}
+    yield (
+        "check-count",
+        count | {"active": 3.58e9, "published_active": 3.6},
+        [{"expert": 11}, {"published_active": 3.2}],
+    )
+    logits = torch.tensor([[2.0, 1.0, 0.5, 0.0], [0.0, 1.0, 0.9, 3.0]])
+    score = logits.sigmoid()
+    own = torch.tensor([[True, True, False, False], [False, True, False, True]])
+    moved = torch.tensor([[True, False, True, False], [False, False, True, True]])
+    weights = {name: (score * mask) / (score * mask).sum(1, keepdim=True) for name, mask in
+               {"softmax": own, "sigmoid": own, "sigmoid, bias": moved}.items()}  # fmt: skip
+    router = {"torch": torch, "logits": logits, "weights": weights}
+    router |= {"chosen": {"softmax": own, "sigmoid": own, "sigmoid, bias": moved}}
+    counted = (score + torch.tensor([0.0, 0.0, 0.5, 0.0])) * moved
+    by_bias = weights | {"sigmoid, bias": counted / counted.sum(1, keepdim=True)}
+    wrong = [
+        {"weights": {name: one * 2 for name, one in weights.items()}},
+        {"chosen": router["chosen"] | {"sigmoid, bias": own}},
+        {"weights": by_bias},
+    ]
+    yield "check-router", router, wrong
+    even, one = load([4, 4, 4, 4], [4, 4, 4, 4]), load([16, 0, 0, 0], [16, 0, 0, 0])
+    names = ("no balancing", "auxiliary loss", "bias")
+    busy = {"no balancing": 4.0, "auxiliary loss": 2.0, "bias": 2.0}
+    frames = {name: pd.DataFrame({1: [1.0], 2: [value]}) for name, value in busy.items()}
+    loads = {"loads": dict(zip(names, (one, even, even), strict=True)), "busiest": frames}
+    collapsed = [{"busiest": frames | {name: frames["no balancing"]}} for name in names[1:]]
+    lost = {"loads": loads["loads"] | {"bias": even - 1}}
+    spread = {"loads": loads["loads"] | {"no balancing": even}}
+    facts = {"pd": pd, "tokens_a_step": 8, "top_k": 2, "steps": 1, "num_experts": 4, **loads}
+    yield "check-load", facts, [lost, spread, *collapsed]
+    cfg = Some(train=Some(micro_batch_size=2), model=Some(seq_length=4))
+    sent = {
+        "stack": Some(device=gives("cpu")),
+        "tables_sent": [table()] * 8,
+        "arrived": [[16, 10]] * 4 + [[16, 22]] * 4,
+        "cfg": cfg,
+        "top_k": 2,
+    }
+    yield "check-send", sent, [{"tables_sent": [table(False)] * 8}, {"arrived": [[16, 10]] * 8}]
+    gathered = {
+        "runs": runs, "run_sent": trained(3.0, 2.0), "run_gather": trained(3.0, 2.0), "top_k": 2,
+        "collectives": Some(compare=gives(table())), "traffic": {"allgather": 390, "alltoall": 100},
+    }  # fmt: skip
+    wrong = [
+        {"run_gather": trained(3.0, 2.1)},
+        {"collectives": Some(compare=gives(table(False)))},
+        {"traffic": {"allgather": 100, "alltoall": 100}},
+    ]
+    yield "check-gather", gathered, wrong
+    products = pd.DataFrame({"one by one": [32], "grouped": [2]})
+    recipe = Some(model=Some(moe_grouped_gemm=True))
+    grouped = {"products": products, "local": 16, "ungrouped": True, "recipe": recipe}
+    grouped |= {"stack": Some(device=gives("cpu"))}
+    wrong = [{"local": 8}, {"ungrouped": False}, {"recipe": Some(model=Some(moe_grouped_gemm=False))}]
+    yield "check-grouped", grouped, wrong
+    yield from pays()
+    states = pd.DataFrame({"8 GPUs": [66.0], "16 GPUs": [44.0]}, index=["GiB of states"])
+    plan = {"rest": 80, "held": Some(expert_parameters=20, optimizer_bytes=360), "states": states}
+    wrong = [
+        {"held": Some(expert_parameters=20, optimizer_bytes=200)},
+        {"states": states.assign(**{"8 GPUs": 90.0})},
+        {"states": states.assign(**{"16 GPUs": 60.0})},
+    ]
+    yield "check-plan", plan, wrong
+
+
+def pays():
+    """The verdict on sparse against dense."""
+    pair = Some(verdict="no difference beyond noise", difference=0.01, noise=0.1, before=[5.0] * 3, after=[5.0] * 3)
+    models = {
+        "cfg_dense": Some(model=Some(ffn_hidden_size=128)),
+        "cfg_sparse": Some(model=Some(moe_ffn_hidden_size=64)),
+    }
+    facts = {"pair": pair, "top_k": 2, "differences": [0.1, 0.2, -0.1], "seeds": [1, 2, 3], **models}
+    better = Some(**vars(pair) | {"verdict": "better"})
+    yield (
+        "check-pay",
+        facts,
+        [
+            {"pair": better},
+            {"cfg_dense": Some(model=Some(ffn_hidden_size=256))},
+            {"differences": [-0.1, -0.2, 0.1]},
+        ],
+    )
+
+
+CELLS = {cell: (facts, wrong) for cell, facts, wrong in lesson()}
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_each_claim_holds_on_right_facts_and_fails_on_wrong_ones(name):
+    """With right facts all claims of the cell hold; for each claim one of the wrong facts makes it fail."""
+    falsify("16", name, *CELLS[name])
+
+
+def test_no_check_cell_is_left_out():
+    """Every check cell of the lesson stands in the table above."""
+    assert tagged("16", "check") <= CELLS.keys()
