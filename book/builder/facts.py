@@ -32,6 +32,7 @@ SESSIONS = (
     (("08", "09"), "what counts as a difference"),
     (("10", "11", "12"), "what survives a crash, and where the bytes go"),
     (("13",), "what a model should forget, and who decides"),
+    (("14",), "what a reward leaves out"),
     (("15",), "how sure they are that it is better"),
     (("17",), "what a model may forget"),
 )

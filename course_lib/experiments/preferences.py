@@ -6,24 +6,40 @@ The trainers themselves are TRL's, made and started in the lesson, in one plain 
 from __future__ import annotations
 
 import functools
+import json
+import logging
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from course_lib import runs
+from course_lib.common.project import DATA
 from course_lib.runs import writer
 from course_lib.text import docstrings
 
 if TYPE_CHECKING:
+    import pandas as pd
     from nemo_gym.base_resources_server import SimpleResourcesServer
     from transformers import Trainer, TrainerCallback
 
     from course_lib.text.tasks import Pair
 
-__all__ = ["NotANumber", "Preference", "alone", "asked", "faults", "preferences", "recorded", "request"]
+__all__ = [
+    "NotANumber",
+    "Preference",
+    "alone",
+    "asked",
+    "faults",
+    "preferences",
+    "quiet",
+    "recorded",
+    "request",
+    "seeds",
+]
 
 SEPARATOR = "\n"
 """Between signature and docstring, as in the fine-tuning data; here it ends the prompt."""
@@ -134,6 +150,7 @@ def asked(server: SimpleResourcesServer) -> Callable[..., list[float]]:
     from fastapi.testclient import TestClient
 
     client = TestClient(server.setup_webserver())
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of each of thousands of requests
 
     def reward(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
         return [_verified(client, prompt, answer) for prompt, answer in zip(prompts, completions, strict=True)]
@@ -147,6 +164,23 @@ def _verified(client: Any, prompt: str, answer: str) -> float:
     if reply.status_code != 200:
         raise RuntimeError(f"/verify answered {reply.status_code} to {answer!r}: {reply.text[:300]}")
     return reply.json()["reward"]
+
+
+def seeds(*, directory: Path = DATA) -> pd.DataFrame:
+    """What lesson 14 measured under several seeds: one row a quantity, one column a seed."""
+    import pandas as pd
+
+    data = json.loads((directory / "alignment_seeds.json").read_text(encoding="utf-8"))
+    return pd.DataFrame(data["rows"]).set_index("seed").T
+
+
+def quiet() -> None:
+    """No progress bars of datasets and transformers in this process: the live view of a run is the one to look at."""
+    import datasets
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
 
 
 @contextmanager

@@ -27,6 +27,7 @@ BROKEN = {
     "06": ({"moment_bytes": 4}, "Is moment_bytes 8?"),
     "07": ({"torchrun_learning_rate": 5e-4}, "The launcher changed what was trained"),
     "13": ({"adapter_dim": 32}, "which is 25% of the width"),
+    "14": ({"separator": "\n\n"}, "Is the template applied twice?"),
     "15": ({"difference": 0.05}, "Too few items"),
     "10": ({"resumed_steps": 30}, "a longer run is another run"),
     "17": ({"tolerance": 0.0}, "the heads and layers that the checkpoint gives it"),

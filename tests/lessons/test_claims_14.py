@@ -1,0 +1,147 @@
+"""Every check of lesson 14 can fail: its cell alone, with the numbers of a good run, and with one of them wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from course_lib.common.project import DATA
+from course_lib.experiments import preferences
+from course_lib.recipes import blueprint
+from course_lib.text import docstrings, tasks
+from support.lesson_cells import execute, falsify, gives, tagged
+
+ROW = preferences.Preference("f: def f(x)\n", "Return the value of x.", "Returns the value of x.", "third person")
+DPO = ("margin alone", "with its own loss", "higher beta, margin alone")
+POLICIES = ("fine-tuned", "DPO, margin alone", "DPO, mended", "GRPO", "GRPO, with reference")
+KEYS = json.loads((DATA / "nano3_rl_keys.json").read_text(encoding="utf-8"))["rows"]
+AS_NANO3 = {name: value for row in KEYS for name, value in row["trl"].items()}
+
+
+def rows(*some: preferences.Preference) -> dict[str, Any]:
+    """Preferences, as the check of them finds them."""
+    return {"preferred": {"train": list(some), "held out": []}, "docstrings": docstrings}
+
+
+def asked(nats_per_token: dict[str, float]) -> SimpleNamespace:
+    """An `evaluation` whose loss depends on what a question ends with."""
+
+    def log_probabilities(model: object, pairs: list[tuple[str, str]]) -> pd.DataFrame:
+        (question, _), *_ = pairs
+        return pd.DataFrame({"nats": [-2 * nats_per_token[question[len("f: def f(x)") :]]], "tokens": [2]})
+
+    return SimpleNamespace(log_probabilities=log_probabilities)
+
+
+def ended(*, margin: float = 1.0, share: float = 0.95, chosen: tuple[float, ...] = (-35.0, -2.0, -19.0)) -> dict:
+    """How the three DPO runs end on held-out pairs."""
+    table = pd.DataFrame({"rewards_margins": margin, "rewards_accuracies": share, "chosen_nats": chosen}, index=DPO)
+    return {"ends": table, "pair_of_runs": dict.fromkeys(DPO[:2])}
+
+
+def measured(passes: tuple[float, ...], losses: tuple[float, ...]) -> dict[str, Any]:
+    """The table of the five policies, and what the first of its two checks leaves behind."""
+    table = pd.DataFrame({"passes": passes, "answer loss": losses}, index=POLICIES)
+    facts = {"table": table, "passes": table["passes"], "then": table["passes"]["fine-tuned"]}
+    return facts | {"rise": table["answer loss"] - table["answer loss"]["fine-tuned"]}
+
+
+def told(reward: float) -> SimpleNamespace:
+    """A score that likes the constant sentence that much."""
+    return SimpleNamespace(score=lambda text: reward if text == "Return the value." else 0.9)
+
+
+def config(**changed: Any) -> Any:
+    """A `GRPOConfig` that takes what it is given, or something else."""
+
+    def make(**arguments: Any) -> SimpleNamespace:
+        made = {"generation_batch_size": 2048, **arguments, **changed}
+        return SimpleNamespace(**made)
+
+    return make
+
+
+RIGHT_PASSES, RIGHT_LOSSES = (0.4, 0.66, 0.81, 0.96, 0.85), (4.7, 6.8, 5.0, 6.3, 5.0)
+PAIR = tasks.Pair("f: def f(x)", "Return the value of x.", "m")
+TEMPLATE = {
+    "held_out": [PAIR], "start": None, "separator": "\n",
+    "before": SimpleNamespace(answer_loss=SimpleNamespace(value=4.7)),
+    "evaluation": asked({"": 4.7, "\n": 5.1}),
+}  # fmt: skip
+GAMEABLE = {
+    "held_out": [PAIR], "pd": pd, "docstrings": told(1.0), "evaluation": SimpleNamespace(word_f1=gives(0.1)),
+}  # fmt: skip
+SEEDS = json.loads((DATA / "alignment_seeds.json").read_text(encoding="utf-8"))["rows"]
+HERE = {name: value for name, value in SEEDS[0].items() if name != "seed"}
+KEYS_FACTS = {
+    "GRPOConfig": config(), "common": {}, "as_nano3": AS_NANO3, "blueprint": blueprint, "stage2": pd.DataFrame(KEYS),
+}  # fmt: skip
+CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    "check-pairs": (
+        rows(ROW, ROW),
+        [
+            rows(ROW, dataclasses.replace(ROW, rejected="returns the value of x")),
+            rows(dataclasses.replace(ROW, chosen=ROW.rejected)),
+        ],
+    ),
+    "check-template": (TEMPLATE, [{"separator": "\n\n", "evaluation": asked({"": 4.7, "\n": 5.1, "\n\n\n": 6.0})},
+                                  {"evaluation": asked({"": 4.7, "\n": 4.6})}]),
+    "check-first-loss": (
+        {"run_alone": SimpleNamespace(metrics=pd.DataFrame({"loss": [math.log(2), 0.6]})), "first_loss": math.log(2)},
+        [{"run_alone": SimpleNamespace(metrics=pd.DataFrame({"loss": [0.68, 0.6]}))}],
+    ),
+    "check-margins": (ended(), [ended(margin=0.1), ended(share=0.5), *(
+        {"ends": ended()["ends"].assign(rewards_margins=[1.0, 0.0, 1.0])},
+    )]),
+    "check-mend": (
+        ended(), [ended(chosen=(-5.0, -1.0, -3.0)), ended(chosen=(-35.0, -30.0, -19.0)), ended(chosen=(-35.0, -2.0, -40.0))],
+    ),
+    "check-gameable": (GAMEABLE, [{"docstrings": told(0.8)}]),
+    "check-keys": (
+        KEYS_FACTS,
+        [{"stage2": pd.DataFrame(KEYS[:9])}, {"GRPOConfig": config(epsilon_high=0.2)},
+         {"GRPOConfig": config(generation_batch_size=1024)}],
+    ),
+    "check-gamed": (
+        measured(RIGHT_PASSES, RIGHT_LOSSES),
+        [measured((0.4, 0.66, 0.81, 0.5, 0.85), RIGHT_LOSSES), measured(RIGHT_PASSES, (4.7, 6.8, 5.0, 4.9, 5.0))],
+    ),
+    "check-repaired": (
+        measured(RIGHT_PASSES, RIGHT_LOSSES),
+        [measured(RIGHT_PASSES, (4.7, 6.8, 5.0, 6.3, 6.3)), measured((0.4, 0.66, 0.81, 0.96, 0.4), RIGHT_LOSSES),
+         measured(RIGHT_PASSES, (4.7, 6.8, 6.5, 6.3, 5.0))],
+    ),
+    "check-seeds": (
+        {"preferences": preferences, "pd": pd, "hold_against_seeds": True, "here": HERE},
+        [{"here": HERE | {"GRPO: passes": 0.1}}, {"here": HERE | {"DPO, margin alone: chosen nats": -2.0}}],
+    ),
+}  # fmt: skip
+"""Cell, what it reads where all is well, and what is wrong each time."""
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_claim_can_fail(name):
+    """All claims hold on right facts, and each of them fails on one of the wrong ones."""
+    facts, wrong = CASES[name]
+    falsify("14", name, facts, wrong)
+
+
+def test_a_template_that_is_applied_twice_is_told():
+    """The words that the whole lesson's broken run meets."""
+    from course_lib.lesson import checks
+
+    with pytest.raises(checks.ClaimFailed, match="Is the template applied twice"):
+        execute(
+            "14", "check-template", TEMPLATE | {"separator": "\n\n", "evaluation": asked({"\n": 5.1, "\n\n\n": 6.0})}
+        )
+
+
+def test_every_check_of_lesson_14_is_broken_at_least_once():
+    """No cell that proves something is without a test that makes it fail."""
+    assert tagged("14", "check") == CASES.keys()
