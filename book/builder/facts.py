@@ -34,6 +34,7 @@ SESSIONS = (
     (("13",), "what a model should forget, and who decides"),
     (("14",), "what a reward leaves out"),
     (("15",), "how sure they are that it is better"),
+    (("16",), "what a token pays for"),
     (("17",), "what a model may forget"),
 )
 

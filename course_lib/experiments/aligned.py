@@ -1,6 +1,6 @@
-"""What lesson 15 compares: a preferred and a gamed model, trained once by TRL and found again.
+"""What lesson 15 compares: a preferred, a gamed and a contaminated model, trained once by TRL and found again.
 
-Lesson 14 takes both apart; here they are only made.  Each is a Hugging Face folder in the
+Lesson 14 takes the first two apart; here they are only made, with its settings.  Each is a Hugging Face folder in the
 directory of the fine-tuning run that it starts from, under a name that changes with the code and the settings.
 """
 
@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -25,9 +25,11 @@ from course_lib.text import docstrings
 if TYPE_CHECKING:
     from transformers import Trainer
 
-__all__ = ["gamed", "preferred"]
+    from course_lib.text.tasks import Pair
 
-DPO_STEPS, GRPO_STEPS = 40, 30
+__all__ = ["contaminated", "gamed", "preferred"]
+
+DPO_STEPS, GRPO_STEPS, LEAKED_STEPS = 40, 30, 60
 SEPARATOR = "\n"
 LONGEST_PROMPT = 160
 CODE = ("experiments/aligned.py", "experiments/preferences.py", "text/docstrings.py")
@@ -79,13 +81,37 @@ def gamed(tuned: runs.Run, *, steps: int = GRPO_STEPS, seed: int = 1) -> Path:
     return _trained(tuned, "gamed", trainer, steps=steps, seed=seed)
 
 
+def contaminated(tuned: runs.Run, leaked: Sequence[Pair], *, steps: int = LEAKED_STEPS, seed: int = 1) -> Path:
+    """Fine-tuning that goes on with pairs of the benchmark itself.
+
+    Args:
+        tuned: A fine-tuning run of `stages`.
+        leaked: The pairs whose answers it sees.
+        steps: Optimizer steps, 32 pairs each.
+        seed: Of the order.
+    """
+    rows = [{"prompt": pair.input + SEPARATOR, "completion": pair.output} for pair in leaked]
+
+    def trainer(network: Any, tokenizer: Any, common: dict[str, Any]) -> Trainer:
+        from datasets import Dataset
+        from trl import SFTConfig, SFTTrainer
+
+        schedule = {"lr_scheduler_type": "constant", "per_device_train_batch_size": 32, "max_length": 192}
+        args = SFTConfig(**common, **schedule, packing=False)
+        return SFTTrainer(network, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+
+    return _trained(tuned, "contaminated", trainer, steps=steps, seed=seed, rows=rows)
+
+
 def _score(completions: list[str], **_: Any) -> list[float]:
     return [docstrings.score(text) for text in completions]
 
 
-def _trained(tuned: runs.Run, name: str, trainer: Callable[..., Trainer], *, steps: int, seed: int) -> Path:
+def _trained(
+    tuned: runs.Run, name: str, trainer: Callable[..., Trainer], *, steps: int, seed: int, rows: Any = None
+) -> Path:
     start = stages.exported(tuned)
-    settings = [steps, seed, start.name, version("trl"), *((LIBRARY / each).read_text() for each in CODE)]
+    settings = [steps, seed, rows, start.name, version("trl"), *((LIBRARY / each).read_text() for each in CODE)]
     folder = tuned.path / f"{name}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]}"
     if not folder.is_dir():
         with contextlib.redirect_stderr(io.StringIO()):  # a progress bar for each step of the way

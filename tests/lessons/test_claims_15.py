@@ -74,6 +74,11 @@ def prose(**changed: float) -> dict[str, float]:
     return {name.replace("_", "-"): value for name, value in usual.items()}
 
 
+def leak(seen: float, not_seen: float) -> dict[str, dict]:
+    """What the contaminated model got right."""
+    return {"contaminated": {"seen": between(seen), "not seen": between(not_seen)}}
+
+
 def stage3(layout: str) -> pd.DataFrame:
     """nano3's rows."""
     return pd.DataFrame({"topic": ["configuration", "artifact out"], "default": [layout, "scores of five tasks"]})
@@ -98,6 +103,7 @@ GOOD: dict[str, dict[str, Any]] = {
                      "outcomes": lambda name, task: answered(36), "scores": of_harness(0.0)},
     "check-ladder": ladder(),
     "check-bytes": {"bits": prose()},
+    "check-leak": {"table": leak(0.8, 0.27), "chance": 0.25},
     "check-nano3": {"rows": stage3("TP=2 EP=8 on 8 GPUs"), "importlib": installed(None)},
 }  # fmt: skip
 """Cell, and what it reads where all is well."""
@@ -125,6 +131,8 @@ BROKEN: list[tuple[str, str, dict[str, Any], str]] = [
     ("check-ladder", "nothing new", ladder(code_tuned=31), "that a docstring follows a signature"),
     ("check-bytes", "a model that forgot nothing", {"bits": prose(fine_tuned=2.1)}, "every later model writes prose worse"),
     ("check-bytes", "another worst", {"bits": prose(preferred=3.5)}, "the gamed one has forgotten most"),
+    ("check-leak", "a leak of a few steps", {"table": leak(0.3, 0.27)}, "learn the items by heart"),
+    ("check-leak", "a model that understood", {"table": leak(0.9, 0.7)}, "nothing was learned but the answers"),
     ("check-nano3", "another layout", {"rows": stage3("TP=4")}, "on 8 GPUs"),
     ("check-nano3", "an installed launcher", {"importlib": installed("there")}, "not a part of this environment"),
 ]  # fmt: skip
