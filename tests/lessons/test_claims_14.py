@@ -78,7 +78,7 @@ GAMEABLE = {
     "held_out": [PAIR], "pd": pd, "docstrings": told(1.0), "evaluation": SimpleNamespace(word_f1=gives(0.1)),
 }  # fmt: skip
 SEEDS = json.loads((DATA / "alignment_seeds.json").read_text(encoding="utf-8"))["rows"]
-HERE = {name: value for name, value in SEEDS[0].items() if name != "seed"}
+HERE = {name: SEEDS[0][name] for name in reversed(SEEDS[0]) if name != "seed"}
 KEYS_FACTS = {
     "GRPOConfig": config(), "common": {}, "as_nano3": AS_NANO3, "blueprint": blueprint, "stage2": pd.DataFrame(KEYS),
 }  # fmt: skip
