@@ -171,7 +171,8 @@ def places(module: str) -> list[Path]:
         return []
     if not rest:
         return [Path(spec.origin)] if spec.origin else []
-    folders = [Path(root, *rest) for root in spec.submodule_search_locations or ()]
+    roots = dict.fromkeys(spec.submodule_search_locations or ())  # a path that sys.path names twice is one place
+    folders = [Path(root, *rest) for root in roots]
     inits = [(folder, folder / "__init__.py") for folder in folders if folder.is_dir()]
     return [init if init.exists() else folder for folder, init in inits]
 

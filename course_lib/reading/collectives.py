@@ -58,8 +58,8 @@ def compare(run: Run, *, rank: int = 0, step: int | None = None) -> pd.DataFrame
         closed form holds.
     """
     element_bytes = 2 if run.launch.get("device") == "cuda" else 4
-    arriving = experts.arriving(run, rank=rank, step=step) if run.config["model"].get("num_moe_experts") else None
     fields, ranks = Fields.of(run.config), run.launch["ranks"]
+    arriving = experts.arriving(run, rank=rank, step=step) if fields.model("num_moe_experts") else None
     if element_bytes == 4 and fields.model("moe_token_dispatcher_type") == "flex":  # as CPU ranks replace it
         fields = Fields(run.config, {"model.moe_token_dispatcher_type": "alltoall"})
     planned = expected(fields, ranks=ranks, rank=rank, element_bytes=element_bytes, arriving=arriving)

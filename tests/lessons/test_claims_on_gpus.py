@@ -247,7 +247,7 @@ def test_lesson_11_counts_a_gpus_messages():
 
 def test_lesson_12_expects_parameters_back_in_bf16():
     """With shards, fp32 gradients go one way and bf16 parameters come back: three quarters of what all-reduce sends."""
-    made = made_by("12", ("imports", "parameters", "config"))
+    made = made_by("12", ("imports", "parameters", "config", "config-plain"))
     forms = {
         name: messages.expected(made[cfg], ranks=8, element_bytes=2)
         for name, cfg in (("plain", "cfg_plain"), ("sharded", "cfg"))
@@ -283,12 +283,21 @@ ELSEWHERE = {
         04/check-labels 04/check-cuts 04/check-blend 05/check-ids 05/compare 05/check-padding 05/check-difference
         06/check-states 06/check-fit 06/check-time 06/check-levers 06/check-verdict
         07/check-slurm 07/check-second 07/check-rented 08/check-published 08/check-order 08/check-formula 08/check-work
-        09/base-run 09/one-field 09/shape 10/check-changed""",
+        09/base-run 09/one-field 09/shape 10/check-changed 13/check-mask 13/check-padding 13/check-share 13/check-width
+        13/check-config 13/check-slip 13/check-gpus 14/check-pairs 14/check-keys 14/check-gameable 15/check-nano3
+        15/check-plan 16/check-count 16/check-router 16/check-plan 17/check-pattern 17/check-scan 17/check-memory
+        17/check-card 17/check-cost 17/fallback""",
     "how a launch, a save or a resume ends, which is the same on every device": """07/check-silence 07/check-first
         07/check-habits 09/run-noise 10/recipe-format 10/check-full 10/check-traps""",
     "one run held against itself, or against a bound far away": """03/check-real-text 04/check 08/check-baselines
         08/check-log 08/check-speed 08/check-healthy 08/check-sick 08/check-leak 10/check-hub 10/check-rows
         12/state-check 12/check-interleave 12/check-node""",
+    "bytes by the device that their predict cell asks for, and tokens that are counted": "13/check-bytes 13/check-tokens",
+    "models of transformers on the CPU, wherever ranks trained them, against bounds far away": """13/check-learned
+        13/check-forgotten 13/check-merged 14/check-template 14/check-first-loss 14/check-margins 14/check-mend
+        14/check-gamed 14/check-repaired 14/check-seeds 15/check-export 15/check-hand 15/check-order 15/check-gamed
+        15/check-paired 15/check-ladder 15/check-leak 15/check-bytes""",
+    "routers and paired seeds, whose bounds are far from what rounding moves": "16/check-load 16/check-pay",
     "verdicts that figure-all takes together": "09/run-learning-rate 09/run-init 09/run-length 09/run-shape",
 }
 """Check cells that no test here evaluates for a GPU, and why they need none; lesson 01 starts no rank."""

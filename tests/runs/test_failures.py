@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -197,21 +198,22 @@ except launch.RunFailed as failed:
     print("CAUSE", failed.outcome.rank, failed.outcome.exception, failed.outcome.hint)
     print("FILE", open(failed.run.path / "outcome.json").read())
 """
-    text = in_a_mount_namespace(code, COURSE_RUNS=str(folder), TMPDIR=str(tmp_path))
+    text = in_a_mount_namespace(code, COURSE_RUNS=str(folder))
     assert "CAUSE 1 OSError The disk is full" in text, text
     assert json.loads(text.split("FILE", 1)[1])["hint"].startswith("The disk is full")
 
 
 def in_a_mount_namespace(code: str, **environment: str) -> str:
-    """Run Python code where mounts are private, with a warm server of its own (TMPDIR decides which)."""
-    process = subprocess.run(
-        ["unshare", "-rm", sys.executable, "-c", code],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        cwd=PROJECT / "tests",
-    )
+    """Run Python code where mounts are private, with a warm server of its own: TMPDIR decides which, if it is short."""
+    with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as short:
+        process = subprocess.run(
+            ["unshare", "-rm", sys.executable, "-c", code],
+            env={**os.environ, "TMPDIR": short, **environment},
+            capture_output=True,
+            text=True,
+            timeout=400,
+            cwd=PROJECT / "tests",
+        )
     return process.stdout + process.stderr
 
 
@@ -246,7 +248,7 @@ try:
 except launch.RunFailed as failed:
     print("HINT", failed.outcome.hint)
 """
-    text = in_a_mount_namespace(code, COURSE_RUNS=str(tmp_path / "runs"), TMPDIR=str(tmp_path))
+    text = in_a_mount_namespace(code, COURSE_RUNS=str(tmp_path / "runs"))
     assert "STATUS succeeded" in text or "HINT Shared memory is too small" in text, text
 
 
