@@ -79,6 +79,8 @@ WITH_NEMOTRON_IDS = {
 OTHERS = [entry for entry in catalogue.entries() if entry.family not in FAMILIES]
 # These two set trust_remote_code, with which a tokenizer's folder could run code of its own.
 RUN_CODE = {"olmoe_7b_sft_8gpu_h100_bf16_config", "olmoe_7b_peft_1gpu_h100_bf16_config"}
+RUN_CODE |= {f"moonlight_16b_{name}_config" for name in ("peft_2gpu_h100_bf16", "peft_4gpu_h100_bf16")}
+RUN_CODE |= {f"moonlight_16b_sft_8gpu_h100_bf16{name}_config" for name in ("", "_8k", "_tp1")}
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +109,7 @@ def comes_back(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def operations_are_bridges(cfg: Any) -> bool:
-    """Whether our operations a token are Bridge's, its two differences explained; False where Bridge has none to compare.
+    """Whether our operations a token are Bridge's, its differences explained; False where Bridge has none to compare.
 
     Bridge leaves out the routers and, in hybrids, the matrices that join a predicted token's layers to the model's.  It takes
     the inner width of a Mamba layer for twice the model's, which it is not in Nemotron 3.
@@ -135,6 +137,7 @@ def operations_are_bridges(cfg: Any) -> bool:
     if model.num_moe_experts and not pattern:
         frequency = model.moe_layer_freq
         sparse = sum(frequency) if isinstance(frequency, list) else -(-model.num_layers // frequency)
+        sparse += model.mtp_num_layers or 0  # a layer that predicts ahead is built as the last one
     routers = 6 * model.hidden_size * (model.num_moe_experts or 0) * sparse
     wider = 0
     if "M" in pattern:
@@ -142,6 +145,10 @@ def operations_are_bridges(cfg: Any) -> bool:
         wider -= 2 * model.hidden_size
     mamba = pattern.count("M") * wider * (18 * model.hidden_size + 21 * model.mamba_state_dim) if wider else 0
     ahead = 12 * model.hidden_size**2 * (model.mtp_num_layers or pattern.count("/")) if pattern else 0
+    if not pattern:
+        ahead -= (
+            18 * model.hidden_size * (model.mtp_num_layers or 0)
+        )  # Bridge counts its three norms, and no other norm
     explained = theirs + routers + mamba + ahead
     assert ours == pytest.approx(explained, rel=1e-5), (
         f"ours {ours:.5g}, Bridge {theirs:.5g}, explained {explained:.5g}"
