@@ -36,7 +36,7 @@ __all__ = ["Text", "adapter", "base", "exported", "fine_tuned", "fine_tuning", "
 VOCAB_SIZE = 2048
 BASE_STEPS, TUNING_STEPS = 240, 150
 PROCESSOR_SECONDS = {"base": 0.9, "fine-tuned": 0.6}
-"""Of one step, all ranks together, measured with two cores at the sizes below."""
+"""Of one step, all ranks together, at the sizes below: estimated from runs on two busy cores, for words of waiting alone."""
 SIZES = {"num_layers": 4, "hidden_size": 128, "num_attention_heads": 4, "num_query_groups": 4, "ffn_hidden_size": 384}
 SEQUENCE = 256
 MAKERS = ("corpus", "indexed", "sources", "tasks", "tokenizers")
