@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 from course_lib import runs
 from course_lib.common import files
 from course_lib.common.project import LIBRARY
-from course_lib.experiments import preferences, stages
+from course_lib.experiments import export, preferences, stages
 from course_lib.text import docstrings
+from course_lib.text.tasks import SEPARATOR
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -30,9 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["contaminated", "gamed", "preferred"]
 
 DPO_STEPS, GRPO_STEPS, LEAKED_STEPS = 40, 30, 60
-SEPARATOR = "\n"
 LONGEST_PROMPT = 160
-CODE = ("experiments/aligned.py", "experiments/preferences.py", "text/docstrings.py")
+CODE = ("experiments/aligned.py", "experiments/preferences.py", "text/docstrings.py", "text/ladder.py")
 
 
 def preferred(tuned: runs.Run, *, steps: int = DPO_STEPS, seed: int = 1) -> Path:
@@ -120,13 +120,12 @@ def _trained(
 
 
 def _write(folder: Path, start: Path, name: str, trainer: Callable[..., Trainer], *, steps: int, seed: int) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(start, padding_side="left")
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.chat_template = None  # the prompts end with the separator already
-    network = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
+    network = export.loaded(start)
     common = {"output_dir": str(folder.parent / "trl"), "max_steps": steps, "seed": seed, "learning_rate": 1e-3}
     common |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
     common |= {"save_strategy": "no", "report_to": "none", "logging_steps": 1, "disable_tqdm": True}

@@ -24,7 +24,17 @@ from course_lib.stack.patches import Patches, applied
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TOLERANCE", "Exported", "NotExported", "adapter", "adapter_rank", "model", "model_rank", "to_megatron"]
+__all__ = [
+    "TOLERANCE",
+    "Exported",
+    "NotExported",
+    "adapter",
+    "adapter_rank",
+    "loaded",
+    "model",
+    "model_rank",
+    "to_megatron",
+]
 
 TOLERANCE = 1e-4
 """How far the logits of both programs may be apart, relative to the largest of them; rounding in fp32 takes about 1e-6."""
@@ -93,7 +103,7 @@ def model(place: Run | Path, folder: Path, *, step: int | None = None, like: str
         launch.call(
             "course_lib.experiments.export:model_rank", request, ranks=1, device="cpu", limit_seconds=LIMIT_SECONDS
         )
-        found = _compared(half, _loaded(half), ids, Path(request["logits"]))
+        found = _compared(half, loaded(half), ids, Path(request["logits"]))
     return Exported(Path(folder), *found)
 
 
@@ -106,9 +116,9 @@ def model_rank(request: dict) -> None:
     with applied(_in_one_cpu_rank(request["rows"])), temporary_distributed_context(backend="gloo"):
         bridge = AutoBridge.from_auto_config(request["checkpoint"], request["reference"])
         _take_over(bridge, Path(request["reference"]))
-        loaded = bridge.load_megatron_model(request["checkpoint"], wrap_with_ddp=False)
-        bridge.save_hf_pretrained(loaded, request["folder"], show_progress=False)
-        torch.save(_logits(loaded[0], request["ids"]), request["logits"])
+        built = bridge.load_megatron_model(request["checkpoint"], wrap_with_ddp=False)
+        bridge.save_hf_pretrained(built, request["folder"], show_progress=False)
+        torch.save(_logits(built[0], request["ids"]), request["logits"])
 
 
 def adapter(place: Run | Path, folder: Path, *, base: Path, step: int | None = None) -> Exported:
@@ -143,7 +153,7 @@ def adapter(place: Run | Path, folder: Path, *, base: Path, step: int | None = N
         settings = json.loads((half / "adapter_config.json").read_text())
         settings["base_model_name_or_path"] = str(Path(base).absolute())
         files.write_text(half / "adapter_config.json", json.dumps(settings, indent=2))
-        found = _compared(half, PeftModel.from_pretrained(_loaded(base), half), ids, Path(request["logits"]))
+        found = _compared(half, PeftModel.from_pretrained(loaded(base), half), ids, Path(request["logits"]))
     return Exported(Path(folder), *found)
 
 
@@ -323,7 +333,8 @@ def _logits(built: Any, ids: list[int]) -> torch.Tensor:
         return built.eval()(torch.tensor([ids]), torch.arange(len(ids))[None], None)
 
 
-def _loaded(folder: Path) -> Any:
+def loaded(folder: Path) -> Any:
+    """The model of a Hugging Face folder in fp32 on the CPU, read without a progress bar."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 

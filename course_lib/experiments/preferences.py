@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from course_lib import runs
 from course_lib.common.project import DATA
 from course_lib.runs import writer
-from course_lib.text import docstrings
+from course_lib.text import ladder
+from course_lib.text.tasks import SEPARATOR
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,19 +34,12 @@ __all__ = [
     "Preference",
     "alone",
     "asked",
-    "faults",
     "preferences",
     "quiet",
     "recorded",
     "request",
     "seeds",
 ]
-
-SEPARATOR = "\n"
-"""Between signature and docstring, as in the fine-tuning data; here it ends the prompt."""
-
-LONGEST_PROMPT, SHORTEST, LONGEST = 120, 24, 110
-"""Characters of a pair: long ones cost much and teach the same."""
 
 
 class NotANumber(ValueError):
@@ -60,27 +54,13 @@ class Preference:
         prompt: The signature and the separator.
         chosen: The docstring of the library.
         rejected: The same text with one fault.
-        fault: Which one, a key of `faults()`.
+        fault: Which one, a key of `ladder.faults()`.
     """
 
     prompt: str
     chosen: str
     rejected: str
     fault: str
-
-
-def faults(text: str) -> dict[str, str]:
-    """A text that `docstrings.passes`, with each of three faults that PEP 257 names.
-
-    >>> faults("Return the value.")["third person"]
-    'Returns the value.'
-    """
-    first, _, rest = text.partition(" ")
-    return {
-        "no period": text.rstrip("."),
-        "small first letter": text[:1].lower() + text[1:],
-        "third person": f"{first}s {rest}",
-    }
 
 
 def preferences(pairs: Iterable[Pair], *, seed: int, separator: str = SEPARATOR) -> list[Preference]:
@@ -97,20 +77,14 @@ def preferences(pairs: Iterable[Pair], *, seed: int, separator: str = SEPARATOR)
     dice = random.Random(seed)
     found = []
     for pair in pairs:
-        if _fits(pair):
-            fault, rejected = dice.choice(list(faults(pair.output).items()))
+        if ladder.short(pair) and ladder.well_formed(pair.output):
+            fault, rejected = dice.choice(list(ladder.faults(pair.output).items()))
             found.append(Preference(pair.input + separator, pair.output, rejected, fault))
     if not found:
         raise ValueError(
             "no pair has a docstring that passes docstrings.passes() and is short: nothing can be preferred"
         )
     return found
-
-
-def _fits(pair: Pair) -> bool:
-    first = pair.output.partition(" ")[0]
-    short = len(pair.input) < LONGEST_PROMPT and SHORTEST <= len(pair.output) <= LONGEST
-    return short and len(first) > 2 and first.isalpha() and docstrings.passes(pair.output)
 
 
 def alone(name: str) -> dict[str, Any]:

@@ -126,7 +126,7 @@ def fine_tuning(data: Text, start: runs.Run, *, steps: int = TUNING_STEPS, seed:
         do_test=False,
         dataloader_type="batch",
         preprocessing=PromptCompletionSFTPreprocessingConfig(
-            prompt_column="input", completion_column="output", separator="\n", loss_mode="completion"
+            prompt_column="input", completion_column="output", separator=tasks.SEPARATOR, loss_mode="completion"
         ),
     )
     cfg.train.global_batch_size, cfg.train.micro_batch_size = 32, 8

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from course_lib.experiments import export
 from course_lib.text import docstrings
+from course_lib.text.tasks import SEPARATOR
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,7 +50,6 @@ __all__ = [
     "word_f1",
 ]
 
-SEPARATOR = "\n"
 LEVEL = 0.95
 NORMALISATIONS = ("sum", "per token", "per character")
 """What the log probability of an option is divided by before the largest wins: nothing, its tokens, its characters.
@@ -116,18 +117,9 @@ class Measures:
 
 def load(folder: Path) -> Model:
     """The model of a folder that `experiments.export` or a trainer of TRL wrote, in fp32 on the CPU."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    from transformers import AutoTokenizer
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-    return Model(AutoTokenizer.from_pretrained(folder), network, Path(folder).name)
+    return Model(AutoTokenizer.from_pretrained(folder), export.loaded(folder), Path(folder).name)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from course_lib.common import files
 from course_lib.text import corpus, docstrings, tasks
 from course_lib.text.tasks import OPTIONS, Choice, Pair
 
-__all__ = ["RUNGS", "faults", "items", "shared_stems", "well_formed", "write_harness_task"]
+__all__ = ["RUNGS", "faults", "items", "shared_stems", "short", "well_formed", "write_harness_task"]
 
 RUNGS = {
     "words_shuffled": "the same words in another order",
@@ -52,13 +52,12 @@ def items(
     pairs = list(pairs)
     if rung == "docstrings":
         return tasks.multiple_choice(pairs)
-    short = [p for p in pairs if len(p.input) < LONGEST_QUESTION and SHORTEST <= len(p.output) <= LONGEST]
     if rung == "code_lines":
         if built is None:
             raise ValueError("the rung code_lines takes its wrong answers from the corpus: give built=")
         lines = _code_lines(built, split)
     found = []
-    for pair in short:
+    for pair in filter(short, pairs):
         dice = random.Random(hashlib.sha256(f"{rung} {pair.input}".encode()).digest())
         if rung == "words_shuffled":
             wrong = _shuffled(pair.output, dice)
@@ -72,6 +71,11 @@ def items(
             options = (*wrong[:answer], pair.output, *wrong[answer:])
             found.append(Choice(pair.input, options, answer, pair.module))
     return found
+
+
+def short(pair: Pair) -> bool:
+    """Whether signature and docstring are of a length at which they cost little."""
+    return len(pair.input) < LONGEST_QUESTION and SHORTEST <= len(pair.output) <= LONGEST
 
 
 def well_formed(text: str) -> bool:

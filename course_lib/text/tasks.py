@@ -24,6 +24,8 @@ OPTIONS = 4
 CHANCE = 1 / OPTIONS
 """The score of a model that guesses."""
 SHORTEST, LONGEST = 24, 400
+SEPARATOR = "\n"
+"""Between signature and docstring: fine-tuning puts it there, and every later prompt ends with it."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from course_lib.experiments import preferences
-from course_lib.text import docstrings, tasks
+from course_lib.text import docstrings, ladder, tasks
 
 GOOD = tasks.Pair("json.dumps: def dumps(obj)", "Serialize an object to a string.", "json")
 LOGS = {"loss": 0.69, "grad_norm": 0.5, "learning_rate": 1e-3, "rewards/margins": 0.1, "num_tokens": 100.0}
@@ -57,7 +57,7 @@ def test_each_fault_breaks_one_check_and_no_other():
     """The rejected text differs from the chosen one in a single thing that PEP 257 asks."""
     broken = {
         name: [check for check, holds in docstrings.checks(text).items() if not holds]
-        for name, text in preferences.faults(GOOD.output).items()
+        for name, text in ladder.faults(GOOD.output).items()
     }
     assert broken == {
         "no period": ["ends in one period"],
