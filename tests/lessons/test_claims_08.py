@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +12,7 @@ import pytest
 
 from course_lib.common import units
 from course_lib.experiments import faults
-from course_lib.lesson import checks
-from support.lesson_cells import Sample, cells, execute
+from support.lesson_cells import Sample, execute, predicted, proving, tells
 
 NAMES = ("loss at step 1", "held-out loss at the end", "work per token", "weight and optimizer by Bridge")
 STEPS = pd.DataFrame({"step": range(1, 11), "loss": 5.0, "grad_norm": 0.7, "elapsed_ms": 100.0})
@@ -134,9 +132,7 @@ BROKEN: list[tuple[str, str, dict[str, Any], str]] = [
 @pytest.fixture(autouse=True)
 def ledger(tmp_path, monkeypatch):
     """A ledger of the test's own, in which everything that the cells measure was predicted."""
-    monkeypatch.setenv("COURSE_LEDGER", str(tmp_path / "ledger.json"))
-    for name in NAMES:
-        checks.predict("08", name, 1.0, "unit")
+    predicted("08", NAMES, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("name", GOOD)
@@ -148,11 +144,9 @@ def test_a_check_holds_for_a_good_run(name):
 @pytest.mark.parametrize(("name", "what", "wrong", "words"), BROKEN, ids=[" ".join(row[:2]) for row in BROKEN])
 def test_a_check_names_what_is_wrong(name, what, wrong, words):
     """One wrong thing, and the same cell raises a claim that says so."""
-    with pytest.raises(checks.ClaimFailed, match=re.escape(words)):
-        execute("08", name, {"units": units, "faults": faults} | GOOD[name] | wrong)
+    tells("08", name, {"units": units, "faults": faults} | GOOD[name] | wrong, words)
 
 
 def test_every_check_of_lesson_08_is_broken_at_least_once():
     """No cell that proves something is without a test that makes it fail."""
-    proving = {name for name, (source, tags) in cells("08").items() if "check" in tags or "checks.close(" in source}
-    assert proving == set(GOOD) == {row[0] for row in BROKEN}
+    assert proving("08") == set(GOOD) == {row[0] for row in BROKEN}

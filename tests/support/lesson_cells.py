@@ -6,12 +6,15 @@ import ast
 import contextlib
 import importlib
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pytest
 
 from course_lib.common import units
 from course_lib.lesson import checks, notebooks
@@ -112,6 +115,24 @@ def falsify(number: str, name: str, facts: Mapping[str, Any], wrong: Iterable[Ma
     failed = {claim for one in found for claim, holds in enumerate(one) if not holds}
     assert failed == set(range(len(right))), f"claims that nothing makes fail: {set(range(len(right))) - failed}"
     assert not any(map(all, found)), f"wrong facts on which all claims hold: {[all(one) for one in found]}"
+
+
+def proving(number: str) -> set[str]:
+    """The cells of a lesson that prove something."""
+    return {name for name, (source, tags) in cells(number).items() if "check" in tags or "checks.close(" in source}
+
+
+def tells(number: str, name: str, facts: Mapping[str, Any], words: str) -> None:
+    """A cell raises a claim that says these words."""
+    with pytest.raises(checks.ClaimFailed, match=re.escape(words)):
+        execute(number, name, facts)
+
+
+def predicted(number: str, names: Iterable[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ledger of the test's own, in which a lesson has predicted everything that its cells measure."""
+    monkeypatch.setenv("COURSE_LEDGER", str(folder / "ledger.json"))
+    for name in names:
+        checks.predict(number, name, 1.0, "unit")
 
 
 def gives(value: Any) -> Callable[..., Any]:
