@@ -41,6 +41,12 @@ def run_of(steps: int, *, ranks: int = 8, status: str | None = None, stage: str 
     )
 
 
+@pytest.fixture(autouse=True)
+def nobodys_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lesson may have left a real run `runs/smoke` where the tests stand."""
+    monkeypatch.chdir(tmp_path)
+
+
 class Notebook:
     """A stand-in for the notebook's display: it keeps what would be on the page."""
 

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import urllib.request
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -44,8 +45,13 @@ def test_the_courses_kernel_wins_over_one_of_the_same_name(tmp_path: Path, varia
         assert environment[variable].endswith(f"{os.pathsep}{tmp_path}"), "what else the learner has there stays"
 
 
-def test_the_lab_holds_the_lease_and_lets_it_go(tmp_path: Path, monkeypatch) -> None:
+def test_the_lab_holds_the_lease_and_lets_it_go(monkeypatch) -> None:
     """The lease is asked for before JupyterLab answers, lasts while it runs, and ends with its process."""
+    with tempfile.TemporaryDirectory(prefix="lab-", dir="/tmp") as home:  # short: a socket's path has 107 bytes
+        holds_and_lets_go(Path(home), monkeypatch)
+
+
+def holds_and_lets_go(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(forkserver.tempfile, "tempdir", None)
     place = forkserver.address()

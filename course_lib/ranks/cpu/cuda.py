@@ -176,7 +176,9 @@ def is_cuda(device: object) -> bool:
     return getattr(device, "type", None) == "cuda" or (isinstance(device, int) and not isinstance(device, bool))
 
 
-_constructors = _device_constructors()  # torch's own set of the functions that make tensors and take a device
+# Torch's own set of the functions that make tensors and take a device; made anew, since torch keeps its first answer
+# and transformers replaces `linspace` while it makes a model.
+_constructors = _device_constructors.__wrapped__()
 PATCHES.makes(
     "torch.utils._device._device_constructors",
     why="`with torch.device(...)` knows the functions in it; asked later, it would name the wrappers",
