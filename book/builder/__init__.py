@@ -8,6 +8,7 @@ checksums, and travel with the book.
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import re
@@ -16,6 +17,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from book.builder import facts
 from book.builder.assets import vendor
@@ -93,6 +96,7 @@ def _stage(book: Path, pages: list[Path]) -> Path:
     source = book / "_build" / "source"
     texts = {path.name: path.read_text(encoding="utf-8") for path in [*book.glob("*.md"), *book.glob("_*.yml")]}
     wanted = {name: facts.fill(_linked(text, pages), root=book.parent) for name, text in texts.items()}
+    wanted["_toc.yml"] = _contents(wanted["_toc.yml"], pages)
     wanted |= {f"lessons/{path.name}": _page(path, project=book.parent) for path in pages}
     old = {
         path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file() and not path.is_symlink()
@@ -112,6 +116,18 @@ def _stage(book: Path, pages: list[Path]) -> Path:
     return source
 
 
+def _contents(text: str, pages: list[Path]) -> str:
+    """The table of contents without the patterns that match no lesson: a part whose lessons are left out is no part."""
+    toc = yaml.safe_load(text)
+    names = [f"lessons/{path.stem}" for path in pages]
+    for part in toc["parts"]:
+        part["chapters"] = [
+            entry for entry in part["chapters"] if "glob" not in entry or fnmatch.filter(names, entry["glob"])
+        ]
+    toc["parts"] = [part for part in toc["parts"] if part["chapters"]]
+    return yaml.safe_dump(toc, sort_keys=False)
+
+
 def _linked(text: str, pages: list[Path]) -> str:
     """Turn links to lesson sources into links to their pages; a lesson that is left out is words alone."""
     names = {path.name for path in pages}
@@ -123,15 +139,17 @@ def _linked(text: str, pages: list[Path]) -> str:
 
 
 def _page(path: Path, *, project: Path) -> str:
-    """Turn an executed lesson into a page: links fit the book's folders, pictures carry their words, paths are yours.
+    """Turn an executed lesson into a page: it has its number, links fit the book's folders, pictures carry their words.
 
     myst-nb takes the alternative text from the cell, while a notebook keeps it with the output.  Messages and tables
     name files of the project where it was executed, which says nothing to a reader.
     """
+    number = path.stem.partition("_")[0].upper()
     notebook: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     for cell in notebook["cells"]:
         if cell["cell_type"] == "markdown":
             source = "".join(cell["source"]).replace("](../book/", "](../")
+            source = re.sub(r"\A# (?=\S)", f"# {number} · ", source)  # the only title of a lesson
             cell["source"] = source.replace("](your_ledger.ipynb)", "](../your_ledger.md)")  # a reader has no ledger
         described = [
             output["metadata"]["image/png"]["alt"]

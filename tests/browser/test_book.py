@@ -15,6 +15,7 @@ import pytest
 from book.builder import planner
 from course_lib.common.project import PROJECT
 from course_lib.common.units import gib
+from support.hygiene_code import MAX_WIDTH
 from support.lab import PATIENCE_MS, QUIET, browser
 
 SHOTS = PROJECT / "book" / "_build" / "screenshots"
@@ -126,7 +127,7 @@ def test_a_table_of_words_fits_a_phone(page, site: str, name: str) -> None:
 def test_a_wide_table_fits(page, site: str) -> None:
     """Long names go on below in their cells: nobody scrolls sideways to find a column, and no number is cut in two."""
     page.goto(f"{site}/lessons/07_small.html")
-    table = page.locator("div.cell_output table")
+    table = page.locator("div.cell_output table").first
     width, room = table.evaluate("table => [table.scrollWidth, table.closest('.output').clientWidth]")
     assert width <= room
     number = table.locator("td", has_text="3e-05")
@@ -135,6 +136,48 @@ def test_a_wide_table_fits(page, site: str) -> None:
         " return words.getClientRects().length }"
     )
     assert lines == 1
+
+
+LOOK = """table => ['th', 'td'].map(name => getComputedStyle(table.querySelector(`${name}:not([class*=blank])`)))
+    .flatMap(style => ['fontSize', 'padding', 'borderTop', 'borderLeft', 'borderBottom', 'backgroundColor', 'color',
+        'verticalAlign'].map(property => style[property]))"""
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_tables_look_the_same_wherever_they_stand(page, site: str, theme: str) -> None:
+    """A table of the page, a table with its long cells whole, and a frame of pandas have one size, one room, one line."""
+    page.goto(f"{site}/lessons/07_small.html")
+    page.evaluate(f"document.documentElement.dataset.theme = '{theme}'")
+    looks = [table.evaluate(LOOK) for table in page.locator(".bd-article table").all()]
+    assert len(looks) == 3 and looks[0] == looks[1] == looks[2]
+
+
+LONG_LINES = """blocks => blocks.filter(block => {
+    const style = getComputedStyle(block), lines = block.textContent.replace(/\\n$/, '').split('\\n').length;
+    const inner = block.clientHeight - parseFloat(style.paddingTop) - parseFloat(style.paddingBottom);
+    return Math.round(inner / parseFloat(style.lineHeight)) > lines || block.scrollWidth > block.clientWidth;
+}).map(block => block.textContent)"""
+
+
+def test_no_code_wraps_or_scrolls(page, site: str, built: Path) -> None:
+    """At 1,300 pixels each line of code is one line: those of all pages, and the widest that a lesson may have."""
+    widest = 0
+    for path in sorted(built.glob("*.html")) + [built / "lessons" / "07_small.html"]:
+        page.goto(f"{site}/{path.relative_to(built)}")
+        page.evaluate("document.querySelectorAll('details').forEach(folded => { folded.open = true })")
+        blocks = page.locator("div.highlight pre")
+        assert blocks.evaluate_all(LONG_LINES) == [], path.name
+        widest = max([widest, *(len(line) for text in blocks.all_text_contents() for line in text.splitlines())])
+    assert widest >= MAX_WIDTH
+
+
+def test_the_side_bar_has_the_parts_and_the_numbers(page, site: str) -> None:
+    """Captions in the order of the contents, a part without a lesson left out, and the number before a lesson's title."""
+    page.goto(f"{site}/index.html")
+    side = page.locator(".bd-sidebar-primary")
+    captions = side.locator(".caption-text").all_inner_texts()
+    assert captions == ["II. Execution", "Beside the lessons", "For teachers and maintainers"]
+    assert "07 · A small lesson" in side.locator("a").all_inner_texts()
 
 
 def test_paper_shows_the_article_alone(page, site: str) -> None:

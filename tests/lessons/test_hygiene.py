@@ -92,6 +92,7 @@ BREAKS: list[tuple[str, str, Change]] = [
     ("plain_words", "simply", change("title", source="# T\n\nSimply run it.\n")),
     ("plain_words", "an emoji", change("title", source="# T \U0001f680\n")),
     ("code_is_narrow", "a long line", change("sum", source="total = " + " + ".join(["first"] * 20))),
+    ("code_is_narrow", "a long line in prose", change("title", source=f"# T\n\n```\n{'x' * 89}\n```\n")),
     ("code_is_narrow", "settings in a tuple", change("sum", source="a.b, a.c = 1, 2\ntotal = first")),
     ("code_is_narrow", "two statements", change("sum", source="a = 1; total = first")),
     ("guesses_come_first", "no guess", change("guess", metadata={})),

@@ -102,6 +102,11 @@ def code_is_narrow(notebook: Notebook) -> Iterator[tuple[str, str]]:
         for number, line in enumerate(cells.source(cell).splitlines(), 1):
             if len(line) > MAX_WIDTH:
                 yield cell["id"], f"line {number} has {len(line)} characters, needed at most {MAX_WIDTH}"
+    for cell in cells.of_kind(notebook, "markdown"):
+        for block in re.findall(r"^```.*?\n(.*?)^```", cells.source(cell), flags=re.MULTILINE | re.DOTALL):
+            for line in block.splitlines():
+                if len(line) > MAX_WIDTH:
+                    yield cell["id"], f"{line[:40]!r}... has {len(line)} characters, needed at most {MAX_WIDTH}"
     for cell, tree in cells.trees(notebook):
         for node in ast.walk(tree):
             if isinstance(node, ast.Assign) and any(map(_several_settings, node.targets)):

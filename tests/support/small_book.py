@@ -13,6 +13,7 @@ from book import builder
 from book.builder import assets as book_assets
 from course_lib.common.project import PROJECT
 from course_lib.lesson import quiz, tables
+from support.hygiene_code import MAX_WIDTH
 from support.notebooks_made_here import clean, code, markdown, write
 
 # One transparent pixel.
@@ -33,7 +34,7 @@ def copy_book(tmp_path: Path) -> Path:
 
 
 def executed_lesson(root: Path, *, extra: str = "") -> Path:
-    """A lesson and its executed copy, with a widget, a quiz, a picture with words, a formula, a diagram and a wide table."""
+    """A lesson and its executed copy: a widget, a quiz, a picture with words, a formula, a diagram, tables, wide code."""
     import ipywidgets
     import pandas as pd
     from ipywidgets.embed import dependency_state
@@ -41,10 +42,11 @@ def executed_lesson(root: Path, *, extra: str = "") -> Path:
     lesson = clean()
     text = (
         "The loss is $\\ln V$ [nats](../book/glossary.md#nat).\nSee [your ledger](your_ledger.ipynb).\n\n"
+        "| layer | bytes |\n|---|--:|\n| norm | 64 |\n\n"
         "```mermaid\nflowchart LR\n    a --> b\n```\n" + extra
     )
     lesson["cells"].insert(3, markdown("formula", text))
-    lesson["cells"].insert(4, code("picture", "show()"))
+    lesson["cells"].insert(4, code("picture", f"words = {'x' * (MAX_WIDTH - len('words = '))}"))
     write(root / "notebooks" / "07_small.ipynb", lesson)
     words = {"alt": "Loss falls.", "width": 720}
     control = ipywidgets.Dropdown(options=["TP=1", "TP=2"], description="layout")
@@ -56,6 +58,7 @@ def executed_lesson(root: Path, *, extra: str = "") -> Path:
         {"output_type": "stream", "name": "stdout", "text": f"wrote {root}/runs/smoke/config.yaml\n"},
         {"output_type": "display_data", "data": {"application/vnd.jupyter.widget-view+json": view}, "metadata": {}},
         {"output_type": "display_data", "data": {"text/html": tables.full(wide).to_html()}, "metadata": {}},
+        {"output_type": "display_data", "data": {"text/html": wide[[0, 3]].to_html()}, "metadata": {}},
     ]  # fmt: skip
     lesson["cells"][4]["execution_count"] = 1
     asked = next(cell for cell in lesson["cells"] if cell["id"] == "quiz")

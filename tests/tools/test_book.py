@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import base64
+import fnmatch
 import hashlib
 import io
+import itertools
 import json
 import os
+import re
 import tarfile
 import time
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 from book import builder
 from book.builder import archive as book_archive
@@ -31,6 +35,23 @@ def test_the_book_has_its_pages_and_loads_nothing_from_elsewhere(built: Path) ->
         for name in ("index.html", "glossary.html", "what_runs_where.html", "lessons/07_small.html")
     )
     assert external_loads(built) == []
+
+
+def test_each_lesson_stands_in_its_part() -> None:
+    """The contents of the book put a lesson into the part that the table of the README names, and into no other."""
+    toc = yaml.safe_load((PROJECT / "book" / "_toc.yml").read_text(encoding="utf-8"))
+    rows = re.findall(r"^\| ([IV]*) *\| (\d\d|A) ", (PROJECT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    numerals = list(itertools.accumulate((numeral for numeral, _ in rows), lambda last, own: own or last))
+    named = {number.lower(): numeral for numeral, (_, number) in zip(numerals, rows, strict=True)}
+    for lesson in notebooks.listing():
+        page = f"lessons/{lesson.path.stem}"
+        parts = [
+            part["caption"].partition(".")[0]
+            for part in toc["parts"]
+            for entry in part["chapters"]
+            if fnmatch.fnmatch(page, entry.get("glob", ""))
+        ]
+        assert parts == [named[lesson.number]], page
 
 
 def test_what_pages_need_travels_with_the_book(built: Path) -> None:
@@ -270,8 +291,6 @@ def test_without_npm_the_registry_is_asked_directly(tmp_path: Path, registry, mo
 
 def test_glossary_entries_are_unique_and_linked_words_exist() -> None:
     """Each word has one entry, and every link of a lesson or a page into the glossary has its entry."""
-    import re
-
     entries = re.findall(r"^### (.+)$", (PROJECT / "book" / "glossary.md").read_text(), flags=re.MULTILINE)
     anchors = [re.sub(r"[^\w -]", "", entry.lower()).replace(" ", "-") for entry in entries]
     assert len(anchors) == len(set(anchors))
@@ -284,8 +303,6 @@ def test_glossary_entries_are_unique_and_linked_words_exist() -> None:
 
 def test_the_readmes_picture_is_there_and_small() -> None:
     """One picture of a lesson, with words, under 200 kB."""
-    import re
-
     pictures = re.findall(r"!\[([^\]]+)\]\(([^)]+)\)", (PROJECT / "README.md").read_text(encoding="utf-8"))
     assert len(pictures) == 1
     for words, place in pictures:
