@@ -7,7 +7,9 @@ logits are those that Bridge's own model gave in the rank: a field that the expo
 
 from __future__ import annotations
 
+import functools
 import json
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ from course_lib.common import files
 from course_lib.common.config import Fields
 from course_lib.runs import Run, checkpoints
 from course_lib.stack import devices
-from course_lib.stack.patches import Patches, applied
+from course_lib.stack.patches import Patches, applied, apply
 
 if TYPE_CHECKING:
     import torch
@@ -263,6 +265,10 @@ def _reference(
     tokenizer = _tokenizer(checkpoint, fields)
     facts |= {"dtype": dtype, "rope_theta": fields.model("rotary_base"), "bos_token_id": None, "pad_token_id": None}
     facts |= {"eos_token_id": tokenizer.eos_token_id if tokenizer else None}
+    if pattern := fields.model("hybrid_layer_pattern"):
+        # transformers 5 keeps the reference's list of layers, whatever pattern Bridge writes, and bounds the step sizes of
+        # its fallback from below, which Core does not
+        facts |= {"hybrid_override_pattern": pattern.replace("|", ""), "time_step_min": 0.0}
     AutoConfig.for_model(facts.pop("model_type"), **facts).save_pretrained(folder)
     if tokenizer:
         tokenizer.save_pretrained(folder)
@@ -334,7 +340,11 @@ def _logits(built: Any, ids: list[int]) -> torch.Tensor:
 
 
 def loaded(folder: Path) -> Any:
-    """The model of a Hugging Face folder in fp32 on the CPU, read without a progress bar."""
+    """The model of a Hugging Face folder in fp32 on the CPU, read without a progress bar.
+
+    From then on Nemotron-H's Mamba layers are computed by the scan of the CPU ranks in this process.
+    """
+    _scan_for_transformers()
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -347,6 +357,37 @@ def loaded(folder: Path) -> Any:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+@functools.cache
+def _scan_for_transformers() -> None:
+    """Put the course's scan where transformers wants mamba-ssm's kernel; its own fallback is wrong past one chunk.
+
+    Source: transformers `models/nemotron_h/modeling_nemotron_h.py` @ 5.12.1, huggingface/transformers#47246.
+    """
+    mine, place = Patches(), "transformers.models.nemotron_h.modeling_nemotron_h"
+
+    @mine.replaces(f"{place}.NemotronHMamba2Mixer.forward", why="mamba-ssm needs CUDA", late=place)
+    def forward(original, self, hidden_states, cache_params=None, attention_mask=None, **options):  # fmt: skip
+        """A whole sequence by the course's scan, and single tokens after it by transformers' own recurrence."""
+        if hidden_states.is_cuda or (cache_params is not None and cache_params.has_previous_state(self.layer_idx)):
+            return original(self, hidden_states, cache_params, attention_mask, **options)
+        module = sys.modules[place]
+        module.mamba_chunk_scan_combined = _contiguous_scan  # each new layer sets it to None
+        self.use_mem_eff_path = False
+        return self.cuda_kernels_forward(hidden_states, cache_params, attention_mask)
+
+    apply(mine)
+
+
+def _contiguous_scan(*args: Any, dt_limit: Any, **options: Any) -> Any:
+    """As mamba-ssm's, without bounds of the step sizes, and in memory of the order that its caller expects."""
+    from course_lib.stack import state_space
+
+    if tuple(dt_limit) != (0.0, float("inf")):
+        raise NotImplementedError(f"time_step_limit={dt_limit}: the course's scan has no bounds of the step sizes")
+    y, state = state_space.mamba_chunk_scan_combined(*args, **options)
+    return y.contiguous(), state
 
 
 def _compared(folder: Path, theirs: Any, ids: list[int], logits: Path) -> tuple[int, float, float]:

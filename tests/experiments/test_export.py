@@ -187,3 +187,40 @@ def test_a_fine_tuned_checkpoint_takes_the_tokenizer_that_its_configuration_name
     assert found.model_max_length == 32 and found.eos_token == tokenizers.END_OF_DOCUMENT
     content["tokenizer"]["tokenizer_model"] = str(tmp_path / "gone")
     assert export._tokenizer(saved, Fields.of(content)) is None
+
+
+def test_a_hybrid_is_the_same_model_past_its_first_chunk(bridge: object, tmp_path: Path, monkeypatch) -> None:
+    """64 tokens in four chunks, experts and shared expert, cut into two stages; the reference is the 30B's configuration."""
+    from megatron.bridge.recipes.nemotronh.nemotron_3_nano import nemotron_3_nano_pretrain_config
+
+    monkeypatch.setenv("COURSE_RUNS", str(tmp_path / "runs"))
+    cfg = nemotron_3_nano_pretrain_config()
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2, "seq_length": 64, "vocab_size": 256}
+    sizes |= {"mamba_num_heads": 4, "mamba_head_dim": 8, "mamba_state_dim": 8, "mamba_num_groups": 2}
+    sizes |= {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 16}
+    sizes |= {"moe_shared_expert_intermediate_size": 32, "expert_model_parallel_size": 1}
+    recipes.shrink(cfg, **sizes, mamba_chunk_size=16, hybrid_layer_pattern="ME|M*E")
+    cfg.model.hf_model_id = "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16"
+    cfg.model.pipeline_model_parallel_size = 2
+    cfg.tokenizer.tokenizer_type, cfg.tokenizer.tokenizer_model = "NullTokenizer", None
+    cfg.train.train_iters, cfg.train.micro_batch_size, cfg.train.global_batch_size = 2, 2, 4
+    cfg.optimizer.lr, cfg.optimizer.min_lr, cfg.scheduler.lr_warmup_iters = 1e-2, 1e-3, 1
+    cfg.validation.eval_iters, cfg.checkpoint.save_interval = 0, 2
+    run = launch.run(cfg, ranks=2, name="hybrid", save=True, show=None)
+    found = export.model(run, tmp_path / "folder")
+    assert found.largest_difference <= 1e-5 * found.largest_logit
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    assert config["layers_block_type"] == ["mamba", "moe", "mamba", "attention", "moe"] and config["chunk_size"] == 16
+    _writes_token_by_token_what_it_would_see_whole(export.loaded(tmp_path / "folder"))
+
+
+def _writes_token_by_token_what_it_would_see_whole(network) -> None:
+    """The state after a prompt of three chunks is handed to transformers' own step for single tokens."""
+    import torch
+
+    ids = torch.arange(3, 43)[None]
+    asked = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    written = network.generate(ids, attention_mask=torch.ones_like(ids), **asked)
+    with torch.no_grad():
+        whole = network(written, use_cache=False).logits[0, 39:-1].argmax(-1)
+    assert written[0, 40:].tolist() == whole.tolist()
