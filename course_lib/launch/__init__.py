@@ -52,16 +52,17 @@ __all__ = [
 ]
 
 
-def warm_up(ranks: int = stack.LESSON_RANKS) -> forkserver.Lease | None:
+def warm_up(ranks: int = stack.LESSON_RANKS, *, imports: str = train.MEGATRON) -> forkserver.Server | None:
     """Let the stack be imported in the background, so that the first launch of CPU ranks need not wait for it.
 
     Args:
         ranks: Number of ranks that will be launched; if they will have GPUs, nothing is imported.
+        imports: As in `call`.
 
     Returns:
         This process's lease of the fork server, which lives as long as the process; `None` where GPUs do the work.
     """
-    return forkserver.lease() if stack.device(ranks) == "cpu" else None
+    return forkserver.lease(imports) if stack.device(ranks) == "cpu" else None
 
 
 def differences(cfg: ConfigContainer, *, ranks: int = stack.LESSON_RANKS) -> pd.DataFrame:
@@ -139,7 +140,9 @@ def call(
     ranks: int = stack.LESSON_RANKS,
     device: str | None = None,
     threads: int | None = None,
+    imports: str = train.MEGATRON,
     limit_seconds: float = 300.0,
+    watch: Callable[[], object] | None = None,
 ) -> list[Any]:
     """Let every rank do something else than train, and return what each of them answered.
 
@@ -148,6 +151,8 @@ def call(
         argument: Its one argument, of JSON's kinds.
         device: `"cpu"` or `"cuda"` if the caller knows better than `stack.device(ranks)`.
         threads: Threads of each CPU rank's matrix products; by default the ranks share the cores.
+        imports: `"automodel"` for ranks that import NeMo AutoModel and no Megatron.
+        watch: Called some ten times a second while they work.
 
     Returns:
         One answer a rank, in their order, of JSON's kinds.
@@ -159,23 +164,27 @@ def call(
         TimeoutError: If the ranks still worked at the limit; they are stopped.
     """
     _refuse_no_function(job)
+    if imports not in forkserver.PRELOADS:
+        raise ValueError(f"imports={imports!r}: use {' or '.join(map(repr, forkserver.PRELOADS))}")
     device = device or stack.device(ranks)
     run_ = runs.Run(Path(tempfile.mkdtemp(prefix=f"course-{job.rpartition(':')[2]}-")))
     for part in ("logs", "ranks"):
         (run_.path / part).mkdir()
     about = {"name": run_.name, "ranks": ranks, "device": device, "launcher": _launcher_for(device)}
-    about |= {"target": job, "argument": argument, "threads": threads, "started": time.time()}
+    about |= {"target": job, "argument": argument, "threads": threads, "imports": imports, "started": time.time()}
     runs.write_json(run_.path / "launch.json", about)
     end = time.monotonic() + limit_seconds
 
-    def watch(_: runs.Run) -> None:
+    def look(_: runs.Run) -> None:
+        if watch is not None:
+            watch()
         if time.monotonic() > end:
             raise TimeoutError(
                 f"{job} on {ranks} ranks still worked after {limit_seconds:.0f} s; its ranks are stopped"
             )
 
     try:
-        supervise.watch(run_, ranks=ranks, start=_starter(run_), view=lambda: None, watch=watch)
+        supervise.watch(run_, ranks=ranks, start=_starter(run_), view=lambda: None, watch=look)
     except RunFailed:
         raise
     except BaseException:
@@ -350,7 +359,7 @@ def _start_warm(run: runs.Run, ranks: int) -> forkserver.Launch:
     threads = str(run.launch.get("threads") or variable("COURSE_THREADS") or _threads(ranks))
     environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads} | train.confirmation(run.launch)
     environment |= foreign_code.permission()
-    return forkserver.lease().launch(
+    return forkserver.lease(run.launch.get("imports", train.MEGATRON)).launch(
         "course_lib.ranks.train:start",
         str(run.path),
         ranks=ranks,

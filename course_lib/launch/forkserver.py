@@ -29,6 +29,7 @@ from pathlib import Path
 
 from course_lib.common.project import LIBRARY, PROJECT, untested_allowed
 from course_lib.ranks.server import WarmError
+from course_lib.ranks.train import AUTOMODEL, MEGATRON
 
 START_SECONDS = 60.0
 """How long a server may take to listen: it imports little, but this machine may be busy."""
@@ -39,6 +40,11 @@ SOCKET_PATH_BYTES = 107
 
 Source: Linux `unix(7)`, `sun_path`
 """
+
+
+PRELOADS = {MEGATRON: "course_lib.ranks.preload", AUTOMODEL: "course_lib.ranks.preload_automodel"}
+"""What a fork server imports for its ranks: one process cannot hold both, since AutoModel takes the stand-ins of the one for
+Transformer Engine itself."""
 
 
 RANK_ROOMS = ("common", "stack", "runs", "planning/layout", "ranks")
@@ -127,9 +133,9 @@ class Launch:
         self._job.close()
 
 
-def address() -> Path:
-    """The server's socket: one per user, Python environment and state of the code that ranks run."""
-    marks = [sys.prefix, str(untested_allowed())]
+def address(imports: str = MEGATRON) -> Path:
+    """The server's socket: one per user, Python environment, kind of ranks and state of the code that they run."""
+    marks = [sys.prefix, str(untested_allowed()), imports]
     marks += [f"{p}:{p.stat().st_mtime_ns}:{p.stat().st_size}" for p in rank_code()]
     key = hashlib.sha256("\n".join(marks).encode()).hexdigest()[:16]
     home = Path(tempfile.gettempdir()) / f"course-{os.getuid()}"
@@ -142,25 +148,28 @@ def address() -> Path:
     return home / f"{key}.socket"
 
 
-@functools.lru_cache(maxsize=1)
-def _lease_of(process: int, path: Path) -> Server:
-    return _connect(path)
+@functools.lru_cache(maxsize=2)
+def _lease_of(process: int, path: Path, imports: str) -> Server:
+    return _connect(path, imports)
 
 
-def lease() -> Server:
+def lease(imports: str = MEGATRON) -> Server:
     """This process's lease: the first call starts the server if there is none, and returns at once.
 
     The server imports the stack in the background; a launch waits for that.
 
+    Args:
+        imports: What its ranks are imported with, a key of `PRELOADS`.
+
     Raises:
         WarmError: If the server does not come up; its log is named.
     """
-    path = address()
-    found = _lease_of(os.getpid(), path)
+    path = address(imports)
+    found = _lease_of(os.getpid(), path, imports)
     if _alive(path):
         return found
-    _lease_of.cache_clear()  # the server was killed
-    return _lease_of(os.getpid(), path)
+    _lease_of.cache_clear()  # the server was killed; that of other imports is asked for again
+    return _lease_of(os.getpid(), path, imports)
 
 
 def _alive(path: Path) -> bool:
@@ -170,12 +179,12 @@ def _alive(path: Path) -> bool:
     return connection is not None
 
 
-def _connect(path: Path) -> Server:
+def _connect(path: Path, imports: str) -> Server:
     with open(path.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two notebooks that start at once share one server
         connection = _try(path)
         if connection is None:
-            server = _start_server(path)
+            server = _start_server(path, PRELOADS[imports])
             end = time.monotonic() + START_SECONDS
             while (connection := _try(path)) is None:
                 if server.poll() is not None or time.monotonic() > end:
@@ -191,7 +200,7 @@ def _try(path: Path) -> Connection | None:
     return None
 
 
-def _start_server(path: Path) -> subprocess.Popen:
+def _start_server(path: Path, preload: str) -> subprocess.Popen:
     path.unlink(missing_ok=True)
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONDONTWRITEBYTECODE", "RANK", "WORLD_SIZE")}
     environment["OMP_NUM_THREADS"] = "1"
@@ -203,8 +212,9 @@ def _start_server(path: Path) -> subprocess.Popen:
             [
                 sys.executable,
                 "-c",
-                "import sys; from course_lib.ranks import server; server.serve(sys.argv[1])",
+                "import sys; from course_lib.ranks import server; server.serve(*sys.argv[1:])",
                 str(path),
+                preload,
             ],
             stdin=subprocess.DEVNULL,
             stdout=log,

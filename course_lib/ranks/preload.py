@@ -1,25 +1,23 @@
 """Imported once by the fork server; every CPU rank is a fork of that process.
 
-This is the one module that does something when it is imported: it is what a fork server preloads.  Rules for what
-happens here: nothing that starts threads, one torch thread, and no garbage collector that walks again and again what stays:
-none runs meanwhile, and what stands at the end is frozen, so that the ranks' collectors neither walk nor copy it.  How
-long it took stays in `import_seconds`, which every fork inherits.
+This module and `preload_automodel` do something when they are imported: they are what a fork server preloads.  Rules for
+what happens here: nothing that starts threads, one torch thread, and `host.imported_once`.  How long it took stays in
+`import_seconds`, which every fork inherits.
 """
 
 from __future__ import annotations
 
-import gc
 import os
 import time
-import traceback
+
+from course_lib.ranks.cpu import host
 
 _begin = time.monotonic()
-gc.disable()
 os.environ.update(TORCHDYNAMO_DISABLE="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-try:
+with host.imported_once():
     from course_lib import runs  # noqa: F401
     from course_lib.common.project import untested_allowed
     from course_lib.planning import layout  # noqa: F401
@@ -36,11 +34,4 @@ try:
     from megatron.bridge.training.gpt_step import forward_step  # noqa: F401
     from megatron.bridge.training.pretrain import pretrain  # noqa: F401
 
-    gc.collect()
-    gc.freeze()
-except Exception:
-    # The fork server swallows an ImportError; a rank will meet it again and report it, and this line says it early.
-    traceback.print_exc()
-
-gc.enable()
 import_seconds = time.monotonic() - _begin

@@ -137,8 +137,12 @@ class Recorder:
 
     # ------------------------------------------------------------------------------------------------- what is called
 
-    def install(self) -> None:
-        """Wrap torch's process groups and Megatron's forward, backward and transfer functions in this process."""
+    def install(self, *, megatron: bool = True) -> None:
+        """Wrap torch's process groups, and Megatron's forward, backward and transfer functions, in this process.
+
+        Args:
+            megatron: False for another trainer, which says itself when it is in a forward pass.
+        """
         import torch
 
         mine, group = Patches(), torch.distributed.ProcessGroup
@@ -147,11 +151,14 @@ class Recorder:
             if hasattr(group, name):
                 noted = functools.partial(self._noted, operation=operation, whole=whole)
                 mine.makes(f"torch.distributed.ProcessGroup.{name}", why=why)(noted)
-        pipeline = "megatron.core.pipeline_parallel"
-        mine.makes(f"{pipeline}.schedules.forward_step", why=why)(self._timed_forward)
-        mine.makes(f"{pipeline}.schedules.backward_step", why=why)(self._timed_backward)
-        for name in ("_batched_p2p_ops", "_p2p_ops"):
-            mine.makes(f"{pipeline}.p2p_communication.{name}", why=why)(self._with_directions)
+        if megatron:
+            pipeline = "megatron.core.pipeline_parallel"
+            mine.makes(f"{pipeline}.schedules.forward_step", why=why)(self._timed_forward)
+            mine.makes(f"{pipeline}.schedules.backward_step", why=why)(self._timed_backward)
+            for name in ("_batched_p2p_ops", "_p2p_ops"):
+                mine.makes(f"{pipeline}.p2p_communication.{name}", why=why)(self._with_directions)
+        else:
+            mine.makes("torch.Tensor.backward", why=why)(self._marked_backward)
         self.undo.enter_context(applied(mine))
         self._node = torch._C._current_autograd_node
 
@@ -243,6 +250,17 @@ class Recorder:
                 return original(input_tensor, output_tensor, *args)
 
         return backward_step
+
+    def _marked_backward(self, original: Callable) -> Callable:
+        @functools.wraps(original)
+        def backward(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+            before, self.phase = self.phase, "backward"
+            try:
+                return original(tensor, *args, **kwargs)
+            finally:
+                self.phase = before
+
+        return backward
 
     @contextmanager
     def _working(self, kind: str, microbatch: int, chunk: int) -> Iterator[None]:

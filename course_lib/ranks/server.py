@@ -34,8 +34,12 @@ class WarmError(RuntimeError):
     """The warm launcher could not be reached or started."""
 
 
-def serve(path: str) -> None:
-    """The server's main loop; returns when the last lease has ended and nobody came back."""
+def serve(path: str, preload: str) -> None:
+    """The server's main loop; returns when the last lease has ended and nobody came back.
+
+    Args:
+        preload: The module that the fork server imports.
+    """
     import multiprocessing
     import tempfile
     from multiprocessing import forkserver
@@ -47,7 +51,7 @@ def serve(path: str) -> None:
         Listener(path, "AF_UNIX", backlog=64) as listener,
     ):  # it may be unlinked
         os.chmod(path, 0o600)
-        multiprocessing.set_forkserver_preload(["course_lib.ranks.preload"])
+        multiprocessing.set_forkserver_preload([preload])
         forkserver.ensure_running()  # imports begin now, in the fork server; this process stays light
         accepting = threading.Thread(target=_accept, args=(listener, served), daemon=True)
         accepting.start()

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 TARGET = "course_lib.ranks.train:rank_main"
 """What a rank executes unless the run says otherwise: Bridge's own loop."""
 
+MEGATRON, AUTOMODEL = "megatron", "automodel"
+"""What a rank is imported with: Bridge and the stand-ins of what is absent, or AutoModel and nothing in its way."""
+
 GRACE_SECONDS = 0.4
 """How long a failing rank waits before it exits, so that a rank which died without a word is noticed first."""
 
@@ -183,7 +186,7 @@ def start(run_directory: str, cfg: ConfigContainer | None = None) -> None:
             stage(path, rank, runs.STAGES[1])
             launch = runs.Run(path).launch
             _refuse_unconfirmed(launch)
-            _take(launch.get("device") or stack.device(world), rank, world)
+            _take(launch.get("device") or stack.device(world), rank, world, launch.get("imports", MEGATRON))
             target = _function(launch.get("target", TARGET))
             if "argument" in launch:
                 stage(path, rank, f"calling {launch['target']}")
@@ -207,7 +210,7 @@ def start(run_directory: str, cfg: ConfigContainer | None = None) -> None:
             os._exit(1)  # no destructor may wait for peers that are gone
 
 
-def _take(device: str, rank: int, world: int) -> None:
+def _take(device: str, rank: int, world: int, imports: str) -> None:
     """Get this process ready for the device that the launcher chose: `stack.device()` says the same from now on.
 
     This is the one place where a rank becomes a CPU rank.
@@ -216,14 +219,15 @@ def _take(device: str, rank: int, world: int) -> None:
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # torch's own switch: no file that a rank loads may name code
     if device == "cuda":
-        stack.prepare_imports(compiler=True)
+        if imports == MEGATRON:
+            stack.prepare_imports(compiler=True)
         return
     from course_lib.ranks import cpu
     from course_lib.ranks.cpu import host
 
     host.share(int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", world)))
     host.keep_memory()
-    cpu.activate(allow_untested=untested_allowed())
+    cpu.activate(allow_untested=untested_allowed(), torch_alone=imports == AUTOMODEL)
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))

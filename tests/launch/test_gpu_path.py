@@ -105,7 +105,7 @@ def one_gpu(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("bridge", "one_gpu", "runs_directory")
 def test_one_gpu_is_for_one_rank(monkeypatch):
     """Eight ranks run on the CPU there, so the stack is imported ahead for them; one rank has the GPU."""
-    monkeypatch.setattr(forkserver, "lease", lambda: "a lease")
+    monkeypatch.setattr(forkserver, "lease", lambda imports: "a lease")
     assert (stack.device(1), stack.device(8)) == ("cuda", "cpu")
     assert launch.warm_up() == "a lease" and launch.warm_up(ranks=1) is None
     prepared = {ranks: launch.prepare(small.config(tp=1), ranks=ranks).launch for ranks in (1, 8)}

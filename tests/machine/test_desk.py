@@ -106,7 +106,7 @@ def test_the_engine_starts_where_the_temporary_directory_has_a_long_name(tmp_pat
     place = forkserver.address()
     assert len(str(place)) <= forkserver.SOCKET_PATH_BYTES and place.parent.stat().st_uid == os.getuid()
     code = "import sys, multiprocessing; from course_lib.ranks import server; server.LINGER_SECONDS = 0.0\n"
-    code += "multiprocessing.set_forkserver_preload = lambda modules: None; server.serve(sys.argv[1])"
+    code += "multiprocessing.set_forkserver_preload = lambda modules: None; server.serve(sys.argv[1], 'none')"
     words = [sys.executable, "-c", code, str(place.with_suffix(".test"))]
     done = subprocess.run(words, cwd=PROJECT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

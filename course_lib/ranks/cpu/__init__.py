@@ -6,7 +6,7 @@ Everything it changes is a patch with a reason; `table()` lists them all.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from course_lib.stack.patches import Patch
@@ -23,11 +23,16 @@ def active() -> bool:
     return _active
 
 
-def patches() -> list[Patch]:
-    """Every patch of a CPU rank."""
-    from course_lib.ranks.cpu import attention, cuda, gloo, kernels, mailbox, megatron, rng, saving, state_space
+def patches(*, torch_alone: bool = False) -> list[Patch]:
+    """Every patch of a CPU rank; or what a rank needs that imports no Megatron: torch's devices and collectives."""
+    from course_lib.ranks.cpu import cuda, gloo, mailbox, rng
 
-    parts = (cuda, rng, gloo, mailbox, attention, state_space, kernels, megatron, saving)
+    parts: tuple[Any, ...] = (cuda, rng, gloo, mailbox)
+    if torch_alone:
+        return [patch for part in parts for patch in part.PATCHES if patch.target.startswith("torch.")]
+    from course_lib.ranks.cpu import attention, kernels, megatron, saving, state_space
+
+    parts += (attention, state_space, kernels, megatron, saving)
     return [patch for part in parts for patch in part.PATCHES]
 
 
@@ -36,11 +41,13 @@ def table() -> list[dict[str, str]]:
     return [{"target": patch.target, "becomes": patch.becomes, "why": patch.why} for patch in patches()]
 
 
-def activate(*, allow_untested: bool = False) -> None:
+def activate(*, allow_untested: bool = False, torch_alone: bool = False) -> None:
     """Make CUDA-shaped calls land on the CPU in this process; calling it again changes nothing.
 
     Args:
         allow_untested: Go on although other versions are installed than the tested ones.
+        torch_alone: Change torch and nothing else: no stand-ins, which a trainer without Megatron would take for Transformer
+            Engine.
 
     Raises:
         Refused: In a notebook kernel, or if versions differ from `stack.TESTED` and `allow_untested` is false.
@@ -68,7 +75,8 @@ def activate(*, allow_untested: bool = False) -> None:
             "or set COURSE_ALLOW_UNTESTED=1 and check the results yourself."
         )
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that is there takes no part in it
-    stack.hide_gpu_packages()
-    stack.prepare_imports()
-    upstream.apply(patches())
+    if not torch_alone:
+        stack.hide_gpu_packages()
+        stack.prepare_imports()
+    upstream.apply(patches(torch_alone=torch_alone))
     _active = True

@@ -75,6 +75,12 @@ def all_to_all_single(
     return original(output, input.contiguous(), *sizes, group=group, async_op=async_op)
 
 
+@PATCHES.replaces("torch.distributed.barrier", why="gloo refuses a list of devices; AutoModel gives one")
+def barrier(original, group=None, async_op=False, device_ids=None):
+    """The devices are left out: each rank has one."""
+    return original(group=group, async_op=async_op)
+
+
 @dataclass(frozen=True)
 class Scaled:
     """A sum of tensors that are multiplied first."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import multiprocessing
 import os
 import signal
 import threading
+import traceback
+from collections.abc import Iterator
 from multiprocessing.connection import wait
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names of malloc.h
@@ -45,6 +48,23 @@ def share(rank: int, ranks: int) -> None:
         if core is not None:
             os.sched_setaffinity(0, {core})
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
+@contextlib.contextmanager
+def imported_once() -> Iterator[None]:
+    """What a fork server imports in the block is there for every fork; an error there is met again by each rank.
+
+    No garbage collector walks again and again what stays: none runs meanwhile, and what stands at the end is frozen, so
+    that the ranks' collectors neither walk nor copy it.
+    """
+    gc.disable()
+    try:
+        yield
+        gc.collect()
+        gc.freeze()
+    except Exception:
+        traceback.print_exc()  # the fork server swallows an ImportError; this line says it early
+    gc.enable()
 
 
 def keep_memory() -> None:

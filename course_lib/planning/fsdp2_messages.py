@@ -1,0 +1,82 @@
+"""What a step of FSDP2 sends as NeMo AutoModel sets it up, by closed form: weights and gradients, and no activations.
+
+Beside `messages`, which counts what Megatron's ways of cutting send.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from math import ceil, prod
+from typing import TYPE_CHECKING
+
+from course_lib.planning.messages import KEY
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["expected", "units"]
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
+
+def units(shapes: Mapping[str, Sequence[int]], *, ranks: int) -> list[int]:
+    """How many numbers each unit of FSDP2 has once it is whole: the root with all that is in no layer, then the layers.
+
+    Each tensor is cut by its first dimension into equal parts, the last of which is padded.
+
+    Args:
+        shapes: Names as transformers has them, and the shape of each parameter; a tied one occurs once.
+
+    Example:
+        >>> units({"model.embed_tokens.weight": (10, 4), "model.layers.0.mlp.up_proj.weight": (6, 4)}, ranks=4)
+        [48, 32]
+    """
+    counts: dict[int, int] = {-1: 0}
+    for name, shape in shapes.items():
+        found = _LAYER.match(name)
+        layer = int(found[1]) if found else -1
+        counts[layer] = counts.get(layer, 0) + ranks * ceil(shape[0] / ranks) * prod(shape[1:])
+    return [counts[layer] for layer in sorted(counts)]
+
+
+def expected(
+    shapes: Mapping[str, Sequence[int]],
+    *,
+    ranks: int,
+    microbatches: int = 1,
+    element_bytes: int = 4,
+    gradient_bytes: int = 4,
+) -> pd.DataFrame:
+    """What one rank takes part in during one step.
+
+    Every layer is made whole for the forward pass, and again for the backward pass, except for the last one, which is kept
+    until then like the root.  Gradients are reduced after the last micro-batch, once.
+
+    Args:
+        shapes: As in `units`.
+        microbatches: Of one rank in one step.
+        element_bytes: Of a weight on its way: 4 for `param_dtype: float32`, 2 for AutoModel's default.
+        gradient_bytes: Of a gradient on its way, by `reduce_dtype`.
+
+    Returns:
+        Rows `phase, operation, group, group_size, bytes, count, why`: `bytes` is the size of one operation.
+
+    Source: nemo_automodel components/distributed/parallelizer.py and components/training/utils.py @ 0.6.0.
+    """
+    import pandas as pd
+
+    root, *layers = units(shapes, ranks=ranks)
+    rows = [("forward", "all_gather", "dp_shard", element_bytes * root, microbatches, "what is in no layer")]
+    for number, layer in enumerate(layers):
+        rows.append(("forward", "all_gather", "dp_shard", element_bytes * layer, microbatches, "layers"))
+        if number < len(layers) - 1:
+            rows.append(("backward", "all_gather", "dp_shard", element_bytes * layer, microbatches, "layers, again"))
+    for unit in (root, *layers):
+        rows.append(("backward", "reduce_scatter", "dp_shard", gradient_bytes * unit, 1, "gradients"))
+    rows.append(("update", "all_reduce", "dp", 8, 3, "labels, tokens and FLOPs of the step"))
+    rows.append(("update", "all_reduce", "dp", 4, 1, "the loss"))
+    rows.append(("update", "all_reduce", "dp_shard", 8, 2, "norm of the gradient: the largest number, then the sum"))
+    table = pd.DataFrame([(phase, kind, group, ranks, *rest) for phase, kind, group, *rest in rows])
+    table.columns = [*KEY, "count", "why"]
+    return table.groupby([*KEY, "why"], sort=False)["count"].sum().reset_index()[[*KEY, "count", "why"]]
