@@ -75,6 +75,22 @@ def ledger(
         raise typer.Exit(1) from None
 
 
+@app.command("class")
+def class_(
+    ledgers: Annotated[list[Path], typer.Argument(help="Ledgers of learners, or a folder of them.")],
+    to: Annotated[Path, typer.Option(help="The table; the picture stands beside it.")] = Path("class.csv"),
+) -> None:
+    """Put the ledgers of a class together, as one table and one picture."""
+    from course_lib.lesson import classroom, ledger
+
+    try:
+        for file in classroom.write(ledgers, to):
+            typer.echo(f"written: {_shown(file)}")
+    except (classroom.ClassError, ledger.LedgerError, OSError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
+
+
 def _parameters(pairs: list[str]) -> dict[str, object]:
     """Read NAME=VALUE pairs; a value is a Python literal, else text."""
     import ast

@@ -26,16 +26,25 @@ MARK = re.compile(r"^<!-- facts: (\w+) -->$", re.MULTILINE)
 GROUPS = {"dependencies": "the course runs on", "dev": "tests", "book": "the book"}
 
 SESSIONS = (
-    (("00", "01", "02"), "which of two contradicting sources is right"),
-    (("03", "04", "05"), "why a falling loss proves so little"),
-    (("06", "07"), "which layout they would pay for"),
-    (("08", "09"), "what counts as a difference"),
-    (("10", "11", "12"), "what survives a crash, and where the bytes go"),
+    (("00",), "what a machine must have before a run on it means anything"),
+    (("01",), "which of the six systems they would read first"),
+    (("02",), "which of two contradicting sources is right"),
+    (("03",), "why a falling loss proves so little"),
+    (("04",), "what was really drawn, and who would have noticed"),
+    (("05",), "when two losses may be compared"),
+    (("06",), "which layout they would pay for"),
+    (("07",), "which rank to believe"),
+    (("08",), "what a sick run looks like from outside"),
+    (("09",), "what counts as a difference"),
+    (("10",), "what survives a crash"),
+    (("11",), "where the bytes go"),
+    (("12",), "whether a shorter bubble is worth its price"),
     (("13",), "what a model should forget, and who decides"),
     (("14",), "what a reward leaves out"),
     (("15",), "how sure they are that it is better"),
     (("16",), "what a token pays for"),
     (("17",), "what a model may forget"),
+    (("a",), "which of these they would have noticed"),
 )
 
 
@@ -67,7 +76,7 @@ def sessions(_: Path) -> str:
     minutes = {lesson.number: lesson.minutes or 0 for lesson in notebooks.listing()}
     lines = ["| session | lessons | minutes | what the room should argue about |", "|---|---|--:|---|"]
     for number, (names, question) in enumerate(SESSIONS, start=1):
-        lines.append(f"| {number} | {', '.join(names)} | {sum(minutes[name] for name in names)} | {question} |")
+        lines.append(f"| {number} | {', '.join(names).upper()} | {sum(minutes[name] for name in names)} | {question} |")
     return "\n".join(lines)
 
 

@@ -206,11 +206,12 @@ def table(*, lesson: str | None = None, history: bool = False) -> DataFrame:
     return DataFrame(rows, columns=columns)
 
 
-def exercises(*, lesson: str | None = None) -> DataFrame:
+def exercises(*, lesson: str | None = None, file: Path | None = None) -> DataFrame:
     """Show which exercises you tried, and which were right.
 
     Args:
         lesson: Only those of this lesson.
+        file: The ledger of somebody else, by default your own.
 
     Returns:
         One row an exercise: lesson, exercise (the cell's id), attempts, state ("right" or "not yet").
@@ -219,19 +220,20 @@ def exercises(*, lesson: str | None = None) -> DataFrame:
 
     rows = [
         (entry.lesson, entry.name, entry.attempts, "right" if entry.solved_at else "not yet")
-        for entry in _read(path()).exercises
+        for entry in _read(file or path()).exercises
         if lesson in (None, entry.lesson)
     ]
     return DataFrame(rows, columns=["lesson", "exercise", "attempts", "state"])
 
 
-def scores(*, lesson: str | None = None) -> DataFrame:
+def scores(*, lesson: str | None = None, file: Path | None = None) -> DataFrame:
     """Compare guesses of every unit on one scale: guessed divided by measured.
 
     The first guess of a quantity that was measured counts: who guesses again knows the answer.
 
     Args:
         lesson: Only those of this lesson.
+        file: The ledger of somebody else, by default your own.
 
     Returns:
         One row a guess that has a measured value, both positive: lesson, quantity, ratio, and the same of the course.
@@ -243,7 +245,7 @@ def scores(*, lesson: str | None = None) -> DataFrame:
 
     rows = [
         (e.lesson, e.name, e.guess / e.measured, e.predicted / e.measured if positive(e.predicted) else math.nan)
-        for e in _entries(lesson)
+        for e in _entries(lesson, file=file)
         if positive(e.guess) and positive(e.measured)
     ]
     return DataFrame(rows, columns=["lesson", "quantity", "ratio", "course"])
@@ -305,8 +307,8 @@ def _place(entry: Entry | Exercise) -> tuple[str, str]:
     return entry.lesson, entry.name
 
 
-def _entries(lesson: str | None, *, history: bool = False) -> list[Entry]:
-    entries = [entry for entry in _read(path()).entries if lesson in (None, entry.lesson)]
+def _entries(lesson: str | None, *, history: bool = False, file: Path | None = None) -> list[Entry]:
+    entries = [entry for entry in _read(file or path()).entries if lesson in (None, entry.lesson)]
     if history:
         return entries
     chosen: dict[tuple[str, str], Entry] = {}

@@ -9,11 +9,12 @@ import html
 import os
 import re
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Option", "Question", "QuizError", "as_buttons", "as_text", "path", "read", "show"]
+__all__ = ["Option", "Question", "QuizError", "as_buttons", "as_text", "display", "path", "read", "show"]
 
 QUIZZES = Path(__file__).parent / "quizzes"
 LETTERS = "ABCDEF"
@@ -30,6 +31,9 @@ class Option:
     text: str
     reason: str
     right: bool = False
+
+
+Answered = Callable[[Option], None]
 
 
 @dataclass(frozen=True)
@@ -66,51 +70,66 @@ def read(lesson: str) -> tuple[Question, ...]:
 
 
 def show(lesson: str) -> None:
-    """Show the quiz of a lesson, with buttons where a notebook server answers them, with folded text everywhere else.
+    """Show the quiz of a lesson.
 
     Args:
         lesson: The lesson's number, such as "03".
     """
-    from IPython.display import display
+    display(read(lesson))
 
-    questions = read(lesson)
-    words = {"text/html": as_text(questions), "text/plain": f"{len(questions)} questions"}
+
+def display(questions: tuple[Question, ...], *, answered: Answered | None = None) -> None:
+    """Show questions, with buttons where a notebook server answers them, with folded text everywhere else.
+
+    Args:
+        answered: What is told of each option that somebody clicks.
+    """
+    import IPython.display
+
+    words = {"text/html": as_text(questions), "text/plain": f"questions: {len(questions)}"}
     if "JPY_SESSION_NAME" in os.environ:  # a Jupyter server set it; an execution without a browser has nobody to click
-        words |= as_buttons(questions)._repr_mimebundle_()
-    display(words, raw=True)
+        words |= as_buttons(questions, answered=answered)._repr_mimebundle_()
+    IPython.display.display(words, raw=True)
 
 
 def as_text(questions: tuple[Question, ...]) -> str:
     """The questions as HTML: each option unfolds its reason, without a kernel and without a script."""
     parts = []
     for number, question in enumerate(questions, 1):
-        parts.append(f"<p><b>{number}.</b> {_code(question.text)}</p>")
+        parts.append(f"<p>{_number(number, questions)}{_code(question.text)}</p>")
         for letter, option in zip(LETTERS, question.options, strict=False):
             said = f"<summary><b>{letter}</b> {_code(option.text)}</summary><p>{_answer(option)}</p>"
             parts.append(f"<details>{said}</details>")
     return f'<div class="quiz">{"".join(parts)}</div>'
 
 
-def as_buttons(questions: tuple[Question, ...]) -> Any:
+def as_buttons(questions: tuple[Question, ...], *, answered: Answered | None = None) -> Any:
     """The questions as widgets: a click on a letter shows the reason below the question."""
     import ipywidgets
 
     parts = []
     for number, question in enumerate(questions, 1):
         said = ipywidgets.HTML()
-        parts.append(ipywidgets.HTML(f"<b>{number}.</b> {_code(question.text)}"))
+        parts.append(ipywidgets.HTML(f"{_number(number, questions)}{_code(question.text)}"))
         for letter, option in zip(LETTERS, question.options, strict=False):
             button = ipywidgets.Button(description=letter, layout=ipywidgets.Layout(width="3em", flex="0 0 auto"))
-            button.on_click(_clicked(letter, option, said))
+            button.on_click(_clicked(letter, option, said, answered))
             parts.append(ipywidgets.HBox([button, ipywidgets.HTML(_code(option.text))]))
         parts.append(said)
     return ipywidgets.VBox(parts)
 
 
-def _clicked(letter: str, option: Option, said: Any) -> Any:
+def _number(number: int, questions: tuple[Question, ...]) -> str:
+    """One question alone needs no number."""
+    return f"<b>{number}.</b> " if len(questions) > 1 else ""
+
+
+def _clicked(letter: str, option: Option, said: Any, answered: Answered | None) -> Any:
     def show_reason(button: Any) -> None:
         said.value = f"<b>{letter}</b> {_answer(option)}"
         button.button_style = "success" if option.right else "warning"
+        if answered is not None:
+            answered(option)
 
     return show_reason
 

@@ -15,6 +15,8 @@ from course_lib.runs import foreign_code
 if TYPE_CHECKING:
     from megatron.bridge.training.config import ConfigContainer
 
+__all__ = ["FieldError", "check_fields", "refuse_wrong_values"]
+
 
 class FieldError(ValueError):
     """The configuration carries a name that Bridge does not know, or a value that its field cannot have."""

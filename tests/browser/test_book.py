@@ -101,6 +101,30 @@ def test_a_question_unfolds_its_reason_without_a_kernel(page, site: str) -> None
     page.screenshot(path=str(_shot("book_quiz_dark.png")))
 
 
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_a_symptom_is_found_by_its_words(page, site: str, theme: str) -> None:
+    """A pasted line leaves the rows that fit and hides empty tables; other words say so; nothing asked shows everything."""
+    page.goto(f"{site}/troubleshooting.html")
+    page.evaluate(f"document.documentElement.dataset.theme = '{theme}'")
+    field, said = page.locator("#find-a-symptom input"), page.locator("#find-a-symptom [role=status]")
+    rows = page.locator("table tbody tr:visible")
+    total = int(said.inner_text().split()[0])
+    assert total >= 45 and rows.count() >= total
+    field.fill("RuntimeError: EADDRINUSE")
+    assert said.inner_text().startswith("No row has all of these words; nearest, with 1 of 2: 1 row")
+    assert rows.count() == 1 and "Address already in use" in rows.first.inner_text()
+    assert not page.get_by_role("heading", name="The setup fails").is_visible()
+    field.fill("Connection closed by peer")
+    assert re.fullmatch(rf"\d+ rows? of {total}", said.inner_text()) and "rank 3 is gone" in rows.first.inner_text()
+    page.screenshot(path=str(_shot(f"book_symptom_{theme}.png")))
+    field.fill("qwertz")
+    assert said.inner_text() == "No row has any of these words." and rows.count() == 0
+    field.fill("")
+    assert said.inner_text() == f"{total} symptoms"
+    page.goto(f"{site}/troubleshooting.html?symptom=batch_encode_plus")
+    assert said.inner_text() == f"1 row of {total}"
+
+
 PAGES = ("index", "eight_gpu_plan", "memory_planner", "before_the_first_step", "troubleshooting", "lessons/07_small")
 
 

@@ -300,7 +300,9 @@ ELSEWHERE = {
     "routers and paired seeds, whose bounds are far from what rounding moves": "16/check-load 16/check-pay",
     "verdicts that figure-all takes together": "09/run-learning-rate 09/run-init 09/run-length 09/run-shape",
 }
-"""Check cells that no test here evaluates for a GPU, and why they need none; lesson 01 starts no rank."""
+"""Check cells that no test here evaluates for a GPU, and why they need none."""
+WITHOUT_RANKS = {"01", "a"}
+"""Lessons that start no rank."""
 ASKS = r"\bon_cpu\b|\bbound\b|\bdevice\b|torch\.cuda"
 """What a cell says that asks where its ranks were."""
 
@@ -308,9 +310,12 @@ ASKS = r"\bon_cpu\b|\bbound\b|\bdevice\b|torch\.cuda"
 def test_every_check_cell_knows_about_gpus():
     """Each is evaluated here, asks for the device itself, or is listed with the reason why it need not."""
     source = Path(__file__).read_text(encoding="utf-8")
-    here = {f"{number}/{name}" for number, name in re.findall(r'(?:holds|verdicts)\(\s*"(\d\d)", "([\w-]+)"', source)}
+    here = {
+        f"{number}/{name}" for number, name in re.findall(r'(?:holds|verdicts)\(\s*"(\d\d|[a-z])", "([\w-]+)"', source)
+    }
     listed = [name for names in ELSEWHERE.values() for name in names.split()]
-    every = {f"{path.name[:2]}/{cell}" for path in notebooks.notebooks() for cell in tagged(path.name[:2], "check")}
-    asks = {name for name in every if re.search(ASKS, cells(name[:2])[name[3:]][0])}
-    left = every - here - asks - {name for name in every if name.startswith("01/")}
+    numbers = [path.stem.split("_")[0] for path in notebooks.notebooks()]
+    every = {f"{number}/{cell}" for number in numbers for cell in tagged(number, "check")}
+    asks = {name for name in every if re.search(ASKS, cells(name.split("/")[0])[name.split("/")[1]][0])}
+    left = every - here - asks - {name for name in every if name.split("/")[0] in WITHOUT_RANKS}
     assert left - set(listed) == set() and set(listed) - every == set() and len(listed) == len(set(listed))

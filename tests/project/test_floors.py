@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from course_lib.common.project import PROJECT
+from course_lib.lesson import notebooks
 
 LIBRARY = PROJECT / "course_lib"
 ROOMS = [
@@ -126,20 +127,22 @@ def test_every_file_and_name_of_the_library_that_is_written_down_exists() -> Non
 def lesson_imports() -> dict[Path, set[str]]:
     """The files of course_lib that lessons import, with the numbers of those lessons."""
     found: dict[Path, set[str]] = {}
-    for path in sorted(PROJECT.glob("notebooks/[0-9]*.ipynb")):
+    for path in notebooks.notebooks():
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
         for _, name in imports(ast.parse(code)):
             place = PROJECT.joinpath(*name.split("."))
             here, above = ({way.with_suffix(".py"), way / "__init__.py"} & set(FILES) for way in (place, place.parent))
             for file in here or above:
-                found.setdefault(file, set()).add(path.name[:2])
+                found.setdefault(file, set()).add(path.stem.split("_")[0])
     return found
 
 
 def test_the_readme_says_which_lessons_use_a_room() -> None:
     """The last column of the rooms' table is what the notebooks import, so a new import changes one line there."""
-    lines = re.findall(r"^\| \d \| `([\w/]+)/` \|.*\| ([\d ]*)\|$", (LIBRARY / "README.md").read_text(), re.MULTILINE)
+    lines = re.findall(
+        r"^\| \d \| `([\w/]+)/` \|.*\| ([\da-z ]*)\|$", (LIBRARY / "README.md").read_text(), re.MULTILINE
+    )
     used: dict[str, set[str]] = {name: set() for name in ROOMS}
     for path, lessons in lesson_imports().items():
         used[room(path)] |= lessons

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from course_lib.common.project import PROJECT
+from course_lib.lesson import notebooks
 
 SETUP = """
 from pathlib import Path
@@ -81,7 +81,7 @@ def test_any_other_error_keeps_its_frames(errors: dict[str, str], cell: str) -> 
     assert all(words in errors[cell] for words in SHOWN_WHOLE[cell])
 
 
-@pytest.mark.parametrize("path", sorted(PROJECT.glob("notebooks/[0-9]*.ipynb")), ids=lambda path: path.stem[:2])
+@pytest.mark.parametrize("path", notebooks.notebooks(), ids=lambda path: path.stem.split("_")[0])
 def test_every_lesson_shortens_its_tracebacks(path: Path) -> None:
     """`prepare_imports` does it, in the cell of imports."""
     cells = {cell["id"]: "".join(cell["source"]) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]}

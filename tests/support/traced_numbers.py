@@ -29,8 +29,8 @@ NO_PROSE = tuple(
         r"<[^>\n]*>|https?://\S+",
         r"^[ \t]*\d+\.(?=\s)",  # the number of a list item
         r"^\|[ \t]*\d{1,2}[ \t]*(?=\|)",  # the number of a table's row
-        r"\b[Ll]essons?(?: |\n)\d\d(?:(?:, | and | to | or )\d\d)*\b",
-        r"^\|[^|\n]*\|[ \t]*\d\d(?=,| [A-Z])(?:, \d\d)*",  # lessons in the second column of a table
+        r"\b[Ll]essons?(?: |\n)(?:\d\d|A)\b(?:(?:, | and | to | or )(?:\d\d|A)\b)*",
+        r"^\|[^|\n]*\|[ \t]*(?:\d\d|A)(?=,| [A-Z])(?:, (?:\d\d|A)\b)*",  # lessons in the second column of a table
         r"\b[A-Z]+[ ]?=[ ]?\d+(?:\.\d+)?",  # TP=2
         r"\b20[12]\d\b(?![.,]\d)",  # a year
         r"\barXiv \d{4}\.\d{5}|\b(?:issue|pull request) \d+|\bcommit [0-9a-f]{7,}",  # where something was read
