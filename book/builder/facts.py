@@ -48,6 +48,31 @@ SESSIONS = (
 )
 
 
+PATHS = (
+    ("an evening", ("00", "03"), "lessons 00 and 03", "`make run`, then lesson 03 in JupyterLab"),
+    (
+        "a week",
+        tuple(f"{number:02}" for number in range(11)),
+        "lessons 00 to 10, one or two a day",
+        "each lesson, with its exercises before their solutions",
+    ),
+    (
+        "a node tomorrow",
+        ("00", "03", "07", "06", "10"),
+        "lessons 00, 03, 07, 06 and 10, then [before the first step on a node](before_the_first_step.md) "
+        "and [the eight-GPU plan](eight_gpu_plan.md)",
+        "lesson 03 once more, on the node",
+    ),
+    (
+        "a class",
+        tuple(f"{number:02}" for number in range(13)),
+        "lessons 00 to 12 in 13 sessions of 90 minutes, with a guess written down before each run",
+        "the runs together, and compare your [ledgers](your_ledger.md)",
+    ),
+)
+"""Four ways through the course: what you have, its lessons, what to read, what to run."""
+
+
 class FactError(ValueError):
     """A page asks for a table that nobody makes."""
 
@@ -69,6 +94,15 @@ def fill(page: str, *, root: Path) -> str:
         return FACTS[match.group(1)](root)
 
     return MARK.sub(table, page)
+
+
+def paths(_: Path) -> str:
+    """Four ways through the course, with the minutes that their lessons name."""
+    minutes = {lesson.number: lesson.minutes or 0 for lesson in notebooks.listing()}
+    lines = ["| you have | read | minutes | and run |", "|---|---|--:|---|"]
+    for name, numbers, read, run in PATHS:
+        lines.append(f"| {name} | {read} | {sum(minutes[number] for number in numbers)} | {run} |")
+    return "\n".join(lines)
 
 
 def sessions(_: Path) -> str:
@@ -278,6 +312,7 @@ FACTS: dict[str, Callable[[Path], str]] = {
     "memory_planner": memory_planner,
     "recipe_families": recipe_families,
     "upstream_tests": upstream_tests,
+    "paths": paths,
     "sessions": sessions,
     "gpu_checks": gpu_checks,
     "gpu_bundle": gpu_bundle_parts,

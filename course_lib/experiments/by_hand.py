@@ -15,7 +15,6 @@ from course_lib import launch
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.axes import Axes
 
 __all__ = [
     "CopyIn",
@@ -24,43 +23,10 @@ __all__ = [
     "compare_data_parallel",
     "compare_tensor_parallel",
     "data_parallel_step",
-    "draw_cut",
     "optimizer_bytes",
     "row_parallel",
     "sharded_step",
 ]
-
-
-def draw_cut(ax: Axes) -> None:
-    """Draw the two matrix products of an MLP on two ranks, each rank's part in its own colour and hatch.
-
-    A^T is cut by columns and B^T by rows, so that the middle is cut alike, and the two results are summands.
-    """
-    from matplotlib.patches import Rectangle
-
-    from course_lib.figures import plots
-
-    looks = [{"facecolor": plots.COLOURS["blue"]}, {"facecolor": plots.COLOURS["vermilion"], "hatch": "///"}]
-
-    def block(left: float, low: float, wide: float, high: float, rank: int | None = None) -> None:
-        look = {"facecolor": "none"} if rank is None else looks[rank]
-        ax.add_patch(Rectangle((left, low), wide, high, edgecolor=plots.INK, linewidth=1.2, alpha=0.8, **look))
-
-    block(0, 1.5, 2, 1)  # x
-    for rank in (0, 1):
-        block(3 + 1.5 * rank, 1, 1.5, 2, rank)  # A^T, by columns
-        block(7 + 1.5 * rank, 1.5, 1.5, 1, rank)  # the middle
-        block(11, 2 - 1.5 * rank, 2, 1.5, rank)  # B^T, by rows
-        block(14, 2.25 - 1.5 * rank, 2, 1, rank)  # the summands
-    block(17.6, 1.5, 2, 1)  # y
-    for at, low, text in (
-        (1, 2.6, "$x$"), (4.5, 3.1, "$A^T$"), (8.5, 2.6, "$f(x A^T)$"), (12, 3.6, "$B^T$"), (15, 3.35, "summands"),
-        (18.6, 2.6, "$y$"), (2.5, 1.9, "$\\times$"), (6.5, 1.9, "$\\to$"), (10.5, 1.9, "$\\times$"), (13.5, 1.9, "="),
-        (15, 1.9, "+"), (16.8, 1.9, "="),
-    ):  # fmt: skip
-        ax.text(at, low, text, ha="center")
-    ax.set(xlim=(-0.3, 20), ylim=(0.2, 4.2), aspect="equal")
-    ax.axis("off")
 
 
 # torch before 2.13, which NVIDIA's containers carry, knows these two by longer names

@@ -1,6 +1,7 @@
 """A notebook cell that shows loss, memory per rank and tokens per second while a run trains.
 
-The picture is a PNG behind one display id, so its last frame stays in the saved notebook and in a static page.
+The picture is a PNG behind one display id, so its last frame stays in the saved notebook and in a static page; it is
+folded where the run succeeded.
 The ranks need the cores more than the picture does: a frame redraws only the curves over a stored background, and the
 pause between frames grows with what a frame costs, so that drawing takes at most 2% of the machine.
 Without a notebook, a terminal gets one line of text and anything else gets silence.
@@ -146,12 +147,21 @@ class View:
         data = self._panels.draw(run, last=last)
         alt = plots.describe(self._panels.figure) if last else "Live view of a run: it will be replaced"
         picture = Image(data, format="png", width=self._panels.width_pixels, alt=alt)
-        # lessons.execute finds the run directory of an executed notebook here.
-        metadata = {"course": {"run": str(run.path)}} if last else {}
+        bundle, metadata = picture._repr_mimebundle_()
+        if last:
+            bundle["text/html"] = self._folded(bundle["image/png"], alt, is_open=not _succeeded(run))
+            # lessons.execute finds the run directory of an executed notebook here.
+            metadata["course"] = {"run": str(run.path)}
         if self._image is None:
-            self._image = display(picture, display_id=True, metadata=metadata)
+            self._image = display(bundle, raw=True, display_id=True, metadata=metadata)
         else:
-            self._image.update(picture, metadata=metadata)
+            self._image.update(bundle, raw=True, metadata=metadata)
+
+    def _folded(self, encoded: str, alt: str, *, is_open: bool) -> str:
+        """The last frame below a line that unfolds it: what matters of a run, its lesson draws again."""
+        image = f'<img src="data:image/png;base64,{encoded.strip()}" width="{Panels.width_pixels}" alt="{escape(alt)}">'
+        summary = "<summary>Loss, memory and throughput while it ran</summary>"
+        return f'<details class="live"{" open" if is_open else ""}>{summary}{image}</details>'
 
     def _say(self, run: Run, text: str, *, last: bool = False) -> None:
         text = f"{self.name}: {text}" if self.name else text
@@ -206,6 +216,10 @@ class View:
 
     def _warned(self, warnings: tuple[str, ...]) -> str:
         return "".join(f"WARNING: {text}. " for text in warnings)
+
+
+def _succeeded(run: Run) -> bool:
+    return bool(run.outcome) and run.outcome.status == "succeeded"
 
 
 class Panels:

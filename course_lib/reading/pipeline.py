@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from course_lib.runs import Run
 
-__all__ = ["bubble_share", "idle_share", "passes", "replay"]
+__all__ = ["bubble_share", "idle_share", "one_forward_one_backward", "passes", "replay"]
 
 
 def bubble_share(stages: int, microbatches: int, *, chunks: int = 1) -> float:
@@ -40,6 +40,30 @@ def bubble_share(stages: int, microbatches: int, *, chunks: int = 1) -> float:
     if min(stages, microbatches, chunks) < 1:
         raise ValueError(f"stages={stages}, microbatches={microbatches} and chunks={chunks} must be at least 1")
     return (stages - 1) / (chunks * microbatches + stages - 1)
+
+
+def one_forward_one_backward(stages: int, microbatches: int, *, backward: float = 1.0) -> pd.DataFrame:
+    """The passes of a step in the order 1F1B, for `replay`: a forward pass takes 1, a backward pass `backward`.
+
+    A stage does as many forward passes ahead as there are stages after it, and alternates then.
+
+    Source: megatron-core 0.19.2, `forward_backward_pipelining_without_interleaving` in `pipeline_parallel/schedules.py`.
+
+    >>> replay(one_forward_one_backward(2, 1)).end.tolist()
+    [1.0, 4.0, 2.0, 3.0]
+    """
+    import pandas as pd
+
+    rows = []
+    for stage in range(stages):
+        ahead = min(stages - stage - 1, microbatches)
+        order = [("forward", number) for number in range(ahead)]
+        for number in range(microbatches):
+            order += [("forward", number + ahead)] if number + ahead < microbatches else []
+            order.append(("backward", number))
+        lasts = {"forward": 1.0, "backward": backward}
+        rows += [(stage, kind, number, 0, 0.0, 0.0, lasts[kind]) for kind, number in order]
+    return pd.DataFrame(rows, columns=["stage", "kind", "microbatch", "chunk", "begin", "end", "busy_seconds"])
 
 
 def passes(run: Run, *, step: int | None = None) -> pd.DataFrame:

@@ -125,6 +125,26 @@ def test_a_symptom_is_found_by_its_words(page, site: str, theme: str) -> None:
     assert said.inner_text() == f"1 row of {total}"
 
 
+def test_a_slider_steps_through_a_pipeline_without_a_kernel(page, site: str) -> None:
+    """At the end all passes are seen, at time 1 the first alone, and a stage keeps what it has not taken back yet."""
+    page.goto(f"{site}/lessons/07_small.html")
+    page.evaluate("document.documentElement.dataset.theme = 'dark'")
+    steps, strong = page.locator("figure.steps"), "marks => marks.filter(mark => +getComputedStyle(mark).opacity === 1)"
+    passes = f"{strong}.length"
+    kept = f"{strong}.map(mark => mark.textContent)"
+    assert steps.locator("g").evaluate_all(passes) == 8
+    assert steps.locator("text[style]").evaluate_all(kept) == ["keeps 0", "keeps 0"]
+    slider = steps.get_by_role("slider", name="time")
+    slider.fill("1")
+    assert steps.locator("g").evaluate_all(passes) == 1
+    assert steps.locator("text[style]").evaluate_all(kept) == ["keeps 1", "keeps 0"]
+    steps.get_by_role("button", name="Play").click()
+    page.wait_for_function("document.querySelector('figure.steps input').value === '1'")
+    page.wait_for_function("document.querySelector('figure.steps input').value === '6'")
+    assert steps.locator("g").evaluate_all(passes) == 8
+    page.screenshot(path=str(_shot("book_steps_dark.png")), full_page=True)
+
+
 PAGES = ("index", "eight_gpu_plan", "memory_planner", "before_the_first_step", "troubleshooting", "lessons/07_small")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from course_lib.experiments import by_hand
-from course_lib.figures import plots
 
 
 def test_tensor_parallel_layers_are_the_plain_ones(bridge):
@@ -36,14 +35,3 @@ def test_optimizer_holds_twelve_bytes_over_dp(bridge):
     """For a bf16 parameter: 12 bytes, and 12/DP with the distributed optimizer."""
     held = by_hand.optimizer_bytes(ranks=2)["bytes per parameter"]
     assert held.to_dict() == {"optimizer": 12.0, "distributed optimizer": 6.0}
-
-
-def test_the_picture_cuts_what_the_layers_cut():
-    """Each of two ranks has a half of A, of the middle and of B, and one summand of the result; x and y are whole."""
-    with plots.figure() as ax:
-        by_hand.draw_cut(ax)
-        area = dict.fromkeys((None, "///"), 0.0)
-        for patch in ax.patches:
-            if patch.get_fill() and patch.get_facecolor()[3]:
-                area[patch.get_hatch()] += patch.get_width() * patch.get_height()
-    assert len(ax.patches) == 10 and area[None] == area["///"] == 3 + 1.5 + 3 + 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import subprocess
@@ -59,16 +60,19 @@ class Notebook:
         monkeypatch.setattr(screen, "where", lambda: "notebook")
         monkeypatch.setattr(IPython.display, "display", self.display)
 
-    def display(self, shown: Any, *, display_id: bool = False, metadata: dict[str, Any] | None = None) -> Any:
-        if type(shown).__name__ != "Image":
+    def display(self, shown: Any, *, display_id: bool = False, metadata: Any = None, raw: bool = False) -> Any:
+        if not raw:
             self.widgets.append(shown)
             return None
         self.update(shown, metadata=metadata)
         return SimpleNamespace(update=self.update)
 
-    def update(self, shown: Any, *, metadata: dict[str, Any] | None = None) -> None:
-        self.pictures.append(shown)
-        self.metadata.append(metadata or {})
+    def update(self, shown: dict[str, str], *, metadata: dict[str, Any] | None = None, raw: bool = True) -> None:
+        metadata = metadata or {}
+        alt = metadata.get("image/png", {}).get("alt")
+        data = base64.b64decode(shown["image/png"])
+        self.pictures.append(SimpleNamespace(data=data, alt=alt, html=shown.get("text/html", "")))
+        self.metadata.append(metadata)
 
     @property
     def text(self) -> str:
@@ -155,8 +159,15 @@ def test_the_last_frame_survives_in_a_static_page(notebook: Notebook) -> None:
     first, last = notebook.pictures[0], notebook.pictures[-1]
     assert "6.9 at step 1 to 6.7 nats per token at step 3" in last.alt and "8 ranks" in last.alt
     assert Image.open(io.BytesIO(last.data)).width == 2 * Image.open(io.BytesIO(first.data)).width
-    assert notebook.metadata[-1] == {"course": {"run": "runs/smoke"}}
+    assert notebook.metadata[-1]["course"] == {"run": "runs/smoke"}
+    assert first.html == "" and last.html.startswith('<details class="live"><summary>') and last.alt in last.html
     assert "done, 3 of 3 steps in 5" in notebook.text and notebook.widgets[0].children[0].bar_style == "success"
+
+
+def test_the_picture_of_a_failed_run_stays_open(notebook: Notebook) -> None:
+    """Whoever looks for what went wrong need not unfold it."""
+    live.view(3).close(run_of(2, status="failed"))
+    assert notebook.pictures[-1].html.startswith('<details class="live" open>')
 
 
 def test_a_failed_run_says_why(notebook: Notebook) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from course_lib import runs, stack
 from course_lib.launch import cluster
-from course_lib.reading import throughput
+from course_lib.reading import pipeline, throughput
 from support.lesson_cells import falsify, gives, tagged
 
 
@@ -302,8 +302,10 @@ def lesson_12():
     }  # fmt: skip
     longer, rising = stages(order=lambda m: 2 / (m + 2)), stages(busy=lambda m: m / 20)
     yield "check-pipeline", piped, [{"pipeline": longer}, {"pipeline": rising}]
+    ordered = pipeline.one_forward_one_backward(2, 8)
     sent_by = {"pipelines": {8: 0}, "microbatches": 8, "on_cpu": True, "collectives": Some(compare=gives(table()))}
-    yield "check-stages", sent_by, [{"collectives": Some(compare=gives(table(False)))}]
+    sent_by |= {"real": ordered, "pipeline": pipeline}
+    yield "check-stages", sent_by, [{"collectives": Some(compare=gives(table(False)))}, {"real": ordered[::-1]}]
 
     def transfers(count, passes):
         return Some(collectives=pd.DataFrame({"operation": ["send"] * count + ["recv"]}), passes=passes)

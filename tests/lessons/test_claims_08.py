@@ -74,11 +74,8 @@ GOOD: dict[str, dict[str, Any]] = {
     },
     "check-order": {"train": Sample(lambda labels: labels), "unigram": 6.8, "bigram": 5.2},
     "check-formula": {
-        "closed_forms": counted(1e7, 1.1e7), "cfg": SimpleNamespace(model=None), "vocab_size": 8192,
-        "flops_per_step": 1e10, "tokens_per_step": 1e3,
-    },
-    "check-work": {
-        "cfg": width(128), "vocab_size": 8192, "per_token": {True: 1e7}, "flops_per_step": 1e10, "steps": 10,
+        "closed_forms": counted(1e7, 1.1e7), "cfg": width(128), "vocab_size": 8192,
+        "flops_per_step": 1e10, "tokens_per_step": 1e3, "steps": 10,
     },
     "check-baselines": {"run": evaluated(5.3, 5.0, 4.9), "unigram": 6.8, "bigram": 5.2},
     "which-loss": {
@@ -105,7 +102,7 @@ BROKEN: list[tuple[str, str, dict[str, Any], str]] = [
     ("check-order", "labels in another order", {"train": Sample(np.flip)}, "the label of a token is the next token"),
     ("check-order", "shuffled targets", {"bigram": 6.79}, "the labels are shuffled"),
     ("check-formula", "another rule", {"flops_per_step": 1.1e10}, "Bridge counts by another rule"),
-    ("check-work", "a narrow output layer", {"cfg": width(64)}, "the output layer is 31% of the work"),
+    ("check-formula", "a narrow output layer", {"cfg": width(64)}, "the output layer is 31% of the work"),
     ("check-baselines", "a run that learned nothing", {"run": evaluated(6.9, 6.9)}, "far below the unigram model"),
     ("check-baselines", "a short run", {"run": evaluated(5.4, 5.3, 5.2)}, "A short run does not beat a table of pairs"),
     ("which-loss", "another vocabulary", {"first_loss": 6.98}, "loss at step 1"),

@@ -13,38 +13,23 @@ from course_lib.reading import pipeline
 from support.small import config
 
 
-def one_forward_one_backward(stages: int, microbatches: int, seconds: float = 1.0) -> object:
-    """Passes in the order 1F1B, with durations that are all equal."""
-    import pandas as pd
-
-    rows = []
-    for stage in range(stages):
-        ahead = min(stages - stage - 1, microbatches)
-        order = [("forward", i) for i in range(ahead)]
-        for i in range(microbatches):
-            order += [("forward", i + ahead)] if i + ahead < microbatches else []
-            order.append(("backward", i))
-        rows += [(stage, kind, microbatch, 0, 0.0, 0.0, seconds) for kind, microbatch in order]
-    return pd.DataFrame(rows, columns=["stage", "kind", "microbatch", "chunk", "begin", "end", "busy_seconds"])
-
-
 @pytest.mark.parametrize(("stages", "microbatches"), [(2, 1), (2, 8), (4, 4), (4, 16)])
 def test_equal_passes_wait_as_the_formula_says(stages, microbatches):
     """With passes of one length the replay's waiting is exactly (p - 1) / (m + p - 1)."""
-    rows = pipeline.replay(one_forward_one_backward(stages, microbatches))
+    rows = pipeline.replay(pipeline.one_forward_one_backward(stages, microbatches))
     assert pipeline.idle_share(rows) == pytest.approx(pipeline.bubble_share(stages, microbatches))
 
 
 def test_unequal_stages_wait_longer():
     """A slow stage makes the others wait: the formula is the best case."""
-    rows = one_forward_one_backward(2, 8)
+    rows = pipeline.one_forward_one_backward(2, 8)
     rows.loc[rows.stage == 1, "busy_seconds"] = 2.0
     assert pipeline.idle_share(pipeline.replay(rows)) > pipeline.bubble_share(2, 8) + 0.1
 
 
 def test_by_order_alone_no_clock_changes_the_waiting():
     """With equal stages the waiting is that of the formula, however uneven the recorded times are."""
-    rows = one_forward_one_backward(2, 8)
+    rows = pipeline.one_forward_one_backward(2, 8)
     rows["busy_seconds"] += rows.stage + rows.index % 5
     assert pipeline.idle_share(pipeline.replay(rows)) > pipeline.bubble_share(2, 8) + 0.01
     by_order = pipeline.idle_share(pipeline.replay(rows, equal_stages=True))
@@ -53,7 +38,9 @@ def test_by_order_alone_no_clock_changes_the_waiting():
 
 def test_another_order_waits_longer():
     """A schedule that ends each microbatch before it begins the next is not 1F1B, and the waiting by order shows it."""
-    rows = one_forward_one_backward(2, 4).sort_values(["stage", "microbatch", "kind"], ascending=[True, True, False])
+    rows = pipeline.one_forward_one_backward(2, 4).sort_values(
+        ["stage", "microbatch", "kind"], ascending=[True, True, False]
+    )
     rows = rows.reset_index(drop=True)
     assert pipeline.idle_share(pipeline.replay(rows, equal_stages=True)) == pytest.approx(0.5)
 
@@ -91,7 +78,7 @@ def test_a_typical_step_is_shown_from_its_first_pass_on(tmp_path):
 
 def test_passes_that_cannot_follow_each_other_are_refused():
     """A recording without some passes is named as such, instead of waiting for ever."""
-    rows = one_forward_one_backward(2, 2)
+    rows = pipeline.one_forward_one_backward(2, 2)
     with pytest.raises(ValueError, match="not of one whole step"):
         pipeline.replay(rows[(rows.stage == 1) | (rows.kind == "backward")])
 

@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import ceil
 
 from support import hygiene_code, hygiene_learner
 from support import notebook_cells as cells
@@ -22,6 +23,8 @@ TAGS = frozenset(
     "hide-input hide-output hide-cell".split()
 )
 CODE_LINES, CODE_CELLS, WORDS = (80, 280), (12, 20), (1000, 1800)
+WORDS_A_MINUTE, LINES_A_MINUTE = 200, 15  # read with understanding
+WAITING = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")  # minutes, measured
 READABLE_ID = re.compile(r"^[a-z0-9]+(-[a-z0-9]+)*$")
 RANDOM_ID = re.compile(r"^(?=[0-9a-f-]*[0-9])[0-9a-f]{6,}(-[0-9a-f]{4,})*$")
 EMOJI = re.compile("[\U0001f000-\U0001faff\u2600-\u26ff\u2705\u274c\u2728\u2b50]")
@@ -160,6 +163,26 @@ def takeaways_mirror_objectives(notebook: Notebook) -> Found:
         )
 
 
+def minutes_are_computed(notebook: Notebook) -> Found:
+    """What a lesson says of its minutes is the time to read it, and the waiting that it names, in steps of five.
+
+    Folded cells are not counted: who unfolds a solution has worked on it first, and nobody knows how long.
+    """
+    text = "\n".join(cells.source(cell) for cell in cells.tagged(notebook, "prerequisites"))
+    said = re.search(r"(\d+) minutes(?:, (?:[\w ]*?)(\w+) of them waiting)?", text)
+    if not said:
+        yield "", "says no minutes: write `(about 20 minutes, two of them waiting)` where it says what is needed"
+        return
+    waiting = WAITING.index(said[2]) if said[2] in WAITING else 0
+    words = sum(len(cells.prose(cell).split()) for cell in cells.of_kind(notebook, "markdown"))
+    folded = {"solution", "quiz", "hide-input", "hide-cell"}
+    open_ = [cell for cell in cells.of_kind(notebook, "code") if not folded & set(cells.tags(cell))]
+    lines = sum(len(cells.code_lines(cells.source(cell))) for cell in open_)
+    needed = 5 * ceil((words / WORDS_A_MINUTE + lines / LINES_A_MINUTE + waiting) / 5)
+    if int(said[1]) != needed:
+        yield "", f"says {said[1]} minutes; {words} words, {lines} lines and {waiting} of waiting make about {needed}"
+
+
 def one_sentence_a_line(notebook: Notebook) -> Found:
     """Prose has one sentence a source line, so that a change shows as one line."""
     for cell in cells.of_kind(notebook, "markdown"):
@@ -203,6 +226,7 @@ RULES: tuple[Callable[[Notebook], Found], ...] = (
     hygiene_code.cells_are_short,
     hygiene_code.parameters_are_literals,
     hygiene_code.code_is_narrow,
+    minutes_are_computed,
     one_sentence_a_line,
     powers_are_code,
     plain_words,

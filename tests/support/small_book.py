@@ -12,7 +12,9 @@ import pytest
 from book import builder
 from book.builder import assets as book_assets
 from course_lib.common.project import PROJECT
+from course_lib.figures import cuts
 from course_lib.lesson import quiz, tables
+from course_lib.reading import pipeline
 from support.hygiene_code import MAX_WIDTH
 from support.notebooks_made_here import clean, code, markdown, write
 
@@ -52,6 +54,8 @@ def executed_lesson(root: Path, *, extra: str = "") -> Path:
     control = ipywidgets.Dropdown(options=["TP=1", "TP=2"], description="layout")
     names = ["model.gradient_accumulation_fusion", "transformer_engine", "AttnBackend.unfused"]
     wide = pd.DataFrame([[*names, 3e-5, "A CPU emulates the type, and takes six times as long as with fp32."]])
+    rows = pipeline.replay(pipeline.one_forward_one_backward(2, 2))
+    steps = cuts.pipeline_steps(rows, title="1F1B")._repr_mimebundle_()
     view = {"model_id": control.model_id, "version_major": 2, "version_minor": 0}
     lesson["cells"][4]["outputs"] = [
         {"output_type": "display_data", "data": {"image/png": PICTURE}, "metadata": {"image/png": words}},
@@ -59,6 +63,7 @@ def executed_lesson(root: Path, *, extra: str = "") -> Path:
         {"output_type": "display_data", "data": {"application/vnd.jupyter.widget-view+json": view}, "metadata": {}},
         {"output_type": "display_data", "data": {"text/html": tables.full(wide).to_html()}, "metadata": {}},
         {"output_type": "display_data", "data": {"text/html": wide[[0, 3]].to_html()}, "metadata": {}},
+        {"output_type": "display_data", "data": {"text/html": steps["text/html"]}, "metadata": {}},
     ]  # fmt: skip
     lesson["cells"][4]["execution_count"] = 1
     asked = next(cell for cell in lesson["cells"] if cell["id"] == "quiz")

@@ -89,3 +89,17 @@ def test_the_sessions_hold_every_lesson_once() -> None:
     assert [name for names, _ in book_facts.SESSIONS for name in names] == [lesson.number for lesson in known]
     minutes = [int(row.split(" | ")[2]) for row in book_facts.sessions(PROJECT).splitlines()[2:]]
     assert all(lesson.minutes for lesson in known) and sum(minutes) == sum(lesson.minutes for lesson in known)
+
+
+def test_the_readme_has_the_four_paths_of_the_front_page() -> None:
+    """The same lessons in the same order, and the minutes that the lessons name."""
+    import re
+
+    rows = re.findall(r"^\| (\w[\w ]+) \| (.*) \| (\d+) \|$", (PROJECT / "README.md").read_text(), re.MULTILINE)
+    minutes = {lesson.number: lesson.minutes or 0 for lesson in notebooks.listing()}
+    assert [name for name, _, _ in rows] == [name for name, *_ in book_facts.PATHS]
+    for (_, told, total), (_, numbers, *_) in zip(rows, book_facts.PATHS, strict=True):
+        named = re.findall(r"\b\d\d\b", told.partition(", in ")[0])
+        ends = f"{numbers[0]} to {numbers[-1]}" in told
+        assert named == ([numbers[0], numbers[-1]] if ends else list(numbers))
+        assert int(total) == sum(minutes[number] for number in numbers)
