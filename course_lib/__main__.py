@@ -63,11 +63,11 @@ def ledger(
     yes: Annotated[bool, typer.Option("--yes", help="Forget without a question.")] = False,
 ) -> None:
     """Show your predictions beside what was measured, and your exercises."""
-    from course_lib.lesson import ledger
     from course_lib.lesson import ledger as module
 
+    lesson = lesson and lesson.lower()  # as it stands in the notebook's name
     try:
-        typer.echo(ledger.text(lesson=lesson, history=history))
+        typer.echo(module.text(lesson=lesson, history=history))
         if reset and (yes or typer.confirm("Forget all of this?")):
             module.reset(lesson=lesson)
     except module.LedgerError as error:

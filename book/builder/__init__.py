@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from book.builder import facts
+from book.builder import facts, whole_path
 from book.builder.assets import vendor
 from book.builder.links import broken, external_loads
 from course_lib.common.project import PROJECT
@@ -97,7 +97,8 @@ def _stage(book: Path, pages: list[Path]) -> Path:
     texts = {path.name: path.read_text(encoding="utf-8") for path in [*book.glob("*.md"), *book.glob("_*.yml")]}
     wanted = {name: facts.fill(_linked(text, pages), root=book.parent) for name, text in texts.items()}
     wanted["_toc.yml"] = _contents(wanted["_toc.yml"], pages)
-    wanted |= {f"lessons/{path.name}": _page(path, project=book.parent) for path in pages}
+    whole = whole_path.parts(yaml.safe_load(wanted["_toc.yml"]), [notebooks.describe(page) for page in pages])
+    wanted |= {f"lessons/{path.name}": _page(path, project=book.parent, whole=whole) for path in pages}
     old = {
         path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file() and not path.is_symlink()
     }
@@ -138,8 +139,8 @@ def _linked(text: str, pages: list[Path]) -> str:
     )
 
 
-def _page(path: Path, *, project: Path) -> str:
-    """Turn an executed lesson into a page: it has its number, links fit the book's folders, pictures carry their words.
+def _page(path: Path, *, project: Path, whole: list[whole_path.Part]) -> str:
+    """Turn an executed lesson into a page: it has its number and its place, links fit the book's folders, pictures have words.
 
     myst-nb takes the alternative text from the cell, while a notebook keeps it with the output.  Messages and tables
     name files of the project where it was executed, which says nothing to a reader.
@@ -149,7 +150,8 @@ def _page(path: Path, *, project: Path) -> str:
     for cell in notebook["cells"]:
         if cell["cell_type"] == "markdown":
             source = "".join(cell["source"]).replace("](../book/", "](../")
-            source = re.sub(r"\A# (?=\S)", f"# {number} · ", source)  # the only title of a lesson
+            head = whole_path.picture(whole, number.lower())
+            source = re.sub(r"\A# (.+)", rf"# {number} · \1\n\n{head}", source)  # the only title of a lesson
             cell["source"] = source.replace("](your_ledger.ipynb)", "](../your_ledger.md)")  # a reader has no ledger
         described = [
             output["metadata"]["image/png"]["alt"]

@@ -14,7 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from book.builder import levers, planner, recipes
+import yaml
+
+from book.builder import levers, planner, recipes, whole_path
 from book.builder import plan as eight_gpu_plan
 from course_lib.common.project import VARIABLES
 from course_lib.lesson import notebooks
@@ -102,6 +104,17 @@ def paths(_: Path) -> str:
     lines = ["| you have | read | minutes | and run |", "|---|---|--:|---|"]
     for name, numbers, read, run in PATHS:
         lines.append(f"| {name} | {read} | {sum(minutes[number] for number in numbers)} | {run} |")
+    return "\n".join(lines)
+
+
+def lessons(root: Path) -> str:
+    """Every lesson by its part, with its question and the minutes that it names."""
+    contents = yaml.safe_load((root / "book" / "_toc.yml").read_text(encoding="utf-8"))
+    lines = ["| part | lesson | its question | minutes |", "|---|---|---|--:|"]
+    for part in whole_path.parts(contents, notebooks.listing(directory=root / "notebooks")):
+        for place, lesson in enumerate(part.lessons):
+            named = f"{lesson.number.upper()} {lesson.title}"
+            lines.append(f"| {'' if place else part.caption} | {named} | {lesson.question} | {lesson.minutes or '–'} |")
     return "\n".join(lines)
 
 
@@ -313,6 +326,7 @@ FACTS: dict[str, Callable[[Path], str]] = {
     "recipe_families": recipe_families,
     "upstream_tests": upstream_tests,
     "paths": paths,
+    "lessons": lessons,
     "sessions": sessions,
     "gpu_checks": gpu_checks,
     "gpu_bundle": gpu_bundle_parts,

@@ -64,7 +64,7 @@ class Executed:
 
 def listing(*, directory: Path | None = None) -> list[Lesson]:
     """List the lessons in reading order; number, title, question and minutes come from their text."""
-    return [_describe(path) for path in notebooks(directory)]
+    return [describe(path) for path in notebooks(directory)]
 
 
 def notebooks(directory: Path | None = None) -> list[Path]:
@@ -298,7 +298,8 @@ def _published(notebook: dict[str, Any]) -> tuple[dict[str, Any], list[Path]]:
     return values, runs
 
 
-def _describe(path: Path) -> Lesson:
+def describe(path: Path) -> Lesson:
+    """What a lesson's notebook says about itself in its text."""
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     prose = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
     first = prose[0] if prose else ""

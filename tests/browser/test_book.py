@@ -102,12 +102,26 @@ def test_a_question_unfolds_its_reason_without_a_kernel(page, site: str) -> None
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_path_shows_the_place(page, site: str, theme: str) -> None:
+    """At the head of a lesson the present step is filled, and its number can be read on it in both themes."""
+    page.goto(f"{site}/lessons/07_small.html")
+    page.evaluate(f"document.documentElement.dataset.theme = '{theme}'")
+    here = page.locator(".course-path [aria-current=page]")
+    assert here.inner_text() == "07" and here.get_attribute("aria-label").startswith("Lesson 07 ")
+    words, behind = here.evaluate(
+        "step => ['color', 'backgroundColor'].map(name => getComputedStyle(step)[name].match(/\\d+/g).slice(0, 3).map(Number))"
+    )
+    assert abs(sum(words) - sum(behind)) > 250, "as dark as what is behind it"
+    page.screenshot(path=str(_shot(f"book_path_{theme}.png")))
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
 def test_a_symptom_is_found_by_its_words(page, site: str, theme: str) -> None:
     """A pasted line leaves the rows that fit and hides empty tables; other words say so; nothing asked shows everything."""
     page.goto(f"{site}/troubleshooting.html")
     page.evaluate(f"document.documentElement.dataset.theme = '{theme}'")
     field, said = page.locator("#find-a-symptom input"), page.locator("#find-a-symptom [role=status]")
-    rows = page.locator("table tbody tr:visible")
+    rows = page.locator("table:has-text('what you see') tbody tr:visible")
     total = int(said.inner_text().split()[0])
     assert total >= 45 and rows.count() >= total
     field.fill("RuntimeError: EADDRINUSE")

@@ -56,6 +56,13 @@ def test_the_command_writes_both_files(folder: Path) -> None:
     assert to.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_lettered_lesson_is_named_either_way(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page says lesson A, and its notebook begins with a small letter."""
+    monkeypatch.setenv("COURSE_LEDGER", str(folder / "ada.json"))
+    shown = [CliRunner().invoke(app, ["ledger", "--lesson", name]).output for name in ("A", "a")]
+    assert shown[0] == shown[1] and "foreign-id" in shown[0] and "first loss" not in shown[0]
+
+
 def test_a_learner_without_an_entry_is_no_trouble(tmp_path: Path) -> None:
     """An empty ledger gives no row, and the picture of nothing is still a picture."""
     (tmp_path / "new.json").write_text(json.dumps({"format": 3, "entries": [], "exercises": []}))
