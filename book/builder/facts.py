@@ -46,6 +46,7 @@ SESSIONS = (
     (("15",), "how sure they are that it is better"),
     (("16",), "what a token pays for"),
     (("17",), "what a model may forget"),
+    (("18",), "what a filter takes that nobody asked it to"),
     (("a",), "which of these they would have noticed"),
 )
 

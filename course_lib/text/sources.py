@@ -66,10 +66,13 @@ class Documented:
     docstring: str
 
 
-def python_documents() -> Iterator[Document]:
+def python_documents(*, code: bool = True) -> Iterator[Document]:
     """The language reference, the docstrings and the source of this Python's standard library, without tests.
 
     A docstring is prose and not code: it is taken out of the source, so that no text counts twice.
+
+    Args:
+        code: Whether the source is wanted too, which takes half of the time.
     """
     from pydoc_data.topics import topics
 
@@ -78,7 +81,8 @@ def python_documents() -> Iterator[Document]:
     for module, file, source in _library():
         for found in documented(source, module=module, file=file):
             yield Document(found.docstring, "prose", f"{file}.{found.name}".rstrip("."), module, LICENCE)
-        yield Document(without_docstrings(source), "code", file, module, LICENCE)
+        if code:
+            yield Document(without_docstrings(source), "code", file, module, LICENCE)
 
 
 def library_functions() -> Iterator[Documented]:
