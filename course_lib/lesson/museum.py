@@ -9,7 +9,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,9 +54,15 @@ def exhibits() -> dict[str, Exhibit]:
 
 
 def _exhibit(row: dict) -> Exhibit:
-    options = tuple(quiz.Option(**option) for option in row["option"])
-    question = quiz.Question(row["question"], options)
     found = tuple(Source(**source) for source in row["source"])
+    reported = "; ".join(f"{_short(source.at)} ({source.says})" for source in found)
+    options = tuple(quiz.Option(**option) for option in row["option"])
+    # Who finds the cause also hears who met it and what mends it; before, a title of an issue would give it away.
+    told = tuple(
+        replace(option, reason=f"{option.reason} Reported: {reported}. Mend: {row['mend']}") if option.right else option
+        for option in options
+    )
+    question = quiz.Question(row["question"], told)
     return Exhibit(row["name"], row["layer"], row["symptom"], question, row["mend"], found)
 
 

@@ -21,7 +21,8 @@ def test_an_exhibit_is_whole(name: str) -> None:
     assert one.question.text.endswith("?") and len(one.question.options) == 3
     assert sum(option.right for option in one.question.options) == 1
     assert all(len(option.reason.split()) >= 4 for option in one.question.options)
-    assert one.sources and all(source.says.strip() for source in one.sources)
+    (cause,) = (option.reason for option in one.question.options if option.right)
+    assert one.sources and all(source.says in cause for source in one.sources) and cause.endswith(one.mend)
     for source in one.sources:
         assert re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+/(issues/\d+|pull/\d+|blob/v[\w./-]+)", source.at)
 
