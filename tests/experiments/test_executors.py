@@ -41,6 +41,24 @@ def test_a_grandchild_with_another_parent_is_found_and_ended(tmp_path):
     assert family.end() == (1, 0)
 
 
+def test_ray_ends_when_who_watches_it_was_killed():
+    """A kernel that is killed runs no `finally`; the process between sees that it has another parent."""
+    between = (
+        "import subprocess, sys; from course_lib.experiments import executors; "
+        "head = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
+        "print(head.pid, flush=True); executors._end_with_parent(head, int(sys.argv[1]))"
+    )
+    watcher = (
+        "import os, subprocess, sys, time; "
+        f"subprocess.Popen([sys.executable, '-c', {between!r}, str(os.getpid())]); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", watcher], stdout=subprocess.PIPE, text=True) as watching:
+        head = psutil.Process(int(watching.stdout.readline()))
+        watching.kill()
+    _, alive = psutil.wait_procs([head], 20)
+    assert not alive
+
+
 def test_an_unknown_executor_is_refused_before_anything_starts():
     """The message lists those that there are."""
     with pytest.raises(ValueError, match="Xenna, batch"):
