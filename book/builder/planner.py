@@ -237,8 +237,6 @@ def _tree(choice: dict[str, str], part: str, count: Callable[[Any], list[list[in
 def left_out(choice: Mapping[str, str]) -> str:
     """Why the activations of a choice are not planned ahead, or nothing: the file would take three times as long."""
     eight_bit, whole = choice["precision"] == "FP8", choice["tp"] != "1" and choice["sp"] == "off"
-    if choice["model"] == HYBRID:  # which are never planned
-        return ""
     if eight_bit and whole:
         return "FP8 is planned ahead with sequence parallelism: choose on, or plan this in lesson 06"
     if (eight_bit or whole) and {choice["micro"], choice["pp"], choice["cp"]} != {"1"}:

@@ -11,8 +11,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from course_lib.common.config import changed
+from course_lib.common.config import Fields, changed
 from course_lib.planning.layout import Layout
+from course_lib.planning.layout.stages import hybrid_pattern
 
 if TYPE_CHECKING:
     import torch
@@ -43,8 +44,8 @@ class Activations:
         loss_bytes: Kept tensors of the output layer's logits and the loss, and the logits' second copy while both live.
         in_flight: Micro-batches whose activations live at once (a fraction with an interleaved pipeline).
         recomputed_bytes: What recomputation brings back while a layer, or several together, go backward.
-        by_part: Kept bytes of one micro-batch by part of the model: ``embedding``, ``attention``, ``mlp`` (experts too),
-            ``norm``, ``output``, and ``other`` for the inputs of what is recomputed.
+        by_part: Kept bytes of one micro-batch by part of the model: ``embedding``, ``attention``, ``mamba``, ``mlp``
+            (experts too), ``norm``, ``output``, and ``other`` for the inputs of what is recomputed.
     """
 
     per_microbatch_bytes: int
@@ -77,7 +78,7 @@ def activations(cfg: Any, *, ranks: int, stage: int = 0) -> Activations:
 
     Raises:
         LayoutError: If the configuration cannot run on so many ranks.
-        NotPlanned: For what cannot be counted without its kernel, such as Mamba layers, and fields that are not counted.
+        NotPlanned: For what cannot be counted without its kernel, such as sparse attention, and fields that are not counted.
     """
     refuse_what_is_not_counted(as_a_gpu_has_it(cfg))
     kept, loss = _kept(cfg, ranks=ranks, stage=stage)
@@ -263,18 +264,23 @@ def refuse_what_is_not_counted(cfg: Any) -> None:
     Args:
         cfg: The configuration as `as_a_gpu_has_it` returns it.
     """
-    pattern = getattr(cfg.model, "hybrid_layer_pattern", None) or getattr(cfg.model, "hybrid_override_pattern", None)
-    if "M" in (pattern or ""):
-        raise NotPlanned(
-            "the activations of Mamba layers are what mamba-ssm's CUDA kernels keep, and those cannot run without a GPU: "
-            "plan the states alone (memory.states), and measure the activations there"
-        )
     fields = _NOT_COUNTED | (_NOT_COUNTED_IN_EIGHT_BITS if cfg.model.fp8 else {})
     refuse(cfg, fields | (_NOT_COUNTED_IN_A_PIPELINE if cfg.model.pipeline_model_parallel_size > 1 else {}))
     if cfg.model.transformer_impl == "local" and cfg.dist.distributed_backend != "gloo":
         raise NotPlanned(
             "transformer_impl='local' on GPUs: Megatron Core's own attention keeps every score there, which CPU ranks do "
             "not and this plan does not count: plan with 'transformer_engine', or what CPU ranks do (devices.applied(cfg))"
+        )
+    if cfg.dist.distributed_backend == "gloo" and cfg.model.context_parallel_size > 1:
+        raise NotPlanned(
+            f"CP={cfg.model.context_parallel_size} on CPU ranks: they gather all keys and keep every score, which GPUs do not "
+            "and this plan does not count: plan what GPUs do (the configuration without devices.applied)"
+        )
+    groups = (getattr(cfg.model, "mamba_num_groups", None) or 1) // cfg.model.tensor_model_parallel_size
+    if "M" in hybrid_pattern(Fields.of(cfg)) and cfg.model.context_parallel_size > groups:
+        raise NotPlanned(
+            f"CP={cfg.model.context_parallel_size} over {groups} Mamba state groups of a TP rank: each rank keeps copies of "
+            f"what a group writes and reads, which is not counted: plan CP={groups} or less, and measure this one"
         )
     if cfg.model.recompute_granularity != "selective":
         return
@@ -424,8 +430,10 @@ def _place(name: str, chunk: int) -> tuple[str, str]:
         return words[0], "embedding" if words[0] in ("embedding", "rotary_pos_emb") else "output"
     if len(words) < 3:
         return "final", "norm" if "norm" in name else "other"
-    part = "input_layernorm" if words[-1] == "norm" else words[3] if len(words) > 3 else ""
-    names = {"self_attention": "attention", "mlp": "mlp", "input_layernorm": "norm", "pre_mlp_layernorm": "norm"}
+    inner = words[3:]
+    part = "norm" if inner[-1:] == ["norm"] and inner != ["mixer", "norm"] else inner[0] if inner else ""
+    names = {"self_attention": "attention", "mixer": "mamba", "mlp": "mlp"}
+    names |= dict.fromkeys(("norm", "input_layernorm", "pre_mlp_layernorm"), "norm")
     return f"layer {chunk}.{words[2]}", names.get(part, "other")
 
 

@@ -69,7 +69,7 @@ def standing_in(*, fused: bool, experts: int, chosen: int, one_for_all: bool = T
         f"{_CORE}.ssm.gated_delta_net.common.HAVE_FLA": True,  # it can be built, and not run
         f"{_CORE}.ssm.gated_delta_net.gdn.chunk_gated_delta_rule": object(),
         "megatron.bridge.peft.utils.version": lambda _: local_layers.VERSION,
-        **_mamba(),
+        **_mamba(fused),
         **_meta_torch(),
     }
     mine, gemma = Patches(local_layers.PATCHES), "megatron.bridge.models.gemma.gemma2_provider"
@@ -254,21 +254,55 @@ def _duplicated() -> type:
     return Duplicated
 
 
-def _mamba() -> dict[str, Any]:
-    """What a hybrid model touches while it is built; without the CUDA kernels it can be built, and not run."""
+def _mamba(fused: bool) -> dict[str, Any]:
+    """Mamba layers: a GPU's kernels keep their inputs and the output before the gate; those of a CPU rank are torch's own.
+
+    Source: state-spaces/mamba ``mamba_ssm/ops/triton/ssd_combined.py`` and ``layernorm_gated.py``, Dao-AILab/causal-conv1d
+    ``causal_conv1d_interface.py``: what each function saves for its backward pass.
+    """
     import torch
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
+    from course_lib.stack import state_space
+
+    def whole(projected: Any, _: Any, __: Any, ___: Any, A: Any, *, D: Any, headdim: int | None, **____: Any) -> Any:
+        like = projected.new_empty((*projected.shape[:2], len(A) * (headdim or D.shape[1])))
+        return _keeping(lambda _, kept: (kept, torch.empty_like(like)), lambda _: like)(projected)
+
+    def scan(x: Any, dt: Any, _: Any, B: Any, C: Any, chunk_size: int, *, z: Any = None, **__: Any) -> Any:
+        batch, length, heads, _ = x.shape
+        decays = x.new_empty(batch, heads, -(-length // chunk_size), chunk_size, dtype=torch.float32)
+        before_the_gate = [] if z is None else [z, torch.empty_like(x)]
+        return _keeping(
+            lambda out, *them: (*them, decays, *(before_the_gate or [out])), lambda x, *_: torch.empty_like(x)
+        )(x, dt, B, C)
+
+    def convolution(x: Any, weight: Any, bias: Any, **_: Any) -> Any:
+        return _keeping(lambda _, *them: them, lambda x, *_: torch.empty_like(x))(x, weight, bias)
+
     class GatedNorm(torch.nn.Module):
-        """The shape of mamba-ssm's gated RMSNorm: one weight a channel."""
+        """The shape of mamba-ssm's gated RMSNorm, which keeps its input and one fp32 number for each token and group."""
 
-        def __init__(self, channels: int, *, device: object = None, **_: object) -> None:
+        def __init__(self, channels: int, *, group_size: int, device: Any = None, dtype: Any = None, **_: Any) -> None:
             super().__init__()
-            self.weight = torch.nn.Parameter(torch.empty(channels, device=device))
+            self.groups = channels // group_size
+            self.weight = torch.nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
 
-    hybrid = f"{_CORE}.post_training.modelopt.hybrid.model_specs"
-    return {
-        f"{_CORE}.ssm.mamba_mixer.HAVE_MAMBA_SSM": True,
-        f"{_CORE}.ssm.mamba_mixer.ExtendedRMSNorm": GatedNorm,
-        f"{hybrid}.Norm": WrappedTorchNorm,
+        def forward(self, x: torch.Tensor, z: torch.Tensor | None = None) -> torch.Tensor:
+            numbers = x.new_empty((*x.shape[:-1], self.groups), dtype=torch.float32)
+            kept = [x] if z is None else [x, z]
+            return _keeping(lambda *_: (*kept, numbers), lambda x, *_: torch.empty_like(x))(*kept, self.weight)
+
+    here = {
+        "mamba_split_conv1d_scan_combined": whole,
+        "mamba_chunk_scan_combined": scan,
+        "causal_conv1d_fn": convolution,
+        "ExtendedRMSNorm": GatedNorm,
+        "MAMBA_HAS_STATE_DTYPE": True,  # the states of chunks, in whatever dtype, are computed again
     }
+    if not fused:
+        here = {name: getattr(state_space, name) for name in here if hasattr(state_space, name)}
+        here["ExtendedRMSNorm"] = state_space.GatedRMSNorm
+    here["HAVE_MAMBA_SSM"] = True
+    norm = f"{_CORE}.post_training.modelopt.hybrid.model_specs.Norm"
+    return {f"{_CORE}.ssm.mamba_mixer.{name}": value for name, value in here.items()} | {norm: WrappedTorchNorm}

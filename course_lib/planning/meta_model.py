@@ -103,7 +103,9 @@ def built(
             one_for_all=one_for_all,
         ):
             if hasattr(model, "hybrid_stack_spec"):
-                model.hybrid_stack_spec = get_hybrid_stack_modelopt_spec(local_core_attention=True)
+                model.hybrid_stack_spec = get_hybrid_stack_modelopt_spec(
+                    local_core_attention=True, use_default_te_spec=_fused(cfg), moe_grouped_gemm=False
+                )
             with _without_advice():
                 model.finalize()
                 chunks = layout.virtual_pipeline_model_parallel_size

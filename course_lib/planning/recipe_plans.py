@@ -31,9 +31,10 @@ NOTES = {
     "recipes:moonlight_16b_pretrain_8gpu_h100_bf16_config": "EP=8 deals out the experts; TP=2 is not asked for by memory, and "
     "bf16 gradients and moments are not, either",
     "recipes:nemotron_3_nano_4b_pretrain_8gpu_h100_bf16_config": "no cut, as the course takes for 3B; bf16 gradients; verified "
-    "by NVIDIA on this node. Mamba's activations are not planned",
-    "recipes:nemotron_3_nano_pretrain_8gpu_h100_bf16_config": "EP=8 is the only way in: experts are most of the weights. What is "
-    "left must hold activations that are not planned, so it recomputes",
+    "by NVIDIA on this node",
+    "recipes:nemotron_3_nano_pretrain_8gpu_h100_bf16_config": "EP=8 is the only way in: experts are most of the weights. Their "
+    "states leave no room for the logits of 8,192 tokens and what its Mamba layers keep, although it recomputes experts and norms; "
+    "NVIDIA's card of it on this node is unverified",
     "recipes:nemotronh_47b_pretrain_8gpu_h100_bf16_config": "eight is the size of its TP group, not of a node on which it fits",
     "recipes:nemotronh_56b_pretrain_8gpu_h100_bf16_config": "eight is the size of its TP group, not of a node on which it fits",
     "recipes:olmoe_7b_pretrain_8gpu_h100_bf16_config": "EP=8 deals out the experts; nothing else is cut, as the course would",
@@ -66,7 +67,7 @@ def plan(tree: str, module: str, name: str) -> dict[str, Any]:
 
     Returns:
         A row of the file.  `planned_bytes` is None where something cannot be counted; a model that cannot be built has no
-        `states_bytes` at all; `refused` says why.  Pretraining with a cut has `uncut_states_bytes`, the states at TP=1 PP=1, and
+        `states_bytes` at all; `refused` says why, and `left_out` what a plan does not hold.  Pretraining with a cut has `uncut_states_bytes`, the states at TP=1 PP=1, and
         `smallest_tp`, at which the whole plan fits with sequence parallelism and PP=1.
     """
     from course_lib import recipes
@@ -90,6 +91,9 @@ def plan(tree: str, module: str, name: str) -> dict[str, Any]:
     row |= {"fp8": bool(settings.model.fp8), "gradient_bytes": meta_model.precision(cfg).gradients}
     row |= {"vocab_size": model.vocab_size, "recompute": _recompute(model)}
     row |= {"usable_bytes": usable.of(cfg, ranks=RANKS).usable_bytes, "planned_bytes": None}
+    if model.cuda_graph_impl != "none":
+        row["left_out"] = "the pool of its CUDA graphs, a few GiB by NVIDIA's guide"
+        model.cuda_graph_impl = "none"
     row["states_bytes"] = max(one.total_bytes for one in memory.states(cfg, ranks=RANKS))
     try:
         row["planned_bytes"] = memory.plan(cfg, ranks=RANKS).total_bytes
@@ -148,7 +152,7 @@ def verdict(row: Mapping[str, Any]) -> str:
     what = "" if row["planned_bytes"] else "the states alone: "
     if gib(counted) > room:
         return f"{what}does not fit {room:.1f} GiB"
-    said = f"{what}{room - gib(counted):.1f} GiB left"
+    said = f"{what}{room - gib(counted):.1f} GiB left" + (f" for {row['left_out']}" if "left_out" in row else "")
     if (uncut := row.get("uncut_states_bytes")) is None:
         return said
     need = "and do not fit" if gib(uncut) > room else "and fit"

@@ -94,12 +94,13 @@ def lesson():
     wrong = [{"local": 8}, {"ungrouped": False}, {"recipe": Some(model=Some(moe_grouped_gemm=False))}]
     yield "check-grouped", grouped, wrong
     yield from pays()
-    states = pd.DataFrame({"8 GPUs": [66.0], "16 GPUs": [44.0]}, index=["GiB of states"])
-    plan = {"rest": 80, "held": Some(expert_parameters=20, optimizer_bytes=360), "states": states}
+    planned = pd.DataFrame({"8 GPUs": [44.0, 85.0], "16 GPUs": [22.0, 63.0]}, index=["optimizer", "GiB planned"])
+    plan = {"rest": 80, "held": Some(expert_parameters=20, optimizer_bytes=360), "planned": planned}
     wrong = [
         {"held": Some(expert_parameters=20, optimizer_bytes=200)},
-        {"states": states.assign(**{"8 GPUs": 90.0})},
-        {"states": states.assign(**{"16 GPUs": 60.0})},
+        {"planned": planned.assign(**{"8 GPUs": [44.0, 70.0]})},
+        {"planned": planned.assign(**{"16 GPUs": [30.0, 63.0]})},
+        {"planned": planned.assign(**{"16 GPUs": [22.0, 75.0]})},
     ]
     yield "check-plan", plan, wrong
 

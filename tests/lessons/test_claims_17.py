@@ -25,6 +25,12 @@ def lesson_17():
     pattern = {"named": named, "hybrid_layer_allocation": counting}
     many = Some(get_hybrid_layer_counts=gives({"M": 12, "*": 4}))
     yield "check-pattern", pattern, [{"hybrid_layer_allocation": many}]
+    model = Some(__init__=None)
+    named = type("HybridModelProvider", (), {})()
+    said = '"GPTModel IS DEPRECATED. GPTModel is only accepting critical bug fixes, see `HybridModel`")'
+    move = {"inspect": Some(getsource=gives(said)), "gpt_model": Some(GPTModel=model), "cfg_4b": Some(model=named)}
+    newer = Some(getsource=gives('"GPTModel IS back")'))
+    yield "check-move", move, [{"inspect": newer}, {"cfg_4b": Some(model=model)}]
     y, left = pd.Series(np.linspace(-1, 1, 8)), np.full((8, 8), 0.9)
     scan = {"one_by_one": y, "in_chunks": y + 1e-7, "left": left, "chunk": 4}
     yield "check-scan", scan, [{"in_chunks": y + 1e-3}, {"left": left / 9}]
@@ -42,12 +48,18 @@ def lesson_17():
     }  # fmt: skip
     little = {"Nano 4B": [102, 228], "with * for M": [20, 300]}
     yield "check-memory", memory, [{"kept": {"state": 100, "a token": 19}}, {"curves": little}]
+    model = Some(
+        vocab_size=8, hidden_size=4, init_method_std=0.1, seq_length=10, hybrid_layer_pattern="MM*", mamba_num_heads=2,
+        mamba_head_dim=8, mamba_num_groups=1, mamba_state_dim=4,
+    )  # fmt: skip
+    kept = 2 * 10 * (2 * (4 + 5 * 16 + 8 + 2) + 4)
     card = {
-        "cfg_4b": Some(model=Some(vocab_size=8, hidden_size=4, init_method_std=0.1)), "planned": 24.0,
-        "baselines": Some(first_loss=gives(12.41)), "plan": Some(parameters=5),
+        "cfg_4b": Some(model=model), "planned": 24.0, "by_part": {"mamba": kept},
+        "baselines": Some(first_loss=gives(12.41)), "plan": Some(states=Some(parameters=5)),
         "published": {"rows": [{"value": 12.43}], "parameters": 5},
     }  # fmt: skip
-    wrong = [{"baselines": Some(first_loss=gives(11.9))}, {"plan": Some(parameters=6)}, {"planned": 71.0}]
+    wrong = [{"baselines": Some(first_loss=gives(11.9))}, {"plan": Some(states=Some(parameters=6))}, {"planned": 71.0}]
+    wrong.append({"by_part": {"mamba": 2 * kept}})
     yield "check-card", card, wrong
     apart = pd.DataFrame({"difference": [1e-8] * 4 + [0.01] * 4})
 

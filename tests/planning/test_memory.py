@@ -24,7 +24,7 @@ from course_lib.planning import (
 )
 from course_lib.planning.closed_forms import mixers
 from course_lib.stack import devices
-from support import small
+from support import families, small
 
 
 @pytest.fixture(scope="module")
@@ -63,17 +63,25 @@ CASES = {
     "shared expert again": (1, {"tp": 1, "model__recompute_modules": ["shared_experts"], **EXPERTS, **SELECTED}),
 }
 """What is planned and then measured: number of ranks, and fields of the small model."""
+PLAIN = {"model__recompute_granularity": None, "model__recompute_modules": None}
+HYBRIDS = {
+    "one rank": (1, PLAIN),
+    "kernels one by one": (1, {"model__use_mamba_mem_eff_path": False, **PLAIN}),
+    "experts and norms again, EP, TP, SP": (2, {"model__tensor_model_parallel_size": 2, **EP, **SP}),
+}
+"""The same for Nemotron 3 Nano's recipe in small."""
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *HYBRIDS])
 def test_the_plan_is_what_ranks_hold(bridge, runs_directory, case):
     """Real ranks hold the planned states within 3%, and one forward pass leaves the planned activations within 10%.
 
     Which expert gets how many tokens is the router's choice: activations of ranks with experts are held to the plan,
     which is balanced, by their mean.
     """
-    ranks, fields = CASES[case]
-    cfg = small.config(train_iters=2, model__seq_length=256, dataset__seq_length=256, **fields)
+    ranks, fields = (CASES | HYBRIDS)[case]
+    fields = {"model__seq_length": 256, "dataset__seq_length": 256, **fields}
+    cfg = families.hybrid(**fields) if case in HYBRIDS else small.config(train_iters=2, **fields)
     cfg.train.micro_batch_size, cfg.train.global_batch_size, cfg.mixed_precision = 2, 16, None
     cfg.optimizer.use_distributed_optimizer = cfg.ddp.use_distributed_optimizer
     cfg = devices.applied(cfg)
@@ -152,7 +160,7 @@ def test_one_expert_stands_for_those_of_its_rank(bridge, monkeypatch):
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8, 16])
 def test_nemotron_is_counted_in_every_layout(bridge, ranks):
-    """Nemotron 3 Nano: TP ranks together hold the dense part once, EP ranks the experts; Mamba's activations are refused."""
+    """Nemotron 3 Nano: TP ranks together hold the dense part once, EP ranks the experts."""
     from megatron.bridge.recipes.nemotronh.h100.nemotron_3_nano import (
         nemotron_3_nano_pretrain_8gpu_h100_bf16_config,
     )
@@ -176,8 +184,34 @@ def test_nemotron_is_counted_in_every_layout(bridge, ranks):
         assert tp * dense + ep * experts == pytest.approx(whole, rel=0.005), one
         seen.add((tp, ep))
     assert seen >= {(1, 1), (1, ranks), (2 if ranks > 1 else 1, 1)}
-    with pytest.raises(ValueError, match="mamba-ssm's CUDA kernels"):
-        memory.activations(planned, ranks=ranks)
+
+
+def test_mamba_layers_keep_what_their_kernels_save(bridge):
+    """On a GPU, in bf16: norm and projection of the residual stream, the scan's input and output, the gated norm's result.
+
+    By hand, for one micro-batch of 256 tokens: 8 heads of 16, 2 groups of 16 states, hidden 64.  The kernels one by one keep
+    what stands between them, too: the convolution's input and each of the scan's, with decays in fp32.
+    """
+    tokens, hidden, inner, shared, groups, heads = 256, 64, 8 * 16, 2 * 2 * 16, 2, 8
+    around = 2 * (hidden + inner) + 4 * groups  # inputs of both products, and a number for each norm
+    together = 2 * (2 * inner + shared + heads) + 2 * inner + 2 * inner
+    one_by_one = 2 * (inner + shared) + 2 * (inner + heads + shared) + 4 * heads + 2 * inner + 2 * inner
+    for whole, kept in ((True, together), (False, one_by_one)):
+        cfg = families.hybrid(pattern="M", model__seq_length=tokens, dataset__seq_length=tokens, **PLAIN)
+        cfg.model.use_mamba_mem_eff_path, cfg.model.cuda_graph_impl = whole, "none"
+        found = memory.activations(cfg, ranks=1).by_part
+        assert found["norm"] == 2 * tokens * (2 * hidden + 4), "the layer's norm and the last one"
+        assert found["mamba"] == tokens * (around + kept) + 4 * heads, whole
+
+
+def test_what_a_hybrid_plan_does_not_count_is_refused(bridge):
+    """Where a Mamba group is shared among context-parallel ranks, and what CPU ranks keep of a shared sequence."""
+    cfg = families.hybrid(model__context_parallel_size=4, model__cuda_graph_impl="none")
+    with pytest.raises(memory.NotPlanned, match="CP=4 over 2 Mamba state groups"):
+        memory.activations(cfg, ranks=4)
+    for one in (families.hybrid(model__context_parallel_size=2), small.config(tp=1, model__context_parallel_size=2)):
+        with pytest.raises(memory.NotPlanned, match="CP=2 on CPU ranks"):
+            memory.activations(devices.applied(one), ranks=2)
 
 
 def test_activations_follow_what_is_kept(llama):

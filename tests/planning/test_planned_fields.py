@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from course_lib.planning import memory
-from support import small
-from support.planned_fields import BESIDE, COUNTED, EXPERTS, NO_EFFECT, REFUSED, STAGES, VALUES
+from support import families, small
+from support.planned_fields import BESIDE, COUNTED, EXPERTS, IN_A_HYBRID, NO_EFFECT, REFUSED, STAGES, VALUES
 
 GROUPS = {reason: names.split() for reason, names in NO_EFFECT.items()}
 
@@ -133,3 +133,16 @@ def test_a_field_that_needs_others_has_no_effect_beside_them(bridge: Any, path: 
         except memory.NotPlanned as refused:
             found.append(str(refused))
     assert found[0] == found[1]
+
+
+def test_a_hybrid_counts_the_fields_of_its_layers(bridge: Any) -> None:
+    """Nemotron 3 Nano's recipe in small; in which dtype a scan keeps its states does not matter, because it keeps none."""
+
+    def plan(**fields: Any) -> dict[str, Any]:
+        named = {f"model__{name}": value for name, value in fields.items()}
+        found = memory.plan(families.hybrid(model__cuda_graph_impl="none", **named), ranks=1)
+        return found.components | found.activations.by_part
+
+    base = plan()
+    assert all(plan(**{name: value}) != base for name, value in IN_A_HYBRID.items())
+    assert plan(mamba_training_ssm_states_dtype="float32", is_hybrid_model=False) == base

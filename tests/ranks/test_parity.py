@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from course_lib import launch, runs
-from course_lib.common.config import assign
 from support import families, small
 
 DENSE = {
@@ -30,17 +29,7 @@ EXPERTS = DENSE | {
     "model__moe_aux_loss_coeff": 0.01,
     "model__moe_token_dispatcher_type": "alltoall",
 }
-HYBRID = {  # Nemotron 3 Nano's own recipe in small: two chunks a sequence
-    "model__hybrid_layer_pattern": "MEM*E",
-    "model__mamba_chunk_size": 16,
-    "train__global_batch_size": 8,
-    "train__micro_batch_size": 1,
-    "scheduler__lr_decay_iters": 10,
-    "checkpoint__load_rng": False,
-    "checkpoint__load_optim": False,
-}
-MODELS = {"dense": DENSE, "experts": EXPERTS, "hybrid": HYBRID}
-NANO = "nemotronh.h100.nemotron_3_nano:nemotron_3_nano_pretrain_8gpu_h100_bf16_config"
+MODELS = {"dense": DENSE, "experts": EXPERTS, "hybrid": {}}
 SIZES = {
     "TP": "model__tensor_model_parallel_size",
     "PP": "model__pipeline_model_parallel_size",
@@ -62,10 +51,7 @@ def config(kind: str, steps: int = 3, **fields: Any) -> Any:
     """The small model of a kind after some fields were changed."""
     if kind != "hybrid":
         return small.config(**{"tp": 1} | MODELS[kind] | fields, train_iters=steps)
-    cfg = families.shrink(families.build(NANO), pattern="MEM*E")
-    named = {name.replace("__", "."): value for name, value in (HYBRID | fields).items()}
-    assign(cfg, named | {"train.train_iters": steps})
-    return cfg
+    return families.hybrid(train__train_iters=steps, **fields)
 
 
 @pytest.fixture(scope="module")

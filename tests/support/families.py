@@ -165,3 +165,23 @@ def shrink(cfg: Any, *, layers: int = 2, pattern: str | None = None, **layout: i
     cfg.tokenizer.tokenizer_type, cfg.tokenizer.tokenizer_model = "NullTokenizer", None
     cfg.logger.log_interval, cfg.validation.eval_iters = 1, 0
     return cfg
+
+
+NANO = "nemotronh.h100.nemotron_3_nano:nemotron_3_nano_pretrain_8gpu_h100_bf16_config"
+HYBRID = {  # two chunks a sequence
+    "model__mamba_chunk_size": 16,
+    "train__global_batch_size": 8,
+    "train__micro_batch_size": 1,
+    "scheduler__lr_decay_iters": 10,
+    "checkpoint__load_rng": False,
+    "checkpoint__load_optim": False,
+}
+
+
+def hybrid(*, pattern: str = "MEM*E", **fields: Any) -> Any:
+    """Nemotron 3 Nano's own recipe in small, after some fields were changed; `fields` are dotted names with `__` for dots."""
+    from course_lib.common.config import assign
+
+    cfg = shrink(build(NANO), pattern=pattern)
+    assign(cfg, {name.replace("__", "."): value for name, value in (HYBRID | fields).items()})
+    return cfg

@@ -195,6 +195,16 @@ REFUSED: dict[str, tuple[Any, dict[str, Any]]] = {
     "model.moe_expert_rank_capacity_factor": (1.0, EXPERTS),
 }
 
+IN_A_HYBRID: dict[str, Any] = {
+    "mamba_state_dim": 32,
+    "mamba_head_dim": 32,
+    "mamba_num_groups": 4,
+    "mamba_num_heads": 16,
+    "use_mamba_mem_eff_path": False,
+    "hybrid_layer_pattern": "ME**E",
+}
+"""Fields that a hybrid's layers read, each with a value that changes its plan."""
+
 VALUES: dict[str, Any] = {
     "model.params_dtype": "float16",
     "model.activation_offload_fraction": 0.5,
@@ -249,7 +259,7 @@ NO_EFFECT: dict[str, str] = {
         model.memory_efficient_layer_norm model.bias_dropout_fusion model.apply_rope_fusion
         model.use_fused_weighted_squared_relu model.clone_scatter_output_in_embedding model.test_mode
         model.mlp_chunks_for_training model.barrier_with_L1_time model.use_grouped_gemm_for_dense_mlp
-        model.dense_grouped_gemm model.use_mamba_mem_eff_path optimizer.barrier_with_L1_time""",
+        model.dense_grouped_gemm optimizer.barrier_with_L1_time""",
     "set by the number formats: the weights of a run follow bf16 and fp16": """model.params_dtype model.pipeline_dtype
         optimizer.params_dtype""",
     "messages between ranks: their buffers are as large as one message, and NCCL's own": """
@@ -297,9 +307,9 @@ NO_EFFECT: dict[str, str] = {
     "scales of 8-bit tensors, a number for each": """model.fp8_margin model.fp8_interval model.fp8_amax_history_len
         model.fp8_amax_compute_algo model.tp_only_amax_red""",
     "follows model.fp8_param, which decides": "ddp.fp8_param_gather",
-    "hybrids only, whose layers read it; their states count it, their activations are refused": """model.is_hybrid_model
+    "hybrids only, whose layers read it; `IN_A_HYBRID` counts it there": """model.is_hybrid_model
         model.mamba_state_dim model.mamba_head_dim model.mamba_num_groups model.mamba_num_heads
-        model.mamba_training_ssm_states_dtype model.mtp_hybrid_override_pattern""",
+        model.use_mamba_mem_eff_path model.mamba_training_ssm_states_dtype model.mtp_hybrid_override_pattern""",
     "the plan takes every expert to get equally many tokens, and experts in groups keep what single ones keep": """
         model.moe_router_load_balancing_type model.moe_router_enable_expert_bias
          model.moe_router_num_groups

@@ -68,7 +68,7 @@ def test_a_plan_of_the_page_is_the_planners(bridge, choice: dict[str, str]) -> N
     [
         ({"tp": "4", "pp": "4"}, "8 ranks cannot be divided"),
         ({"model": "3B", "tp": "1", "sp": "off", "pp": "8"}, "does not divide 28 layers"),
-        ({"model": planner.HYBRID}, "Mamba"),
+        ({"model": planner.HYBRID, "tp": "2", "pp": "4", "sp": "on"}, "42 layers"),
     ],
 )
 def test_a_refusal_of_the_page_is_the_planners(bridge, changed: dict[str, str], word: str) -> None:
@@ -77,12 +77,13 @@ def test_a_refusal_of_the_page_is_the_planners(bridge, changed: dict[str, str], 
     assert word in told and told == plan_again(LLAMAS | changed)
 
 
-def test_the_states_of_a_hybrid_model_are_planned() -> None:
-    """Its activations are refused; the states of 3,973,556,832 parameters are those that Bridge's recipe holds."""
+def test_a_hybrid_model_is_planned() -> None:
+    """The states of 3,973,556,832 parameters are those that Bridge's recipe holds; its activations are counted, too."""
     row = planner.row_of(LLAMAS | {"model": planner.HYBRID, "tp": "1"}, PLANS)
     weights, gradients, optimizer, _ = row["states"]["distributed optimizer"]["bf16"]["fp32"]["fp32"][0]
-    assert gradients == 4 * 3_973_556_832 and optimizer == 12 * 3_973_556_832 // 8 and weights > gradients / 2
-    assert isinstance(row["activations"], str) and row["activations"] == row["loss"]
+    assert gradients == 4 * 3_973_556_832 and optimizer == 12 * 3_973_556_832 // 8 and weights == pytest.approx(gradients / 2, rel=1e-5)
+    kept = row["activations"]["off"]["1"]["bf16"]
+    assert kept["every layer"][0][0] < kept["nothing"][0][0] / 4
 
 
 def test_every_choice_of_the_page_is_in_the_file() -> None:
