@@ -33,8 +33,8 @@ NOTES = {
     "recipes:nemotron_3_nano_4b_pretrain_8gpu_h100_bf16_config": "no cut, as the course takes for 3B; bf16 gradients; verified "
     "by NVIDIA on this node",
     "recipes:nemotron_3_nano_pretrain_8gpu_h100_bf16_config": "EP=8 is the only way in: experts are most of the weights. Their "
-    "states leave no room for the logits of 8,192 tokens and what its Mamba layers keep, although it recomputes experts and norms; "
-    "NVIDIA's card of it on this node is unverified",
+    "states leave no room for the logits of 8,192 tokens and what its Mamba layers keep, although it recomputes experts and "
+    "norms; NVIDIA's card of it on this node is unverified",
     "recipes:nemotronh_47b_pretrain_8gpu_h100_bf16_config": "eight is the size of its TP group, not of a node on which it fits",
     "recipes:nemotronh_56b_pretrain_8gpu_h100_bf16_config": "eight is the size of its TP group, not of a node on which it fits",
     "recipes:olmoe_7b_pretrain_8gpu_h100_bf16_config": "EP=8 deals out the experts; nothing else is cut, as the course would",
@@ -67,8 +67,9 @@ def plan(tree: str, module: str, name: str) -> dict[str, Any]:
 
     Returns:
         A row of the file.  `planned_bytes` is None where something cannot be counted; a model that cannot be built has no
-        `states_bytes` at all; `refused` says why, and `left_out` what a plan does not hold.  Pretraining with a cut has `uncut_states_bytes`, the states at TP=1 PP=1, and
-        `smallest_tp`, at which the whole plan fits with sequence parallelism and PP=1.
+        `states_bytes` at all; `refused` says why, and `left_out` what a plan does not hold.  Pretraining with
+        a cut has `uncut_states_bytes`, the states at TP=1 PP=1, and `smallest_tp`, at which the whole plan fits with sequence
+        parallelism and PP=1.
     """
     from course_lib import recipes
     from course_lib.planning import memory, meta_model, usable

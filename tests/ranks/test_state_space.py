@@ -190,6 +190,52 @@ def test_a_state_takes_tokens_one_by_one(in_ranks: Any, tmp_path: Path) -> None:
     in_ranks(rank_step_by_step, tmp_path)
 
 
+def rank_continue_with_a_cache(_: str) -> None:
+    """A whole hybrid continues a prompt greedily: states, keys and values give what the whole text from its begin gives."""
+    import torch
+    from megatron.bridge.training.model_load_save import temporary_distributed_context
+    from megatron.core.inference.contexts import StaticInferenceContext
+    from megatron.core.inference.utils import InferenceMode
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+    from course_lib.stack import devices
+    from support import families
+
+    cfg = devices.applied(families.hybrid(model__vocab_size=512, model__mamba_chunk_size=8))
+    provider = cfg.model
+    provider.should_pad_vocab = False
+    provider.finalize()
+    torch.manual_seed(7)
+    with temporary_distributed_context(backend="gloo"):
+        model = provider.provide_distributed_model(wrap_with_ddp=False)[0].eval()
+        assert isinstance(model, HybridModel)
+        ids, cached = torch.randint(0, 512, (1, 13)), []
+
+        def logits(tokens: Any, places: Any, context: Any = None) -> Any:
+            return model(tokens, places, None, inference_context=context, runtime_gather_output=True)[0, -1]
+
+        with torch.no_grad():
+            whole, texts = [], ids
+            for _ in range(9):
+                whole.append(logits(texts, torch.arange(texts.shape[1])[None]))
+                texts = torch.cat([texts, whole[-1].argmax().view(1, 1)], 1)
+            context, begun, part = StaticInferenceContext(1, 32), ids, 0
+            with InferenceMode.active():
+                for _ in range(9):
+                    new = begun[:, part:]
+                    cached.append(logits(new, torch.arange(part, begun.shape[1])[None], context))
+                    context.increment_sequence_len_offset(new.shape[1])
+                    part = begun.shape[1]
+                    begun = torch.cat([begun, cached[-1].argmax().view(1, 1)], 1)
+    assert begun.tolist() == texts.tolist()
+    torch.testing.assert_close(torch.stack(cached), torch.stack(whole), rtol=1e-4, atol=1e-5)
+
+
+def test_a_hybrid_generates_with_a_cache_what_it_generates_without(in_ranks: Any, tmp_path: Path) -> None:
+    """Prompt at once, then one token at a time: the same tokens and logits as from the whole text each time."""
+    in_ranks(rank_continue_with_a_cache, tmp_path)
+
+
 def test_what_a_hybrid_keeps_while_it_generates(bridge: Any) -> None:
     """Nemotron 3 Nano 4B: states and four inputs of the convolution of 21 layers, keys and values of four, in bf16."""
     from megatron.bridge.recipes.nemotronh.nemotron_3_nano_4b import nemotron_3_nano_4b_pretrain_config
