@@ -87,6 +87,11 @@ GOOD: dict[str, dict[str, Any]] = {
         "whole": SimpleNamespace(mean_of_rates=1100.0, tokens_per_second=1000.0),
         "per_token": {True: 10.0, False: 11.0}, "shares": {True: 0.4, False: 0.44},
     },
+    "check-trace": {
+        "cfg": SimpleNamespace(model=SimpleNamespace(num_layers=2), train=SimpleNamespace(micro_batch_size=2)),
+        "operators": pd.DataFrame({"kind": ["matrix products", "loss"], "count": [54, 2]}),
+        "traced": SimpleNamespace(launch={"device": "cpu"}),
+    },
     "check-memory": memory(12.0, 90.0) | {"state_bytes": 12.0 * units.MiB},
     "check-healthy": {"run": None, "vocab_size": 8192, "health": SimpleNamespace(symptoms=lambda run, **_: signs("ok"))},
     "check-sick": {
@@ -103,6 +108,8 @@ BROKEN: list[tuple[str, str, dict[str, Any], str]] = [
     ("check-order", "shuffled targets", {"bigram": 6.79}, "the labels are shuffled"),
     ("check-formula", "another rule", {"flops_per_step": 1.1e10}, "Bridge counts by another rule"),
     ("check-formula", "a narrow output layer", {"cfg": width(64)}, "the output layer is 31% of the work"),
+    ("check-trace", "another model", {"cfg": SimpleNamespace(
+        model=SimpleNamespace(num_layers=3), train=SimpleNamespace(micro_batch_size=2))}, "Does another kernel multiply"),
     ("check-baselines", "a run that learned nothing", {"run": evaluated(6.9, 6.9)}, "far below the unigram model"),
     ("check-baselines", "a short run", {"run": evaluated(5.4, 5.3, 5.2)}, "A short run does not beat a table of pairs"),
     ("which-loss", "another vocabulary", {"first_loss": 6.98}, "loss at step 1"),
