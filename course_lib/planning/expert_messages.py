@@ -18,10 +18,10 @@ __all__ = ["not_counted", "parameters", "rows"]
 def not_counted(fields: Fields, layout: Layout) -> str:
     """Why the messages of these experts are not counted; empty if they are."""
     get = fields.model
-    every, pattern = get("moe_layer_freq", 1), get("hybrid_layer_pattern")
+    every = get("moe_layer_freq", 1)
     aux = get("moe_router_load_balancing_type", "aux_loss")
-    if pattern or any(one != 1 for one in (every if isinstance(every, Sequence) else [every])):
-        return f"{'hybrid_layer_pattern' if pattern else 'moe_layer_freq'}: not every layer has experts"
+    if any(one != 1 for one in (every if isinstance(every, Sequence) else [every])):
+        return "moe_layer_freq: not every layer has experts"
     if get("moe_token_dispatcher_type", "allgather") not in ("alltoall", "allgather"):
         return f"moe_token_dispatcher_type={get('moe_token_dispatcher_type')!r} sends inside kernels that need CUDA"
     if layout.resolved_expert_tensor_parallel_size > 1:
@@ -31,7 +31,7 @@ def not_counted(fields: Fields, layout: Layout) -> str:
     if aux not in ("aux_loss", "seq_aux_loss", "none"):
         return f"moe_router_load_balancing_type={aux!r} sends other things than 'aux_loss', 'seq_aux_loss' and 'none'"
     for name in (
-        *("moe_expert_capacity_factor", "moe_latent_size", "mtp_num_layers", "moe_shared_expert_gate"),
+        *("moe_expert_capacity_factor", "moe_latent_size", "moe_shared_expert_gate"),
         *("moe_shared_expert_overlap", "moe_router_padding_for_quantization", "moe_router_force_load_balancing"),
     ):
         if value := get(name):

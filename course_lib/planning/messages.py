@@ -15,7 +15,7 @@ from course_lib.planning import expert_messages
 from course_lib.planning.closed_forms import attention_weights, layer_weights
 from course_lib.planning.layout import embedding_rows, stage_layers
 from course_lib.planning.layout.sizes import Layout, next_multiple
-from course_lib.planning.layout.stages import has_implicit_chunks
+from course_lib.planning.layout.stages import has_implicit_chunks, hybrid_pattern
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -106,7 +106,16 @@ def _refuse_what_is_not_counted(fields: Fields, layout: Layout) -> None:
         "normalization": "RMSNorm",
         "position_embedding_type": "rope",
         "multi_latent_attention": False,
+        "add_qkv_bias": False,
+        "attention_output_gate": False,
+        "softmax_type": "vanilla",
     }
+    if pattern := hybrid_pattern(fields):
+        raise NotCounted(
+            f"hybrid_layer_pattern={pattern!r}: a letter is half a layer, and a Mamba layer has other weights"
+        )
+    if ahead := fields.model("mtp_num_layers", None):
+        raise NotCounted(f"mtp_num_layers={ahead} sends for the tokens ahead, too")
     if layout.context_parallel_size > 1 and (kind := fields.model("cp_comm_type", None)) not in (None, "all_gather"):
         raise NotCounted(f"cp_comm_type={kind!r} runs inside Transformer Engine, which no CPU rank can record")
     if (instances := fields.get("ddp", "num_distributed_optimizer_instances", 1)) != 1:

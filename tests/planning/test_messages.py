@@ -167,6 +167,11 @@ def test_nothing_is_recorded_unless_asked(bridge, runs_directory):
         ("normalization", "LayerNorm"),
         ("position_embedding_type", "learned_absolute"),
         ("multi_latent_attention", True),
+        ("add_qkv_bias", True),
+        ("attention_output_gate", True),
+        ("softmax_type", "learnable"),
+        ("mtp_num_layers", 1),
+        ("hybrid_layer_pattern", "*-*-"),
     ],
 )
 def test_what_is_not_counted_is_refused(field, value, bridge):
