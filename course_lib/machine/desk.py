@@ -31,7 +31,7 @@ def command(notebook: str, *, options: Sequence[str] = (), root: Path = PROJECT)
         notebook: Its path below the root.
         root: The folder that JupyterLab shows: not `notebooks/`, for the lessons link to the book's pages.
     """
-    settings = f"--LabApp.app_settings_dir={PROJECT / 'course_lib' / 'lab' / 'settings'}"
+    settings = f"--LabApp.app_settings_dir={Path(__file__).with_name('lab_settings')}"
     places = [settings, f"--ServerApp.root_dir={root}", *(["--allow-root"] if os.getuid() == 0 else [])]
     return [sys.executable, "-m", "jupyterlab", *places, *options, notebook]
 

@@ -30,6 +30,13 @@ def test_the_workspace_opens_the_lesson_with_its_contents_and_is_written_once(tm
     assert desk.prepare_workspace(tmp_path, LESSON) is None and written.read_text() == "mine"
 
 
+def test_jupyterlab_finds_the_courses_settings() -> None:
+    """The folder that the command names holds them; JupyterLab says nothing of one that is not there, and asks for news."""
+    option = next(word for word in desk.command(LESSON) if "app_settings_dir" in word)
+    settings = json.loads((Path(option.partition("=")[2]) / "overrides.json").read_text())
+    assert settings["@jupyterlab/apputils-extension:notification"]["fetchNews"] == "false"
+
+
 @pytest.mark.parametrize("variable", ["JUPYTER_DATA_DIR", "JUPYTER_PATH"])
 def test_the_courses_kernel_wins_over_one_of_the_same_name(tmp_path: Path, variable: str) -> None:
     """A learner's own kernel of the name python3 would start without the course's packages."""
