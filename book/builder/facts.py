@@ -47,6 +47,7 @@ SESSIONS = (
     (("16",), "what a token pays for"),
     (("17",), "what a model may forget"),
     (("18",), "what a filter takes that nobody asked it to"),
+    (("19",), "which differences they would accept between two trainers"),
     (("a",), "which of these they would have noticed"),
 )
 

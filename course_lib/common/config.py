@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 _ABSENT = "(absent)"
 
 
+__all__ = ["ConfigError", "Fields", "UnknownField", "assign", "changed", "diff", "flatten", "has", "value"]
+
+
 class ConfigError(ValueError):
     """A `config.yaml` cannot be used."""
 

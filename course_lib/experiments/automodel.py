@@ -18,7 +18,7 @@ from course_lib.figures import live
 from course_lib.ranks import recording
 from course_lib.runs import writer
 
-__all__ = ["rank_main", "train"]
+__all__ = ["architectures", "parted", "rank_main", "train"]
 
 LIMIT_SECONDS = 600.0
 INDEX_HEADER = b"MMIDIDX\x00\x00"
@@ -147,7 +147,40 @@ def _absent_data(paths: Any) -> list[str]:
     return wrong
 
 
+def parted(run: runs.Run, other: runs.Run, *, tolerance: float) -> dict[str, Any]:
+    """From which step on are two runs apart, and what was the first that differed?
+
+    Args:
+        tolerance: Relative, of the loss, the gradient norm and the learning rate.
+
+    Returns:
+        The first step at which each of the three differs, `None` where it never does, and the largest difference of the
+        loss in the runs' unit.
+    """
+    columns = ["loss", "grad_norm", "learning_rate"]
+    one, two = (each.metrics.set_index("step")[columns] for each in (run, other))
+    apart = ((one - two).abs() > tolerance * two.abs()).dropna()
+    first = {f"{name} from step": int(apart[name].idxmax()) if apart[name].any() else None for name in columns}
+    return first | {"largest difference": float((one.loss - two.loss).abs().max())}
+
+
+def architectures() -> list[str]:
+    """Hugging Face's names of the models for which AutoModel has an implementation of its own, asked in one of its ranks.
+
+    Every other model that transformers can build it takes from there.
+    """
+    job = "course_lib.experiments.automodel:architectures_rank"
+    return launch.call(job, ranks=1, device="cpu", imports="automodel")[0]
+
+
 # ------------------------------------------------------------------------------------------------------------ in a rank
+
+
+def architectures_rank(_: object) -> list[str]:
+    """What the one rank does."""
+    from nemo_automodel._transformers.registry import MODEL_ARCH_MAPPING
+
+    return sorted(MODEL_ARCH_MAPPING)
 
 
 def rank_main(request: dict[str, Any]) -> None:

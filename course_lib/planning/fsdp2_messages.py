@@ -5,19 +5,37 @@ Beside `messages`, which counts what Megatron's ways of cutting send.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from math import ceil, prod
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from course_lib.planning.messages import KEY
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["expected", "units"]
+__all__ = ["expected", "shapes", "units"]
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
+
+def shapes(model: Path | Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter that transformers gives a model; a tied one occurs once, and no weight is made.
+
+    Args:
+        model: A Hugging Face folder, or what a `config.json` says.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    said = model if isinstance(model, Mapping) else json.loads((model / "config.json").read_text(encoding="utf-8"))
+    given = {name: value for name, value in said.items() if name != "model_type"}
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(AutoConfig.for_model(said["model_type"], **given))
+    return {name: tuple(parameter.shape) for name, parameter in built.named_parameters()}
 
 
 def units(shapes: Mapping[str, Sequence[int]], *, ranks: int) -> list[int]:

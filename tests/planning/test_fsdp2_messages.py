@@ -47,3 +47,10 @@ def test_narrow_weights_and_wide_gradients():
 def test_what_does_not_divide_is_padded():
     """The last rank's part is as long as the others', 3 of 8 x 3 rows: 24 for 20."""
     assert fsdp2_messages.units({"model.norm.weight": (20,)}, ranks=8) == [24]
+
+
+def test_shapes_are_those_of_transformers():
+    """By name and without a weight; the tied output layer of Llama 3.2 is there once."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 1024}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "tie_word_embeddings": True}
+    assert fsdp2_messages.shapes({"model_type": "llama", **sizes, **heads}) == SHAPES
