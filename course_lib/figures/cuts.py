@@ -1,4 +1,4 @@
-"""One picture for each cut of a run: a matrix, the batch, the stack of layers, the sequence; and 1F1B, step by step."""
+"""One picture for each cut of a run (matrix, batch, stack of layers, sequence, state), and 1F1B step by step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-__all__ = ["batch", "layers", "matrix", "pipeline_steps", "sequence"]
+__all__ = ["batch", "layers", "matrix", "pipeline_steps", "sequence", "shards"]
 
 _LOOKS = [{"facecolor": COLOURS["blue"]}, {"facecolor": COLOURS["vermilion"], "hatch": "///"}]
 _LOOKS += [{"facecolor": COLOURS["green"], "hatch": ".."}, {"facecolor": COLOURS["purple"], "hatch": "xx"}]
@@ -102,6 +102,24 @@ def sequence(*, ax: Axes, ranks: int = 2) -> Axes:
     ax.set(xlim=(-2.6, pieces + 0.2), ylim=(-0.8, pieces + 0.2))
     shares = "; ".join(f"rank {rank} has pieces {rank} and {pieces - 1 - rank}" for rank in range(ranks))
     ax.set_label(f"A sequence in {pieces} pieces, a row of causal attention each: {shares}")
+    return _drawn(ax)
+
+
+def shards(*, ax: Axes, ranks: int = 4, layers: int = 3, at_work: int = 1) -> Axes:
+    """Draw FSDP2: each rank keeps a part of every layer, and has all parts of the layer that is at work."""
+    for rank in range(ranks):
+        for layer in range(layers):
+            for owner in range(ranks):
+                if owner == rank or layer == at_work:
+                    _block(ax, (0.5 * ranks + 0.6) * rank + 0.5 * owner, 0.8 * layer, 0.5, 0.6, owner)
+        ax.text((0.5 * ranks + 0.6) * rank + 0.25 * ranks, 0.8 * layers, f"rank {rank}", ha="center")
+    for layer in range(layers):
+        state = "at work" if layer == at_work else "at rest"
+        ax.text(-0.2, 0.8 * layer + 0.3, f"layer {layer}: {state}", ha="right", va="center")
+    ax.set(xlim=(-3.2, (0.5 * ranks + 0.6) * ranks), ylim=(-0.2, 0.8 * layers + 0.5))
+    ax.set_label(
+        f"Each of {ranks} ranks keeps a part of {layers} layers; layer {at_work} is at work and whole on all of them"
+    )
     return _drawn(ax)
 
 

@@ -46,6 +46,13 @@ def test_every_part_of_a_sequence_is_equal_work(ranks: int) -> None:
         assert len(counted) == ranks and set(counted.values()) == {2 * ranks + 1}
 
 
+def test_the_layer_at_work_is_whole_on_every_rank() -> None:
+    """A rank's part of it lies on all four; of the two layers at rest each rank has its own part alone."""
+    with plots.figure() as ax:
+        counted = parts(cuts.shards(ax=ax, ranks=4, layers=3))
+        assert len(counted) == 4 and set(counted.values()) == {4 + 2}
+
+
 def test_the_steps_of_a_pipeline_say_what_is_kept() -> None:
     """A stage keeps as many microbatches as there are stages from it on, at most, and every pass is drawn once."""
     rows = pipeline.replay(pipeline.one_forward_one_backward(3, 5, backward=2))
