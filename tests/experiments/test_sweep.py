@@ -163,6 +163,27 @@ def test_a_change_that_diverges_is_no_equal(loss: float) -> None:
     assert sweep.Comparison.of(change, [5.0, 5.1, 5.2], [loss, 5.1, loss]).verdict == "diverged"
 
 
+def test_the_noise_is_that_of_the_books() -> None:
+    """Welch's interval and the paired one, as SciPy has them; equal results have none, and one result has no spread."""
+    from scipy import stats
+
+    change, before, after = sweep.Change("optimizer.lr", 1e-3, 1e-4), [5.0, 5.1, 5.3], [5.5, 5.65, 6.1]
+    found = sweep.Comparison.of(change, before, after)
+    for noise, test in (
+        (found.noise, stats.ttest_ind(after, before, equal_var=False)),
+        (found.paired_noise, stats.ttest_rel(after, before)),
+    ):
+        low, high = test.confidence_interval(0.95)
+        assert noise == pytest.approx((high - low) / 2, rel=1e-9)
+        assert found.difference == pytest.approx((high + low) / 2, rel=1e-9)
+    same = sweep.Comparison.of(change, [5.0, 5.0], [5.0, 5.0])
+    assert (same.difference, same.noise, same.verdict) == (0.0, 0.0, "no difference beyond noise")
+    assert sweep.Comparison.of(change, [5.0, 5.0], [4.5, 4.5]).verdict == "better"
+    assert sweep.Comparison(change, (5.0,), (5.5,), difference=0.5, noise=0.5).verdict == "no difference beyond noise"
+    with pytest.raises(ValueError, match="2 and 1 results"):
+        sweep.Comparison.of(change, [5.0, 5.1], [5.2])
+
+
 def test_another_engine_is_another_run(tmp_path: Path) -> None:
     """A changed file of what a rank executes makes a finished run stale; the same files elsewhere do not."""
     shutil.copytree(LIBRARY, tmp_path, dirs_exist_ok=True)

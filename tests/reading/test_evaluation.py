@@ -102,6 +102,13 @@ def test_intervals_are_those_of_the_books() -> None:
     assert evaluation.mean([2.0, 4.0, 6.0]).high == pytest.approx(4 + 4.303 * 2 / math.sqrt(3), rel=1e-3)
 
 
+def test_words_in_common_are_counted_once() -> None:
+    """Three of three and of four words: precision 1, recall 3/4; the order, the case and repetitions do not matter."""
+    assert evaluation.word_f1("Two one, two three.", "three ONE two four") == pytest.approx(2 * 0.75 / 1.75)
+    assert evaluation.word_f1("one", "One!") == 1
+    assert evaluation.word_f1("one", "two") == 0
+
+
 def test_only_items_on_which_models_disagree_count() -> None:
     """One lost and eight won: twice (1 + 9) / 512; no disagreement says nothing; unequal items are refused."""
     one = [True] + [False] * 8 + [True] * 91
