@@ -12,9 +12,9 @@ QUESTIONS, ANSWERS = (
 
 
 def numbered(page: str) -> dict[str, list[tuple[int, str]]]:
-    """The numbered lines of a page, by its headings."""
+    """The numbered items of a page, by its headings; an item goes on in indented lines."""
     parts = re.split(r"(?m)^## (.+)$", page)[1:]
-    items = [re.findall(r"(?m)^(\d+)\. (.+)$", part) for part in parts[1::2]]
+    items = [re.findall(r"(?m)^(\d+)\. (.+(?:\n +.+)*)$", part) for part in parts[1::2]]
     return {
         title: [(int(number), text) for number, text in found] for title, found in zip(parts[::2], items, strict=True)
     }
