@@ -48,6 +48,7 @@ SESSIONS = (
     (("17",), "what a model may forget"),
     (("18",), "what a filter takes that nobody asked it to"),
     (("19",), "which differences they would accept between two trainers"),
+    (("20",), "which link of the chain they would trust unseen"),
     (("a",), "which of these they would have noticed"),
 )
 

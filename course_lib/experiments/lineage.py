@@ -234,7 +234,7 @@ class Store:
         path = make(folder)
         seconds = time.monotonic() - begin
         refs = [each.ref for each in inputs]
-        said = {"key": key, "settings": settings, "seconds": round(seconds, 1)}
+        said = {"key": key, "settings": settings, "seconds": round(seconds, 1), "folder": str(folder)}
         made = self.publish(name, path, kind=kind, inputs=refs, producer=_producer(path, folder), **said)
         print(f"{made.ref}: made in {seconds:.0f} s, {len(made.manifest['files'])} files")
         return made

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from course_lib.experiments import export
+from course_lib.experiments import export, preferences
 from course_lib.text import docstrings
 from course_lib.text.tasks import SEPARATOR
 
@@ -39,6 +39,7 @@ __all__ = [
     "choose",
     "distinct",
     "items_needed",
+    "judged",
     "load",
     "log_probabilities",
     "mean",
@@ -276,6 +277,31 @@ def measure(
         distinct=distinct(answers),
         answers=tuple(answers),
     )
+
+
+def judged(models: Mapping[str, Path], pairs: Sequence[Pair], *, seed: int = 1) -> dict[str, dict[str, Interval]]:
+    """Three measures of each model on held-out pairs, each with its interval.
+
+    `answer loss` is that of the true docstrings in nats a token; `preferred` the share of pairs whose docstring is likelier
+    than the same with one fault; `passes` the share of sampled answers with all five checks of `docstrings`.
+
+    Args:
+        models: Hugging Face folders by name.
+        seed: Of the faults and of the samples.
+    """
+    some = preferences.preferences(pairs, seed=seed, separator="")
+    asked = [(row.prompt, text) for row in some for text in (row.chosen, row.rejected)]
+    found = {}
+    for name, folder in models.items():
+        model = load(folder)
+        nats = log_probabilities(model, asked).nats.to_numpy().reshape(-1, 2)
+        answers = sample(model, [pair.input for pair in pairs], seed=seed)
+        found[name] = {
+            "answer loss": answer_loss(model, pairs),
+            "preferred": proportion(list(nats[:, 0] > nats[:, 1])),
+            "passes": proportion([docstrings.passes(answer) for answer in answers]),
+        }
+    return found
 
 
 def word_f1(answer: str, truth: str) -> float:

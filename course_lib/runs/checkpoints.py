@@ -56,7 +56,10 @@ Source: megatron-bridge `training/checkpointing.py`, `_resolve_checkpoint_iterat
 
 INDEX_CLASSES = {
     "torch": ("Size",),
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.distributed.checkpoint.filesystem": (
+        "_StorageInfo",
+        "_StoragePrefix",  # of a second save of one run, with ckpt_assume_constant_structure
+    ),
     "pathlib": ("PosixPath",),  # where it was saved, if that was given as a path
     "torch.distributed.checkpoint.metadata": (
         *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
