@@ -1,7 +1,8 @@
-"""What lesson 15 compares: a preferred, a gamed and a contaminated model, trained once by TRL and found again.
+"""What lessons 14 and 15 compare beside the fine-tuned model: their settings as data, and each trained once and found again.
 
-Lesson 14 takes the first two apart; here they are only made, with its settings.  Each is a Hugging Face folder in the
-directory of the fine-tuning run that it starts from, under a name that changes with the code and the settings.
+Lesson 14 trains its policies with `settings` in the open; `policy` makes the same ones for whoever only needs the model.
+Each is a Hugging Face folder in the directory of the fine-tuning run that it starts from, under a name that changes with
+the code and the settings.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from course_lib import runs
 from course_lib.common import files
 from course_lib.common.project import LIBRARY
 from course_lib.experiments import export, preferences, stages
+from course_lib.recipes import blueprint
 from course_lib.text import docstrings
 from course_lib.text.tasks import SEPARATOR
 
@@ -28,57 +30,88 @@ if TYPE_CHECKING:
 
     from course_lib.text.tasks import Pair
 
-__all__ = ["contaminated", "gamed", "preferred"]
+__all__ = ["ON_A_CPU", "POLICIES", "contaminated", "policy", "questions", "settings"]
 
-DPO_STEPS, GRPO_STEPS, LEAKED_STEPS = 40, 30, 60
+ON_A_CPU = {
+    "use_cpu": True, "bf16": False, "gradient_checkpointing": False,
+    "save_strategy": "no", "report_to": "none", "logging_steps": 1,
+}  # fmt: skip
+"""What each trainer of TRL is told here: it switches bf16 and gradient checkpointing on unless somebody says no."""
+DPO = {
+    "max_steps": 40, "per_device_train_batch_size": 16, "max_length": 192,
+    "learning_rate": 1e-3, "lr_scheduler_type": "cosine", "warmup_steps": 4, "beta": 0.1,
+}  # fmt: skip
+GRPO = {
+    "max_steps": 30, "per_device_train_batch_size": 48, "num_generations": 8, "max_completion_length": 24,
+    "learning_rate": 1e-3, "warmup_steps": 5,
+}  # fmt: skip
+OF_NANO3 = ("beta", "epsilon", "epsilon_high", "loss_type", "scale_rewards", "lr_scheduler_type")
+"""What GRPO takes from nano3's stage 2; its rate, sizes and lengths are for a model of 30 billion parameters."""
+POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "margin alone": ("DPO", {"loss_type": ["sigmoid"]}),
+    "preferred": ("DPO", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}),
+    "higher beta": ("DPO", {"loss_type": ["sigmoid"], "beta": 0.5}),
+    "gamed": ("GRPO", {}),
+    "with reference": ("GRPO", {"beta": 0.3}),
+}
+"""Name to algorithm, and what the policy changes of its settings."""
 LONGEST_PROMPT = 160
+LEAKED_STEPS = 60
 CODE = ("experiments/aligned.py", "experiments/preferences.py", "text/docstrings.py", "text/ladder.py")
 
 
-def preferred(tuned: runs.Run, *, steps: int = DPO_STEPS, seed: int = 1) -> Path:
-    """DPO on docstrings against the same with one fault, with the chosen answer's own loss beside the margin.
+def settings(name: str) -> dict[str, Any]:
+    """The arguments of a policy's `DPOConfig` or `GRPOConfig`, without `output_dir` and `seed`.
+
+    Raises:
+        KeyError: If no policy has the name; it lists those of `POLICIES`.
+
+    >>> settings("with reference")["beta"], settings("gamed")["beta"]
+    (0.3, 0.0)
+    """
+    if name not in POLICIES:
+        raise KeyError(f"no policy is called {name!r}: there are {', '.join(POLICIES)}")
+    algorithm, changed = POLICIES[name]
+    if algorithm == "DPO":
+        return ON_A_CPU | DPO | changed
+    known = {key: value for row in blueprint.in_trl().trl for key, value in row.items()}
+    return ON_A_CPU | GRPO | {key: known[key] for key in OF_NANO3} | changed
+
+
+def questions() -> list[dict[str, str]]:
+    """The prompts of GRPO: signatures of the training pairs that are not too long, each with its separator."""
+    prompts = [{"prompt": pair.input + SEPARATOR} for pair in stages.text().read("train")]
+    return [row for row in prompts if len(row["prompt"]) <= LONGEST_PROMPT]
+
+
+def policy(tuned: runs.Run, name: str, *, seed: int = 1) -> Path:
+    """The folder of a policy: found, or trained now from a fine-tuned model.
 
     Args:
         tuned: A fine-tuning run of `stages`.
-        steps: Optimizer steps, 16 preferences each.
-        seed: Of the faults and of the order.
+        name: One of `POLICIES`.
+        seed: Of the faults, of the order and of the samples.
+
+    Raises:
+        KeyError: As `settings`.
     """
+    given = settings(name)
 
     def trainer(network: Any, tokenizer: Any, common: dict[str, Any]) -> Trainer:
         from datasets import Dataset
-        from trl import DPOConfig, DPOTrainer
+        from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
-        rows = [asdict(row) for row in preferences.preferences(stages.text().read("train"), seed=seed)]
-        kinds = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5], "beta": 0.1, "max_length": 192}
-        schedule = {"lr_scheduler_type": "cosine", "warmup_steps": 4, "per_device_train_batch_size": 16}
-        args = DPOConfig(**common, **kinds, **schedule)
-        return DPOTrainer(network, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+        if POLICIES[name][0] == "GRPO":
+            rows = Dataset.from_list(questions())
+            args = GRPOConfig(**common, **given)
+            return GRPOTrainer(network, _score, args=args, train_dataset=rows, processing_class=tokenizer)
+        rows = Dataset.from_list([
+            asdict(row) for row in preferences.preferences(stages.text().read("train"), seed=seed)
+        ])  # fmt: skip
+        args = DPOConfig(**common, **given)
+        return DPOTrainer(network, args=args, train_dataset=rows, processing_class=tokenizer)
 
-    return _trained(tuned, "preferred", trainer, steps=steps, seed=seed)
-
-
-def gamed(tuned: runs.Run, *, steps: int = GRPO_STEPS, seed: int = 1) -> Path:
-    """GRPO on the five checks alone: nothing keeps the policy near to where it started.
-
-    Args:
-        tuned: A fine-tuning run of `stages`.
-        steps: Optimizer steps, 6 prompts with 8 answers each.
-        seed: Of the order and of the samples.
-    """
-
-    def trainer(network: Any, tokenizer: Any, common: dict[str, Any]) -> Trainer:
-        from datasets import Dataset
-        from trl import GRPOConfig, GRPOTrainer
-
-        prompts = [{"prompt": pair.input + SEPARATOR} for pair in stages.text().read("train")]
-        rows = Dataset.from_list([row for row in prompts if len(row["prompt"]) <= LONGEST_PROMPT])
-        group = {"per_device_train_batch_size": 48, "num_generations": 8, "max_completion_length": 24}
-        clip = {"beta": 0.0, "epsilon": 0.2, "epsilon_high": 0.28, "loss_type": "dapo", "scale_rewards": "group"}
-        schedule = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 5}
-        args = GRPOConfig(**common, **group, **clip, **schedule)
-        return GRPOTrainer(network, _score, args=args, train_dataset=rows, processing_class=tokenizer)
-
-    return _trained(tuned, "gamed", trainer, steps=steps, seed=seed)
+    return _trained(tuned, name, trainer, seed=seed, made_of=given)
 
 
 def contaminated(tuned: runs.Run, leaked: Sequence[Pair], *, steps: int = LEAKED_STEPS, seed: int = 1) -> Path:
@@ -91,44 +124,41 @@ def contaminated(tuned: runs.Run, leaked: Sequence[Pair], *, steps: int = LEAKED
         seed: Of the order.
     """
     rows = [{"prompt": pair.input + SEPARATOR, "completion": pair.output} for pair in leaked]
+    given = ON_A_CPU | {"max_steps": steps, "per_device_train_batch_size": 32, "max_length": 192, "packing": False}
+    given |= {"learning_rate": 1e-3, "lr_scheduler_type": "constant"}
 
     def trainer(network: Any, tokenizer: Any, common: dict[str, Any]) -> Trainer:
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
 
-        schedule = {"lr_scheduler_type": "constant", "per_device_train_batch_size": 32, "max_length": 192}
-        args = SFTConfig(**common, **schedule, packing=False)
+        args = SFTConfig(**common, **given)
         return SFTTrainer(network, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
 
-    return _trained(tuned, "contaminated", trainer, steps=steps, seed=seed, rows=rows)
+    return _trained(tuned, "contaminated", trainer, seed=seed, made_of=[given, rows])
 
 
 def _score(completions: list[str], **_: Any) -> list[float]:
     return [docstrings.score(text) for text in completions]
 
 
-def _trained(
-    tuned: runs.Run, name: str, trainer: Callable[..., Trainer], *, steps: int, seed: int, rows: Any = None
-) -> Path:
-    start = stages.exported(tuned)
-    settings = [steps, seed, rows, start.name, version("trl"), *((LIBRARY / each).read_text() for each in CODE)]
-    folder = tuned.path / f"{name}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]}"
+def _trained(tuned: runs.Run, name: str, trainer: Callable[..., Trainer], *, seed: int, made_of: Any) -> Path:
+    start, name = stages.exported(tuned), name.replace(" ", "-")
+    content = [seed, made_of, start.name, version("trl"), *((LIBRARY / each).read_text() for each in CODE)]
+    folder = tuned.path / f"{name}-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]}"
     if not folder.is_dir():
         with contextlib.redirect_stderr(io.StringIO()):  # a progress bar for each step of the way
-            _write(folder, start, name, trainer, steps=steps, seed=seed)
+            _write(folder, start, name, trainer, seed=seed)
     return folder
 
 
-def _write(folder: Path, start: Path, name: str, trainer: Callable[..., Trainer], *, steps: int, seed: int) -> None:
+def _write(folder: Path, start: Path, name: str, trainer: Callable[..., Trainer], *, seed: int) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(start, padding_side="left")
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.chat_template = None  # the prompts end with the separator already
     network = export.loaded(start)
-    common = {"output_dir": str(folder.parent / "trl"), "max_steps": steps, "seed": seed, "learning_rate": 1e-3}
-    common |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
-    common |= {"save_strategy": "no", "report_to": "none", "logging_steps": 1, "disable_tqdm": True}
+    common = {"output_dir": str(folder.parent / "trl"), "seed": seed, "disable_tqdm": True}
     made = trainer(network, tokenizer, common)
     with preferences.recorded(made, name=name, show=None):
         made.train()

@@ -6,24 +6,20 @@ The trainers themselves are TRL's, made and started in the lesson, in one plain 
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from course_lib import runs
-from course_lib.common.project import DATA
 from course_lib.runs import writer
 from course_lib.text import ladder
 from course_lib.text.tasks import SEPARATOR
 
 if TYPE_CHECKING:
-    import pandas as pd
     from nemo_gym.base_resources_server import SimpleResourcesServer
     from transformers import Trainer, TrainerCallback
 
@@ -38,7 +34,6 @@ __all__ = [
     "quiet",
     "recorded",
     "request",
-    "seeds",
 ]
 
 
@@ -138,14 +133,6 @@ def _verified(client: Any, prompt: str, answer: str) -> float:
     if reply.status_code != 200:
         raise RuntimeError(f"/verify answered {reply.status_code} to {answer!r}: {reply.text[:300]}")
     return reply.json()["reward"]
-
-
-def seeds(*, directory: Path = DATA) -> pd.DataFrame:
-    """What lesson 14 measured under several seeds: one row a quantity, one column a seed."""
-    import pandas as pd
-
-    data = json.loads((directory / "alignment_seeds.json").read_text(encoding="utf-8"))
-    return pd.DataFrame(data["rows"]).set_index("seed").T
 
 
 def quiet() -> None:

@@ -11,36 +11,44 @@ from typing import TYPE_CHECKING, Any
 from course_lib.figures import plots
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
 
 __all__ = ["four", "rungs"]
 
 MARKS = "osD^v"
 PANELS = {
-    "pass_rate": ("Passes PEP 257", "share of answers"),
-    "answer_loss": ("Loss of the truth", "nats/token"),
-    "word_f1": ("Words shared with it", "F1"),
-    "distinct": ("Different answers", "share of answers"),
+    "pass_rate": ("Passes PEP 257", "share of answers", "passes"),
+    "answer_loss": ("Loss of the truth", "nats/token", "answer loss"),
+    "word_f1": ("Words shared with it", "F1", "shared words"),
+    "distinct": ("Different answers", "share of answers", "distinct"),
 }
+"""Measure to its title, its unit and its column in `evaluation.seeds()`."""
+WHOLE = 1.05
+"""Top of an axis of shares: a mark at 1 is whole."""
 
 
-def four(measured: Mapping[str, Any], axes: Sequence[Axes]) -> None:
+def four(measured: Mapping[str, Any], axes: Sequence[Axes], *, seeds: pd.DataFrame | None = None) -> None:
     """Draw the four measures side by side, a mark a model, with the interval where a measure has one.
 
     Args:
         measured: Name of the model to its `evaluation.Measures`.
         axes: Four.
+        seeds: What `evaluation.seeds()` has of the same models; a small cross a seed stands beside the mark.
     """
-    for (measure, (title, unit)), ax in zip(PANELS.items(), axes, strict=True):
+    for (measure, (title, unit, column)), ax in zip(PANELS.items(), axes, strict=True):
         words = []
         for place, (name, each) in enumerate(measured.items()):
-            value = getattr(each, measure)
-            words.append(f"{name} has {_draw(ax, place, value, place)} {unit}")
+            words.append(f"{name} has {_draw(ax, place, getattr(each, measure), place)} {unit}")
+            if seeds is not None:
+                others = seeds.loc[name, column]
+                ax.plot([place + 0.3] * len(others), others, "x", color=plots.INK, markersize=5)
+                words[-1] += f", {' and '.join(f'{value:.3g}' for value in others)} in {len(others)} seeds"
         plots.finish(ax, x="", y=unit, title=title, sentences=words, whole_x=False)
         ax.set_xticks(range(len(measured)), measured, rotation=30, ha="right")
         ax.set_xlim(-0.5, len(measured) - 0.5)
         if measure != "answer_loss":
-            ax.set_ylim(bottom=0)
+            ax.set_ylim(0, WHOLE if unit.startswith("share") else None)
 
 
 def rungs(right: Mapping[tuple[str, str], Any], ax: Axes, *, y: str, chance: float) -> None:
@@ -62,7 +70,7 @@ def rungs(right: Mapping[tuple[str, str], Any], ax: Axes, *, y: str, chance: flo
     ax.axhline(chance, color=plots.INK, linewidth=1.5, dashes=[6, 3], label="chance")
     plots.finish(ax, x="wrong answers", y=y, title="", sentences=words, whole_x=False)
     ax.set_xticks(range(len(steps)), steps)
-    ax.set_ylim(0, 1.02)
+    ax.set_ylim(0, WHOLE)
     ax.legend(ncols=len(models) + 1, loc="lower left", fontsize=8)
 
 

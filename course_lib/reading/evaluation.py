@@ -9,6 +9,9 @@ A question ends with the separator that fine-tuning put there, a new line, for e
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from course_lib import stack
+from course_lib.common.project import DATA
 from course_lib.experiments import export, preferences
 from course_lib.text import docstrings
 from course_lib.text.tasks import SEPARATOR
@@ -32,21 +37,26 @@ __all__ = [
     "SEPARATOR",
     "Interval",
     "Measures",
+    "Merge",
     "Model",
     "Paired",
     "answer_loss",
     "bits_per_byte",
     "choose",
     "distinct",
+    "harness",
     "items_needed",
     "judged",
     "load",
     "log_probabilities",
     "mean",
     "measure",
+    "merged",
     "paired",
     "proportion",
     "sample",
+    "seeds",
+    "seeds_of_rungs",
     "visible_difference",
     "word_f1",
 ]
@@ -121,6 +131,46 @@ def load(folder: Path) -> Model:
     from transformers import AutoTokenizer
 
     return Model(AutoTokenizer.from_pretrained(folder), export.loaded(folder), Path(folder).name)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """An adapter's model before and after it was merged, asked with one text.
+
+    Attributes:
+        parameters: Weights of the adapter, as PEFT counts them.
+        largest: Absolute value of the largest logit with the adapter on top.
+        moved: By how much a logit differs from the base's, at most.
+        difference: By how much a logit of the merged model differs from that with the adapter on top, at most.
+    """
+
+    parameters: int
+    largest: float
+    moved: float
+    difference: float
+
+
+def merged(base: Path, adapter: Path, text: str) -> tuple[Model, Merge]:
+    """The base with an adapter of PEFT's format added to its weights, and what the addition did to the logits of a text.
+
+    Args:
+        base: The base's folder.
+        adapter: The adapter's folder.
+        text: Any.
+    """
+    from peft import PeftModel
+
+    thin = load(base)
+    ids = thin.tokenizer(text, return_tensors="pt")["input_ids"]
+    with _asking():
+        plain = thin.network(ids).logits
+        on_top = PeftModel.from_pretrained(thin.network, adapter)
+        parameters = sum(one.numel() for name, one in on_top.named_parameters() if "lora_" in name)
+        before = on_top(ids).logits
+        network = on_top.merge_and_unload()
+        after = network(ids).logits
+    largest, moved, difference = (float(one.abs().max()) for one in (before, before - plain, after - before))
+    return Model(thin.tokenizer, network, Path(adapter).name), Merge(parameters, largest, moved, difference)
 
 
 @contextmanager
@@ -204,6 +254,25 @@ def choose(model: Model, choices: Sequence[Choice]) -> pd.DataFrame:
     answers, width = np.array([each.answer for each in choices]), len(choices[0].options)
     scores = {name: values.to_numpy().reshape(-1, width) for name, values in divided.items()}
     return pd.DataFrame({name: scores[name].argmax(1) == answers for name in NORMALISATIONS})
+
+
+def harness(folder: Path, tasks: Sequence[str], place: Path) -> dict[str, Any]:
+    """What lm-eval says of a model: `results` with the scores of each task, and `samples` with every item.
+
+    Args:
+        folder: In Hugging Face's format.
+        tasks: Their names.
+        place: Where their YAML files lie; no other task is looked for.
+    """
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    given = {"pretrained": str(folder), "dtype": "float32", "device": "cpu"}
+    manager = TaskManager(include_path=str(place), include_defaults=False)
+    with stack.quietly("lm_eval"), contextlib.redirect_stderr(io.StringIO()):
+        return lm_eval.simple_evaluate(
+            model="hf", model_args=given, tasks=list(tasks), task_manager=manager, batch_size=64
+        )
 
 
 def sample(
@@ -396,14 +465,21 @@ def paired(first: Sequence[bool], second: Sequence[bool]) -> Paired:
     0.015625
     """
     import numpy as np
-    from scipy import stats
 
     one, other = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
     if one.shape != other.shape:
         raise ValueError(f"{len(one)} and {len(other)} items: a paired test needs the same items in the same order")
     lost, won = int((one & ~other).sum()), int((~one & other).sum())
-    p_value = stats.binomtest(won, won + lost).pvalue if won + lost else 1.0
-    return Paired(lost, won, float(p_value), len(one))
+    return Paired(lost, won, _as_uneven(lost, won), len(one))
+
+
+def _as_uneven(lost: float, won: float) -> float:
+    """How often a coin falls at least as unevenly; NaN if nothing was compared."""
+    from scipy import stats
+
+    if lost != lost:
+        return lost
+    return float(stats.binomtest(int(won), int(won + lost)).pvalue) if won + lost else 1.0
 
 
 def items_needed(first: float, second: float, *, power: float = 0.8) -> int:
@@ -447,3 +523,47 @@ def visible_difference(first: float, n: int, *, power: float = 0.8) -> float:
     rises = np.linspace(0.001, 1 - first, 2000)
     seen = [rise for rise in rises if items_needed(first, first + rise, power=power) <= n]
     return float(seen[0]) if seen else float("nan")
+
+
+def seeds(*, directory: Path = DATA) -> pd.DataFrame:
+    """The measures of lessons 13 to 15 under several seeds, each of which trained its own base: one row a model and seed.
+
+    Columns: `passes`, `answer loss`, `shared words`, `distinct`, `prose` and `code` (bits per byte of held-out text),
+    `chosen nats` (how much likelier than under the fine-tuned model the chosen answers of held-out preferences are), and
+    `lost`, `won` and `p_value` of the paired test of what passes, against the model that this one was made from; the base
+    has none.
+    """
+    import pandas as pd
+
+    rows = [{name: value for name, value in row.items() if name != "rungs"} for row in _of_seeds(directory)]
+    table = pd.DataFrame(rows)
+    table["passes"] = table.passes / table.answers
+    for name in ("answer loss", "shared words"):
+        table[name] = [value for value, _, _ in table[name]]
+    return _tested(table).set_index(["model", "seed"]).drop(columns="answers").sort_index()
+
+
+def seeds_of_rungs(*, directory: Path = DATA) -> pd.DataFrame:
+    """The ladder under several seeds: one row a rung, normalisation, model and seed.
+
+    Columns: `right` of `n` items, their `share`, and `lost`, `won` and `p_value` as in `seeds`.
+    """
+    import pandas as pd
+
+    rows = [
+        {"rung": rung, "normalisation": name, "model": row["model"], "seed": row["seed"], "n": each["n"]}
+        | dict(zip(("right", "lost", "won"), each[name], strict=False))
+        for row in _of_seeds(directory)
+        for rung, each in row.get("rungs", {}).items()
+        for name in NORMALISATIONS
+    ]
+    table = _tested(pd.DataFrame(rows))
+    return table.assign(share=table.right / table.n).set_index(["rung", "normalisation", "model", "seed"]).sort_index()
+
+
+def _tested(table: pd.DataFrame) -> pd.DataFrame:
+    return table.assign(p_value=[_as_uneven(lost, won) for lost, won in zip(table.lost, table.won, strict=True)])
+
+
+def _of_seeds(directory: Path) -> list[dict[str, Any]]:
+    return json.loads((directory / "alignment_seeds.json").read_text(encoding="utf-8"))["rows"]

@@ -167,9 +167,15 @@ def lesson_02():
     found = blueprint.differences()
     written = [row.installed or "" for row in found if row.lesson]
     table = pd.DataFrame({"the recipe you get": written, "verdict": [row.verdict for row in found if row.lesson]})
-    yield "check-columns", {"table": table, "blueprint": blueprint, "Counter": Counter}, {
-        "upstream changed": {"table": table.assign(**{"the recipe you get": "another"})},
-        "another verdict": {"table": table.assign(verdict="undecided")},
+
+    def says(table):
+        """`blueprint`, whose columns are these."""
+        return {"blueprint": Some(columns=gives(table), differences=blueprint.differences)}
+
+    things = {"Counter": Counter, "nano": None, "tables": Some(full=gives(None))}
+    yield "check-columns", things | says(table), {
+        "upstream changed": says(table.assign(**{"the recipe you get": "another"})),
+        "another verdict": says(table.assign(verdict="undecided")),
     }  # fmt: skip
 
     def shrinks(then):

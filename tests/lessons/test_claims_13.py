@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,11 +22,12 @@ PARAMETERS, ADAPTER = 1_000_000, 32_000
 WIDTH = "hidden_size is 128 there and 64 in cfg.model"
 
 
-def refuses(error: Exception | None) -> SimpleNamespace:
-    """A launcher that refuses what it gets, or does not."""
+def refuses(*errors: Exception | None) -> SimpleNamespace:
+    """A launcher that refuses one run after the other with these, or takes it."""
+    left = [*errors]
 
     def run(*_: Any, **__: Any) -> None:
-        if error:
+        if error := left.pop(0):
             raise error
 
     return SimpleNamespace(run=run, FieldError=launch.FieldError)
@@ -49,7 +51,26 @@ def scheduled(**extra: float) -> dict[str, Any]:
 
 def configured(*fields: str) -> SimpleNamespace:
     """`recipes` that finds these fields different."""
-    return SimpleNamespace(diff=lambda *_: pd.DataFrame({"field": fields}))
+    return SimpleNamespace(diff=lambda *_: pd.DataFrame({"field": fields}, dtype=object))
+
+
+def padded(*lengths: int, packs: int) -> dict[str, Any]:
+    """Pairs of so many ids, the last of which is a label only, in so many packed rows of 256."""
+    train = [{"input_ids": [0] * (length + 1)} for length in lengths]
+    packing = SimpleNamespace(first_fit_shuffle=gives([[]] * packs))
+    return {"train": train, "algorithms": packing, "cfg": SimpleNamespace(model=SimpleNamespace(seq_length=256))}
+
+
+def sized(*, dim: int = 4, named: tuple[str, ...] = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")) -> dict:
+    """A model of the lesson's width, and a LoRA of that rank on these matrices."""
+    model = SimpleNamespace(hidden_size=128, ffn_hidden_size=384, num_layers=4)
+    return {
+        "adapter_dim": dim, "adapter_learning_rate": 1e-3, "parameters": PARAMETERS,
+        "cfg": SimpleNamespace(model=model, optimizer=SimpleNamespace()),
+        "LoRA": lambda **_: SimpleNamespace(target_modules=[*named]),
+        "closed_forms": SimpleNamespace(parameter_count=gives(PARAMETERS)),
+        "stages": SimpleNamespace(VOCAB_SIZE=2048, states=gives(None)),
+    }  # fmt: skip
 
 
 def labels(**losses: int) -> pd.DataFrame:
@@ -64,32 +85,26 @@ def labels(**losses: int) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["row", "kind", "token", "loss"])
 
 
-def stored(full: int = PARAMETERS, thin: int = ADAPTER) -> dict[str, Any]:
+def stored(full: int = PARAMETERS, thin: int = ADAPTER, tuned: Any = None) -> dict[str, Any]:
     """Two runs whose checkpoints hold 16 bytes for so many weights."""
-    sizes = {"tuned": full, "adapted": thin}
+    sizes = {"full": full, "thin": thin}
     reads = SimpleNamespace(
-        require=lambda run: run, tensors=lambda run: pd.DataFrame({"size_bytes": [4 * sizes[run], 12 * sizes[run]]})
+        require=lambda run: run.size,
+        tensors=lambda size: pd.DataFrame({"size_bytes": [4 * sizes[size], 12 * sizes[size]]}),
     )
-    return {"tuned": "tuned", "adapted": "adapted", "checkpoints": reads}
+    log = f"Total parameters: {PARAMETERS // 2:,}\nTrainable parameters: {ADAPTER // 2:,}"
+    adapted = SimpleNamespace(size="thin", log=gives(log))
+    return {
+        "tuned": SimpleNamespace(size="full", metrics=(tuned or logged(50.4)).metrics),
+        "adapted": adapted,
+        "checkpoints": reads,
+    }
 
 
-class Logits:
-    """Logits of one value, as far as a cell looks at them."""
-
-    def __init__(self, value: float) -> None:
-        self.value = value
-
-    def __sub__(self, other: Logits) -> Logits:
-        return Logits(self.value - other.value)
-
-    def abs(self) -> Logits:
-        return Logits(abs(self.value))
-
-    def max(self) -> Logits:
-        return self
-
-    def item(self) -> float:
-        return self.value
+def merges(difference: float = 5e-6, moved: float = 3.0, parameters: int = 41_000) -> dict[str, Any]:
+    """What merges an adapter so."""
+    merge = SimpleNamespace(difference=difference, largest=8.0, moved=moved, parameters=parameters)
+    return {"evaluation": SimpleNamespace(load=gives(None), merged=gives((None, merge)))}
 
 
 def logged(per_pair: float, per_second: float = 3_000.0) -> SimpleNamespace:
@@ -121,11 +136,12 @@ def bits(code: float, *, prose: float = 0.1, thin: float = 0.2) -> dict[str, Any
     }
 
 
-def cards(*, gflop: float = 46.0, rate: float = 2.0) -> pd.DataFrame:
-    """Published runs: LoRA with so many GFLOP a token, and so many times the tokens a second."""
+def published(*, gflop: float = 46.0, rate: float = 2.0) -> SimpleNamespace:
+    """NVIDIA's runs: LoRA with so many GFLOP a token, and so many times the tokens a second."""
     names = pd.MultiIndex.from_product([["Nemotron 3 Nano 4B", "Qwen3 8B"], ["full", "LoRA"]])
     table = {"tokens_per_second_per_gpu": [1.0, rate] * 2, "gflop_per_token": [46.0, gflop] * 2}
-    return pd.DataFrame(table, index=names)
+    others = dict.fromkeys(("gpus", "first_loss", "last_loss", "packed", "tflops_per_gpu"), 1.0)
+    return SimpleNamespace(published_fine_tuning=gives(pd.DataFrame(table | others, index=names)))
 
 
 def plans(thin_gib: float, full_gib: float) -> dict[str, Any]:
@@ -135,74 +151,76 @@ def plans(thin_gib: float, full_gib: float) -> dict[str, Any]:
     }
 
 
+CFG = SimpleNamespace(
+    model=SimpleNamespace(hidden_size=128, seq_length=512), scheduler=SimpleNamespace(), optimizer=SimpleNamespace(),
+    checkpoint=SimpleNamespace(), train=SimpleNamespace(global_batch_size=32),
+)  # fmt: skip
 BASE: dict[str, Any] = {
     "stages": SimpleNamespace(
-        fine_tuning=gives(SimpleNamespace(model=SimpleNamespace(hidden_size=128), scheduler=SimpleNamespace()))
+        fine_tuning=gives(CFG), pretraining=gives(CFG), exported=lambda _: Path(__file__).parent, adapter=gives(Path()),
     ),
-    "data": None, "base": None, "steps": 150, "seed": 1, "units": units, "copy": copy,
-}  # fmt: skip
-SHARE = {
-    "share": 0.031, "adapter_dim": 4, "hidden": 128, "matrices": {"linear_qkv": 1, "linear_proj": 1},
-    "cfg_lora": SimpleNamespace(peft=SimpleNamespace(target_modules=["linear_proj", "linear_qkv"])),
+    "data": SimpleNamespace(pairs="pairs"), "base": None, "steps": 150, "seed": 1, "units": units, "copy": copy,
+    "pairs": {"test": [SimpleNamespace(output="Return it.")]}, "adapter_parameters": 35_000,
+    "tables": SimpleNamespace(full=gives(None)), "pd": pd,
 }  # fmt: skip
 GOOD: dict[str, dict[str, Any]] = {
-    "check-width": {"checkpoints": checkpoints, "launch": refuses(checkpoints.WrongCheckpoint(WIDTH))},
-    "check-slip": scheduled(max_lr=5e-6) | {"launch": refuses(launch.FieldError("scheduler.max_lr is not a field"))},
-    "check-config": {"recipes": configured(), "cfg": None, "learning_rate": 1e-3},
+    "check-slips": scheduled(max_lr=5e-6) | {"checkpoints": checkpoints, "launch": refuses(
+        launch.FieldError("scheduler.max_lr is not a field"), checkpoints.WrongCheckpoint(WIDTH))},
+    "check-config": {
+        "recipes": configured(), "learning_rate": 1e-3, "checkpoints": SimpleNamespace(root=gives("base")),
+        "builders": SimpleNamespace(
+            GPTSFTDatasetConfig=gives(None), PromptCompletionSFTPreprocessingConfig=gives(None)
+        ),
+    },
     "check-mask": {"labels": labels()},
-    "check-padding": {"real": 240, "padded": 400, "packed": 244, "whole": 1240},
-    "check-share": SHARE,
-    "check-bytes": stored() | {
-        "full_mib": 16 * PARAMETERS / units.MiB, "adapter_mib": 16 * ADAPTER / units.MiB,
-        "share": ADAPTER / PARAMETERS, "counted": {"Total": PARAMETERS // 2, "Trainable": ADAPTER // 2},
+    "check-padding": padded(*[50, 20, 30, 25, 35, 45, 20, 31], packs=1),
+    "check-share": sized(),
+    "check-run": stored() | {
+        "full_mib": 16 * PARAMETERS / units.MiB, "adapter_mib": 16 * ADAPTER / units.MiB, "share": ADAPTER / PARAMETERS,
+        "steps": 2, "real": 494, "ids": [0] * 10, "packed_run": logged(50.4), "cfg": CFG,
     },
-    "check-merged": {
-        "before": Logits(8.0), "plain": Logits(5.0), "difference": 5e-6, "by_peft": 41_000, "adapter_parameters": 35_000,
-    },
-    "check-tokens": {
-        "tuned": logged(50.4), "steps": 2, "real": 494, "ids": [0] * 10, "packed_run": logged(50.4),
-        "cfg": SimpleNamespace(train=SimpleNamespace(global_batch_size=32), model=SimpleNamespace(seq_length=512)),
-    },
-    "check-learned": {"found": measured(5.2, 4.7, 4.9)},
-    "check-forgotten": {"bits": bits(0.5)},
-    "check-gpus": {"plans": plans(35.0, 140.0), "room": 70 * units.GiB, "cards": cards()},
+    "check-merged": merges() | {"tuned": None, "adapted": None},
+    "check-learned": {"found": measured(5.2, 4.7, 4.9), "bits": bits(0.5)},
+    "check-gpus": {"plans": plans(35.0, 140.0), "room": 70 * units.GiB, "ceiling": published()},
 }  # fmt: skip
 """Cell, and what it reads where all is well."""
 
 BROKEN: list[tuple[str, str, dict[str, Any], str]] = [
-    ("check-width", "nobody looks at the width", {"launch": refuses(None)}, "WrongCheckpoint was expected"),
-    ("check-slip", "a mended recipe", scheduled(), "what the scheduler does not have"),
-    ("check-slip", "any attribute is taken", {"launch": refuses(None)}, "FieldError was expected"),
+    ("check-slips", "nobody looks at the width", {"launch": refuses(launch.FieldError("scheduler.max_lr"), None)},
+     "WrongCheckpoint was expected"),
+    ("check-slips", "a mended recipe", scheduled(), "what the scheduler does not have"),
+    ("check-slips", "any attribute is taken", {"launch": refuses(None, None)}, "FieldError was expected"),
     ("check-config", "another batch", {"recipes": configured("train.global_batch_size")}, "differ in train.global_batch_size"),
     ("check-mask", "a loss on the prompt", {"labels": labels(prompt=1)}, "no label of a prompt"),
     ("check-mask", "no loss on the separator", {"labels": labels(separator=0)}, "the separator counts"),
     ("check-mask", "no loss on the answer", {"labels": labels(answer=0)}, "each label of an answer"),
     ("check-mask", "all ends filtered", {"labels": labels(end_of_document=0)}, "so does the end"),
     ("check-mask", "a loss on padding", {"labels": labels(padding=1)}, "padding does not"),
-    ("check-padding", "pairs of one length", {"padded": 250}, "padding wastes"),
-    ("check-padding", "bad packing", {"packed": 400}, "packed rows would waste"),
-    ("check-padding", "long pairs", {"whole": 600}, "full rows are"),
-    ("check-share", "the recipe's rank", {"share": 0.25, "adapter_dim": 32}, "which is 25% of the width"),
-    ("check-share", "another set of matrices", {"matrices": {"linear_qkv": 1}}, "that Bridge names"),
-    ("check-bytes", "an optimizer that was not saved", stored(full=PARAMETERS // 4), "full fine-tuning saved"),
-    ("check-bytes", "a whole model in the adapter", stored(thin=PARAMETERS), "the adapter saved"),
-    ("check-bytes", "another share", {"counted": {"Total": 500_000, "Trainable": 50_000}}, "share by Bridge"),
-    ("check-merged", "a merge without its scale", {"difference": 0.5}, "the adapter's logits"),
-    ("check-merged", "an adapter of zeros", {"plain": Logits(8.0)}, "from the base's"),
-    ("check-merged", "another count", {"by_peft": 35_000}, "PEFT has more weights"),
-    ("check-tokens", "padding counted", {"tuned": logged(80.0)}, "a pair in the log"),
-    ("check-tokens", "long pairs", {"tuned": logged(50.4, 9_000.0)}, "would make the same run look fast"),
-    ("check-tokens", "packed pairs that see each other", {"packed_run": SimpleNamespace(metrics=pd.DataFrame({"loss": [4.0]}))},
+    ("check-padding", "pairs of one length", padded(*[32] * 8, packs=1), "padding wastes"),
+    ("check-padding", "bad packing", {"algorithms": SimpleNamespace(first_fit_shuffle=gives([[]] * 3))},
+     "packed rows would waste"),
+    ("check-padding", "long pairs", padded(*[50] * 7, 170, packs=2), "full rows are"),
+    ("check-share", "the recipe's rank", sized(dim=32), "which is 25% of the width"),
+    ("check-share", "another set of matrices", sized(named=("linear_qkv",)), "that Bridge names"),
+    ("check-run", "an optimizer that was not saved", stored(full=PARAMETERS // 4), "full fine-tuning saved"),
+    ("check-run", "a whole model in the adapter", stored(thin=PARAMETERS), "the adapter saved"),
+    ("check-run", "another share", {"share": 0.1}, "share by Bridge"),
+    ("check-merged", "a merge without its scale", merges(difference=0.5), "the adapter's logits"),
+    ("check-merged", "an adapter of zeros", merges(moved=0.0), "from the base's"),
+    ("check-merged", "another count", merges(parameters=35_000), "PEFT counts more weights"),
+    ("check-run", "padding counted", stored(tuned=logged(80.0)), "a pair in the log"),
+    ("check-run", "long pairs", stored(tuned=logged(50.4, 9_000.0)), "would make the same run look fast"),
+    ("check-run", "packed pairs that see each other", {"packed_run": SimpleNamespace(metrics=pd.DataFrame({"loss": [4.0]}))},
      "first loss, packed"),
     ("check-learned", "nothing learned", {"found": measured(5.2, 5.1, 5.15)}, "full fine-tuning gains"),
     ("check-learned", "an adapter without effect", {"found": measured(5.2, 4.7, 5.19)}, "LoRA reaches"),
     ("check-learned", "no docstrings", {"found": measured(5.2, 4.7, 4.9, passes=(0.02, 0.05))}, "of the base's answers pass"),
-    ("check-forgotten", "nothing forgotten", {"bits": bits(0.05, prose=0.0, thin=0.0)}, "held-out code costs"),
-    ("check-forgotten", "prose forgotten more", {"bits": bits(0.5, prose=0.6)}, "because pairs hold prose"),
-    ("check-forgotten", "LoRA forgets more", {"bits": bits(0.5, thin=0.6)}, "LoRA forgets less"),
+    ("check-learned", "nothing forgotten", {"bits": bits(0.05, prose=0.0, thin=0.0)}, "held-out code costs"),
+    ("check-learned", "prose forgotten more", {"bits": bits(0.5, prose=0.6)}, "because pairs hold prose"),
+    ("check-learned", "LoRA forgets more", {"bits": bits(0.5, thin=0.6)}, "LoRA forgets less"),
     ("check-gpus", "full fits too", {"plans": plans(35.0, 60.0)}, "on one GPU of 80 GB"),
-    ("check-gpus", "LoRA is no faster", {"cards": cards(rate=1.1)}, "times the tokens a second"),
-    ("check-gpus", "an honest count", {"cards": cards(gflop=31.0)}, "GFLOP counted"),
+    ("check-gpus", "LoRA is no faster", {"ceiling": published(rate=1.1)}, "times the tokens a second"),
+    ("check-gpus", "an honest count", {"ceiling": published(gflop=31.0)}, "GFLOP counted"),
 ]  # fmt: skip
 """Cell, what is wrong, the names that are, and the words of the check."""
 

@@ -12,21 +12,25 @@ import pandas as pd
 import pytest
 
 from course_lib.common.project import DATA
-from course_lib.experiments import preferences
+from course_lib.experiments import aligned, preferences
+from course_lib.lesson import tables
+from course_lib.reading import evaluation
 from course_lib.recipes import blueprint
 from course_lib.text import docstrings, tasks
 from support.lesson_cells import execute, falsify, gives, tagged
 
 ROW = preferences.Preference("f: def f(x)\n", "Return the value of x.", "Returns the value of x.", "third person")
-DPO = ("margin alone", "with its own loss", "higher beta, margin alone")
-POLICIES = ("fine-tuned", "DPO, margin alone", "DPO, mended", "GRPO", "GRPO, with reference")
+DPO = ("margin alone", "preferred", "higher beta")
+POLICIES = ("fine-tuned", "margin alone", "preferred", "gamed", "with reference")
+TEXT = SimpleNamespace(read=gives([]))
 KEYS = json.loads((DATA / "nano3_rl_keys.json").read_text(encoding="utf-8"))["rows"]
 AS_NANO3 = {name: value for row in KEYS for name, value in row["trl"].items()}
 
 
 def rows(*some: preferences.Preference) -> dict[str, Any]:
-    """Preferences, as the check of them finds them."""
-    return {"preferred": {"train": list(some), "held out": []}, "docstrings": docstrings}
+    """What makes these preferences of whatever it gets, and what the cell makes of them."""
+    made = {"preferences": SimpleNamespace(preferences=gives(list(some))), "stages": SimpleNamespace(text=gives(TEXT))}
+    return made | {"held_out": [], "seed": 1, "separator": "\n", "pd": pd, "tables": tables, "docstrings": docstrings}
 
 
 def asked(nats_per_token: dict[str, float]) -> SimpleNamespace:
@@ -39,17 +43,30 @@ def asked(nats_per_token: dict[str, float]) -> SimpleNamespace:
     return SimpleNamespace(log_probabilities=log_probabilities)
 
 
-def ended(*, margin: float = 1.0, share: float = 0.95, chosen: tuple[float, ...] = (-35.0, -2.0, -19.0)) -> dict:
-    """How the three DPO runs end on held-out pairs."""
+def ended(
+    *,
+    first: float = math.log(2),
+    margin: float = 1.0,
+    share: float = 0.95,
+    chosen: tuple[float, ...] = (-35.0, -2.0, -19.0),
+) -> dict[str, Any]:
+    """How the first DPO run begins, and the three end on held-out pairs."""
     table = pd.DataFrame({"rewards_margins": margin, "rewards_accuracies": share, "chosen_nats": chosen}, index=DPO)
-    return {"ends": table, "pair_of_runs": dict.fromkeys(DPO[:2])}
+    alone = SimpleNamespace(metrics=pd.DataFrame({"loss": [first, 0.6]}))
+    return {"ends": table, "pair_of_runs": dict.fromkeys(DPO[:2]), "run_alone": alone, "first_loss": math.log(2)}
 
 
 def measured(passes: tuple[float, ...], losses: tuple[float, ...]) -> dict[str, Any]:
-    """The table of the five policies, and what the first of its two checks leaves behind."""
-    table = pd.DataFrame({"passes": passes, "answer loss": losses}, index=POLICIES)
-    facts = {"table": table, "passes": table["passes"], "then": table["passes"]["fine-tuned"]}
-    return facts | {"rise": table["answer loss"] - table["answer loss"]["fine-tuned"]}
+    """The table of the five models."""
+    return {"table": pd.DataFrame({"passes": passes, "answer loss": losses}, index=POLICIES)}
+
+
+def here(**changed: float) -> dict[str, Any]:
+    """What the first seed measured, as the lesson has it, with some policy's share that passes changed."""
+    first = evaluation.seeds().xs(1, level="seed")
+    table = first.loc[list(POLICIES), ["passes", "answer loss"]]
+    table.loc[list(changed), "passes"] = list(changed.values())
+    return {"table": table, "ends": first.loc[list(DPO), ["chosen nats"]].set_axis(["chosen_nats"], axis=1)}
 
 
 def told(reward: float) -> SimpleNamespace:
@@ -64,6 +81,7 @@ def config(**changed: Any) -> Any:
         made = {"generation_batch_size": 2048, **arguments, **changed}
         return SimpleNamespace(**made)
 
+    make.__dataclass_fields__ = {name: SimpleNamespace(default=None) for name in AS_NANO3}
     return make
 
 
@@ -77,10 +95,9 @@ TEMPLATE = {
 GAMEABLE = {
     "held_out": [PAIR], "pd": pd, "docstrings": told(1.0), "evaluation": SimpleNamespace(word_f1=gives(0.1)),
 }  # fmt: skip
-SEEDS = json.loads((DATA / "alignment_seeds.json").read_text(encoding="utf-8"))["rows"]
-HERE = {name: SEEDS[0][name] for name in reversed(SEEDS[0]) if name != "seed"}
 KEYS_FACTS = {
-    "GRPOConfig": config(), "common": {}, "as_nano3": AS_NANO3, "blueprint": blueprint, "stage2": pd.DataFrame(KEYS),
+    "GRPOConfig": config(), "place": {}, "as_nano3": AS_NANO3, "blueprint": blueprint, "stage2": pd.DataFrame(KEYS),
+    "aligned": aligned, "pd": pd,
 }  # fmt: skip
 CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "check-pairs": (
@@ -92,11 +109,7 @@ CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     ),
     "check-template": (TEMPLATE, [{"separator": "\n\n", "evaluation": asked({"": 4.7, "\n": 5.1, "\n\n\n": 6.0})},
                                   {"evaluation": asked({"": 4.7, "\n": 4.6})}]),
-    "check-first-loss": (
-        {"run_alone": SimpleNamespace(metrics=pd.DataFrame({"loss": [math.log(2), 0.6]})), "first_loss": math.log(2)},
-        [{"run_alone": SimpleNamespace(metrics=pd.DataFrame({"loss": [0.68, 0.6]}))}],
-    ),
-    "check-margins": (ended(), [ended(margin=0.1), ended(share=0.5), *(
+    "check-margins": (ended(), [ended(first=0.68), ended(margin=0.1), ended(share=0.5), *(
         {"ends": ended()["ends"].assign(rewards_margins=[1.0, 0.0, 1.0])},
     )]),
     "check-mend": (
@@ -110,16 +123,13 @@ CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     ),
     "check-gamed": (
         measured(RIGHT_PASSES, RIGHT_LOSSES),
-        [measured((0.4, 0.66, 0.81, 0.5, 0.85), RIGHT_LOSSES), measured(RIGHT_PASSES, (4.7, 6.8, 5.0, 4.9, 5.0))],
-    ),
-    "check-repaired": (
-        measured(RIGHT_PASSES, RIGHT_LOSSES),
-        [measured(RIGHT_PASSES, (4.7, 6.8, 5.0, 6.3, 6.3)), measured((0.4, 0.66, 0.81, 0.96, 0.4), RIGHT_LOSSES),
+        [measured((0.4, 0.66, 0.81, 0.5, 0.85), RIGHT_LOSSES), measured(RIGHT_PASSES, (4.7, 6.8, 5.0, 4.9, 5.0)),
+         measured(RIGHT_PASSES, (4.7, 6.8, 5.0, 6.3, 6.3)), measured((0.4, 0.66, 0.81, 0.96, 0.4), RIGHT_LOSSES),
          measured(RIGHT_PASSES, (4.7, 6.8, 6.5, 6.3, 5.0))],
     ),
     "check-seeds": (
-        {"preferences": preferences, "pd": pd, "hold_against_seeds": True, "here": HERE},
-        [{"here": HERE | {"GRPO: passes": 0.1}}, {"here": HERE | {"DPO, margin alone: chosen nats": -2.0}}],
+        here() | {"evaluation": evaluation},
+        [here(gamed=0.1), {"ends": pd.DataFrame({"chosen_nats": [-2.0, -2.0, -2.0]}, index=DPO)}],
     ),
 }  # fmt: skip
 """Cell, what it reads where all is well, and what is wrong each time."""

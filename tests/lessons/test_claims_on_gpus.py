@@ -283,8 +283,8 @@ ELSEWHERE = {
         04/check-labels 04/check-cuts 04/check-blend 05/check-ids 05/compare 05/check-padding 05/check-difference
         06/check-states 06/check-fit 06/check-time 06/check-levers 06/check-verdict
         07/check-slurm 07/check-second 07/check-rented 08/check-published 08/check-order 08/check-formula
-        09/base-run 09/one-field 09/shape 10/check-changed 13/check-mask 13/check-padding 13/check-share 13/check-width
-        13/check-config 13/check-slip 13/check-gpus 14/check-pairs 14/check-keys 14/check-gameable 15/check-nano3
+        09/base-run 09/one-field 09/shape 10/check-changed 13/check-mask 13/check-padding 13/check-share 13/check-slips
+        13/check-config 13/check-gpus 14/check-pairs 14/check-keys 14/check-gameable 15/check-nano3
         15/check-plan 16/check-count 16/check-router 16/check-plan 17/check-pattern 17/check-scan 17/check-memory
         17/check-card 17/check-cost 17/fallback 18/check-mend 18/check-score
         18/check-writer 18/check-study 18/check-ray 18/check-scale
@@ -294,11 +294,11 @@ ELSEWHERE = {
     "one run held against itself, or against a bound far away": """03/check-real-text 04/check 08/check-baselines
         08/check-log 08/check-speed 08/check-healthy 08/check-sick 08/check-leak 10/check-hub 10/check-rows
         12/state-check 12/check-interleave 12/check-node 20/check-run""",
-    "bytes by the device that their predict cell asks for, and tokens that are counted": "13/check-bytes 13/check-tokens",
+    "bytes by the device that their predict cell asks for, and tokens that are counted": "13/check-run",
     "models of transformers on the CPU, wherever ranks trained them, against bounds far away": """13/check-learned
-        13/check-forgotten 13/check-merged 14/check-template 14/check-first-loss 14/check-margins 14/check-mend
-        14/check-gamed 14/check-repaired 14/check-seeds 15/check-export 15/check-hand 15/check-order 15/check-gamed
-        15/check-paired 15/check-ladder 15/check-leak 15/check-bytes 20/check-judge""",
+        13/check-merged 14/check-template 14/check-margins 14/check-mend
+        14/check-gamed 14/check-seeds 15/check-export 15/check-hand 15/check-order
+        15/check-paired 15/check-ladder 15/check-leak 15/check-bytes 15/check-seeds 20/check-judge""",
     "routers and paired seeds, whose bounds are far from what rounding moves": "16/check-load 16/check-pay 18/check-pays",
     "verdicts that figure-all takes together": "09/run-learning-rate 09/run-init 09/run-length 09/run-shape",
 }

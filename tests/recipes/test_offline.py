@@ -235,11 +235,13 @@ def test_models_with_experts_or_mamba_are_built_and_counted(expected: dict[str, 
 
 
 def test_shapes_of_other_families_have_their_published_totals(bridge: Any) -> None:
-    """The whole model as Megatron builds it; those of Gemma 2 and gpt-oss are what their makers' checkpoints hold."""
+    """The whole model as Megatron builds it; `data/models` says with each shape what its maker publishes."""
     from course_lib.planning import meta_model
 
     totals = {
-        "gemma.h100.gemma2:gemma2_9b_pretrain_8gpu_h100_bf16_config": 9_241_705_984,
+        "gemma.h100.gemma2:gemma2_9b_pretrain_8gpu_h100_bf16_config": 8_324_201_984 + 256_000 * 3_584,
+        "glm.h100.glm45:glm45_air_106b_peft_8gpu_h100_bf16_config": 109_227_304_960,  # 2.4 billion predict a second token
+        "moonlight.h100.moonlight_16b:moonlight_16b_pretrain_8gpu_h100_bf16_config": 15_960_163_840,
         "gpt_oss.h100.gpt_oss:gpt_oss_20b_sft_8gpu_h100_bf16_config": 20_914_757_184,
         "gpt_oss.h100.gpt_oss:gpt_oss_120b_peft_8gpu_h100_bf16_config": 116_829_156_672,
         # Core norms the input of the query projection once more, where it has no low rank: 27 x 2,048 weights.

@@ -59,7 +59,7 @@ def problems(notebook: Notebook) -> list[Problem]:
 
 def advice(notebook: Notebook) -> list[Problem]:
     """Say where a lesson leaves the usual size; a warning, because a good reason may win."""
-    own = {"guess", "attempt", "solution", "quiz"}  # the learner's cells are counted by their own rules
+    own = {"guess", "attempt", "solution", "quiz", "exercise"}  # the learner's cells are counted by their own rules
     code = [cell for cell in cells.of_kind(notebook, "code") if not own & set(cells.tags(cell))]
     sources = [cells.source(cell) for cell in code]
     lines = sum(len(cells.code_lines(source)) for source in sources)

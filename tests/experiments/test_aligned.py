@@ -1,0 +1,134 @@
+"""The policies of lessons 14 and 15: settings that TRL takes, one training each, and another folder for other settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from course_lib import runs
+from course_lib.experiments import aligned, stages
+from course_lib.recipes import blueprint
+from course_lib.text import tasks, tokenizers
+
+PAIRS = [
+    tasks.Pair(f"module.get_{name}: def get_{name}(self)", f"Return the {name} of the file.", "module")
+    for name in ("name", "size", "path", "owner", "group", "mode", "time", "kind")
+]
+
+
+@pytest.fixture
+def tuned(tmp_path, monkeypatch):
+    """A run whose exported model has 30,000 parameters and never saw a text; its text is eight pairs."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    monkeypatch.setenv("COURSE_RUNS", str(tmp_path / "runs"))
+    folder = tmp_path / "hugging-face"
+    texts = [f"{pair.input}\n{pair.output}" for pair in PAIRS] * 20
+    tokenizers.train_bpe(texts, folder, vocab_size=300)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes)).save_pretrained(folder)
+    monkeypatch.setattr(stages, "exported", lambda run: folder)
+    monkeypatch.setattr(stages, "text", lambda: SimpleNamespace(read=lambda split: PAIRS))
+    for algorithm in (aligned.DPO, aligned.GRPO):
+        monkeypatch.setitem(algorithm, "max_steps", 2)  # the first one is at a rate of 0
+    monkeypatch.setitem(aligned.GRPO, "per_device_train_batch_size", 8)
+    path = tmp_path / "runs" / "tuned"
+    path.mkdir(parents=True)
+    return runs.Run(path)
+
+
+def weights(folder: Path) -> bytes:
+    """All weights of a folder."""
+    return (folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", aligned.POLICIES)
+def test_trl_takes_what_a_policy_is_told(name):
+    """Every argument exists and keeps its value, so none is ignored or clipped."""
+    from trl import DPOConfig, GRPOConfig
+
+    kind = {"DPO": DPOConfig, "GRPO": GRPOConfig}[aligned.POLICIES[name][0]]
+    settings = aligned.settings(name)
+    made = kind(output_dir="unused", **settings)
+    changed = {key: getattr(made, key) for key in settings if getattr(made, key) != settings[key]}
+    assert changed == {"report_to": []}  # how TRL keeps "none"
+
+
+def test_a_policy_differs_from_its_neighbours_by_what_it_names():
+    """The margin alone and the preferred one have one batch, rate and beta, and GRPO has nano3's values."""
+    alone, preferred = aligned.settings("margin alone"), aligned.settings("preferred")
+    unlike = {key for key in alone.keys() | preferred.keys() if alone.get(key) != preferred.get(key)}
+    assert unlike == {"loss_type", "loss_weights"}
+    known = {key: value for row in blueprint.in_trl().trl for key, value in row.items()}
+    gamed = aligned.settings("gamed")
+    assert {key: gamed[key] for key in aligned.OF_NANO3} == {key: known[key] for key in aligned.OF_NANO3}
+    assert (gamed["beta"], aligned.settings("with reference")["beta"]) == (0.0, 0.3)
+    with pytest.raises(KeyError, match="no policy is called 'better': there are margin alone"):
+        aligned.settings("better")
+
+
+def test_long_prompts_are_left_out(monkeypatch):
+    """A prompt and its separator have 160 characters at most."""
+    pairs = [tasks.Pair("x" * length, "Return it.", "m") for length in (159, 160)]
+    monkeypatch.setattr(stages, "text", lambda: SimpleNamespace(read=lambda split: pairs))
+    assert [len(row["prompt"]) for row in aligned.questions()] == [160]
+
+
+def test_a_policy_is_trained_once(tuned, monkeypatch):
+    """It differs from its start, is found again, and another seed, beta or algorithm is another folder."""
+    start = weights(stages.exported(tuned))
+    folder = aligned.policy(tuned, "preferred")
+    assert folder.parent == tuned.path and folder.name.startswith("preferred-") and weights(folder) != start
+    assert (folder / "tokenizer.json").is_file()
+    trained = [run.launch["trainer"] for run in runs.listing() if run.name != "tuned"]
+    assert trained == ["DPOTrainer"]
+
+    monkeypatch.setattr(aligned, "_write", lambda *_, **__: pytest.fail("trained again"))
+    assert aligned.policy(tuned, "preferred") == folder
+    monkeypatch.undo()
+
+
+def test_another_setting_is_another_folder(tuned, monkeypatch):
+    """Seed, beta and algorithm are in the name."""
+    monkeypatch.setattr(aligned, "_write", lambda folder, *_, **__: made.append(folder.name))
+    made: list[str] = []
+    aligned.policy(tuned, "preferred")
+    aligned.policy(tuned, "preferred", seed=2)
+    monkeypatch.setitem(aligned.DPO, "beta", 0.2)
+    aligned.policy(tuned, "preferred")
+    aligned.policy(tuned, "gamed")
+    assert len(set(made)) == 4 and made[3].startswith("gamed-")
+
+
+def test_a_policy_that_is_judged_is_trained_on_its_own_answers(tuned):
+    """GRPO samples, asks the five checks and moves the weights, or leaves them where all answers got one reward."""
+    folder = aligned.policy(tuned, "gamed")
+    run = next(run for run in runs.listing() if run.name.startswith("gamed"))
+    assert run.launch["trainer"] == "GRPOTrainer" and run.outcome.status == "succeeded"
+    assert 0 <= run.metrics.reward.iloc[0] <= 1 and (folder / "model.safetensors").is_file()
+
+
+def test_a_contaminated_model_saw_the_leak(tuned):
+    """The leaked pairs become likelier, and other pairs make another folder."""
+    from course_lib.reading import evaluation
+
+    folder = aligned.contaminated(tuned, PAIRS[:4], steps=3)
+    before, after = (evaluation.load(each) for each in (stages.exported(tuned), folder))
+    losses = [evaluation.answer_loss(model, PAIRS[:4]).value for model in (before, after)]
+    assert losses[1] < losses[0]
+    assert aligned.contaminated(tuned, PAIRS[:4], steps=3) == folder
+
+
+def test_a_run_that_dies_leaves_no_folder(tuned, monkeypatch):
+    """Half a policy is never found."""
+    from trl import DPOTrainer
+
+    def dies(*_, **__):
+        raise RuntimeError("out of patience")
+
+    monkeypatch.setattr(DPOTrainer, "train", dies)
+    with pytest.raises(RuntimeError, match="out of patience"):
+        aligned.policy(tuned, "preferred")
+    assert not list(tuned.path.glob("preferred-*"))
