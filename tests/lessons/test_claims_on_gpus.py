@@ -286,8 +286,8 @@ ELSEWHERE = {
         09/base-run 09/one-field 09/shape 10/check-changed 13/check-mask 13/check-padding 13/check-share 13/check-slips
         13/check-config 13/check-gpus 14/check-pairs 14/check-keys 14/check-gameable 15/check-nano3
         15/check-plan 16/check-count 16/check-router 16/check-plan 17/check-pattern 17/check-scan 17/check-memory
-        17/check-card 17/check-cost 17/fallback 18/check-mend 18/check-score
-        18/check-writer 18/check-study 18/check-ray 18/check-scale
+        17/check-card 17/check-cost 17/check-move 17/fallback 18/check-mend 18/check-score
+        18/check-writer 18/check-study 18/check-ray 18/check-scale 19/check-refused 19/check-crossing 19/check-roads
         20/check-text 20/check-walk 20/check-beta 20/check-numbers 20/check-plan""",
     "how a launch, a save or a resume ends, which is the same on every device": """07/check-silence 07/check-first
         07/check-habits 09/run-noise 10/recipe-format 10/check-full 10/check-traps 20/check-killed""",
@@ -298,14 +298,14 @@ ELSEWHERE = {
     "models of transformers on the CPU, wherever ranks trained them, against bounds far away": """13/check-learned
         13/check-merged 14/check-template 14/check-margins 14/check-mend
         14/check-gamed 14/check-seeds 15/check-export 15/check-hand 15/check-order
-        15/check-paired 15/check-ladder 15/check-leak 15/check-bytes 15/check-seeds 20/check-judge""",
+        15/check-paired 15/check-ladder 15/check-leak 15/check-bytes 15/check-seeds 19/check-start 20/check-judge""",
     "routers and paired seeds, whose bounds are far from what rounding moves": "16/check-load 16/check-pay 18/check-pays",
     "verdicts that figure-all takes together": "09/run-learning-rate 09/run-init 09/run-length 09/run-shape",
 }
 """Check cells that no test here evaluates for a GPU, and why they need none."""
 WITHOUT_RANKS = {"01", "a"}
 """Lessons that start no rank."""
-ASKS = r"\bon_cpu\b|\bbound\b|\bdevice\b|torch\.cuda"
+ASKS = r"\bon_cpu\b|\bin_fp32\b|\bbound\b|\bdevice\b|torch\.cuda"
 """What a cell says that asks where its ranks were."""
 
 
