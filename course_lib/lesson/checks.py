@@ -134,7 +134,7 @@ def attempt(answer: object, judge: verdicts.Judge, *facts: Any) -> None:
 
 
 def solution(answer: object, judge: verdicts.Judge, *facts: Any) -> None:
-    """Show what an exercise says of the lesson's own solution, which must be right.
+    """Judge the lesson's own solution, which must be right; the reason is kept for those who answer themselves.
 
     Raises:
         ClaimFailed: The solution is missing or not right.
@@ -142,7 +142,7 @@ def solution(answer: object, judge: verdicts.Judge, *facts: Any) -> None:
     verdict = verdicts.of(answer, judge, *facts) if answer is not None else verdicts.wrong("the solution is None")
     if not verdict.right:
         raise ClaimFailed(f"does not hold: the solution is right\n{verdict.hint}")
-    print(f"right: {verdict.hint}")
+    print("right: a solution stands in this folded cell; your own right answer is told why it is one")
 
 
 @contextmanager

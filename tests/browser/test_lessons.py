@@ -51,6 +51,7 @@ def saved(desk, name: str) -> list[dict]:
 
 
 PICTURE = ".jp-OutputArea img"
+FOLDED = ".jp-Cell-inputWrapper .jp-Placeholder"
 
 
 def outputs(cells: list[dict]) -> list[dict]:
@@ -95,6 +96,9 @@ def test_lesson_00_runs_in_the_browser(desk):
     cells = saved(desk, name)
     assert all(cell["execution_count"] for cell in cells) and not errors(cells)
     assert without_words(cells) == [] and any("image/png" in data for data in outputs(cells))
+    desk.show(FOLDED)  # the solution stands below its attempt, and nobody reads it by accident
+    assert desk.page.get_by_text("checks.attempt(").count() and not desk.page.get_by_text("checks.solution(").count()
+    desk.shot(SHOTS / "00_folded.png")
     look(desk, name)
 
 

@@ -194,6 +194,7 @@ def test_the_ledgers_notebook_runs_and_keeps_the_habits(tmp_path: Path) -> None:
     content = json.loads(source.read_text(encoding="utf-8"))
     of_lessons = {hygiene.tags_are_known, hygiene.takeaways_mirror_objectives, hygiene_learner.guesses_come_first}
     of_lessons |= {hygiene_learner.exercises_are_a_ladder, hygiene_learner.a_quiz_has_three_questions}
+    of_lessons |= {hygiene.minutes_are_computed}
     assert [found for rule in hygiene.RULES if rule not in of_lessons for found in rule(content)] == []
     assert source.stem not in {lesson.path.stem for lesson in notebooks.listing()}
     fill()

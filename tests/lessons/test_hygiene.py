@@ -66,6 +66,8 @@ BREAKS: list[tuple[str, str, Change]] = [
     ("metadata_is_small", "another kernel", lambda notebook: notebook["metadata"]["kernelspec"].update(name="my-env")),
     ("metadata_is_small", "no lexer", lambda notebook: notebook["metadata"]["language_info"].pop("pygments_lexer")),
     ("metadata_is_small", "cell metadata", change("sum", metadata={"collapsed": True})),
+    ("metadata_is_small", "open in JupyterLab", change("solution-do", metadata={"tags": ["solution", "hide-cell"]})),
+    ("metadata_is_small", "folded without a tag", change("sum", metadata={"jupyter": {"source_hidden": True}})),
     ("tags_are_known", "an unknown tag", change("sum", metadata={"tags": ["fancy"]})),
     ("tags_are_known", "no parameters cell", lambda notebook: notebook["cells"].remove(cell(notebook, "parameters"))),
     ("tags_are_known", "no check", change("check-the-sum", metadata={})),

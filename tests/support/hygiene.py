@@ -104,8 +104,16 @@ def no_outputs(notebook: Notebook) -> Found:
             yield cell["id"], "has outputs or an execution count: clear all outputs before you save"
 
 
+FOLDS = {
+    "hide-cell": {"outputs_hidden": True, "source_hidden": True},
+    "hide-input": {"source_hidden": True},
+    "hide-output": {"outputs_hidden": True},
+}
+"""What JupyterLab needs to fold the cells that the book folds by their tags."""
+
+
 def metadata_is_small(notebook: Notebook) -> Found:
-    """Metadata is the kernel and the language, so that a save by another editor shows no difference."""
+    """Metadata is the kernel, the language and what is folded, so that a save by another editor shows no difference."""
     metadata = notebook["metadata"]
     if set(metadata) != {"kernelspec", "language_info"}:
         yield "", f"metadata has {sorted(metadata)}, needed exactly kernelspec and language_info"
@@ -115,9 +123,14 @@ def metadata_is_small(notebook: Notebook) -> Found:
     if metadata["language_info"].get("pygments_lexer") != "ipython3":
         yield "", "language_info needs pygments_lexer 'ipython3': the book colours code by it"
     for cell in notebook["cells"]:
-        extra = sorted(set(cell["metadata"]) - {"tags"})
+        extra = sorted(set(cell["metadata"]) - {"tags", "jupyter"})
         if extra:
-            yield cell["id"], f"cell metadata {extra}: only tags are kept"
+            yield cell["id"], f"cell metadata {extra}: only tags and what JupyterLab folds are kept"
+        folds = [FOLDS[tag] for tag in cells.tags(cell) if tag in FOLDS]
+        given = cell["metadata"].get("jupyter")
+        if given != (folds[0] if folds else None):
+            needed = f"needed {folds[0]}" if folds else "no tag asks for it"
+            yield cell["id"], f"'jupyter' is {given}, {needed}: JupyterLab folds by it what the book folds by tag"
 
 
 def tags_are_known(notebook: Notebook) -> Found:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from support.hygiene import FOLDS
+
 
 def markdown(name: str, source: str, *tags: str) -> dict[str, Any]:
     """A markdown cell with a readable id."""
@@ -15,6 +17,9 @@ def markdown(name: str, source: str, *tags: str) -> dict[str, Any]:
 def code(name: str, source: str, *tags: str) -> dict[str, Any]:
     """A code cell without outputs."""
     metadata = {"tags": list(tags)} if tags else {}
+    for tag in tags:
+        if tag in FOLDS:
+            metadata["jupyter"] = FOLDS[tag]
     return {
         "cell_type": "code",
         "id": name,
