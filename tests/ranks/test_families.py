@@ -118,12 +118,12 @@ def test_two_tensor_parallel_ranks_train_the_same_model(bridge: Any, runs_direct
 def test_a_family_that_trains_is_planned(bridge: Any, row: dict[str, Any]) -> None:
     """The planner builds the same specification on the meta device, or refuses it with a reason."""
     cfg = families.shrink(families.build(row["recipe"]), **of(row["recipe"].partition(":")[2], LAYOUTS, {}))
+    cfg.model.cuda_graph_impl = "none"  # the pool of a graph is refused by name, and a CPU rank has none
     try:
         assert memory.plan(cfg, ranks=2).total_bytes > 12 * 64 * 512
     except memory.NotPlanned as refused:
         not_counted = (
             "experimental_attention_variant",
-            "Mamba layers",
             "recompute_modules",
             "mtp",
             "transformer_impl",
