@@ -94,13 +94,14 @@ def lesson():
     wrong = [{"local": 8}, {"ungrouped": False}, {"recipe": Some(model=Some(moe_grouped_gemm=False))}]
     yield "check-grouped", grouped, wrong
     yield from pays()
-    planned = pd.DataFrame({"8 GPUs": [44.0, 85.0], "16 GPUs": [22.0, 63.0]}, index=["optimizer", "GiB planned"])
+    parts = ["weights", "gradients", "optimizer", "GiB planned"]
+    planned = pd.DataFrame({"8 GPUs": [11, 11, 44, 85], "16 GPUs": [11, 11, 22, 63]}, index=parts)
     plan = {"rest": 80, "held": Some(expert_parameters=20, optimizer_bytes=360), "planned": planned}
     wrong = [
         {"held": Some(expert_parameters=20, optimizer_bytes=200)},
-        {"planned": planned.assign(**{"8 GPUs": [44.0, 70.0]})},
-        {"planned": planned.assign(**{"16 GPUs": [30.0, 63.0]})},
-        {"planned": planned.assign(**{"16 GPUs": [22.0, 75.0]})},
+        {"planned": planned.assign(**{"8 GPUs": [11, 11, 44, 70]})},
+        {"planned": planned.assign(**{"16 GPUs": [11, 11, 30, 63]})},
+        {"planned": planned.assign(**{"16 GPUs": [11, 11, 22, 75]})},
     ]
     yield "check-plan", plan, wrong
 
