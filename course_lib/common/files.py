@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import secrets
 import shutil
@@ -51,6 +52,12 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     finally:
         for folder in (half, before):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def sha256(path: Path) -> str:
+    """The digest of a file's bytes, read piece by piece: a checkpoint may be larger than the memory."""
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

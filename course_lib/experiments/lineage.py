@@ -105,7 +105,9 @@ class Store:
             ValueError: If there is no file.
         """
         used = {each.ref: each.digest for each in map(self.verify, inputs)}
-        table = {file: _sha256(path / file) for file in _names(path)} if path.is_dir() else {"": _sha256(path)}
+        table = (
+            {file: files.sha256(path / file) for file in _names(path)} if path.is_dir() else {"": files.sha256(path)}
+        )
         if not table:
             raise ValueError(f"{path} holds no file: there is nothing to publish as {name}")
         home = self.root / name
@@ -262,7 +264,7 @@ def _wrong(found: Artifact) -> list[str]:
         place = found.path / name if name else found.path
         if not place.is_file():
             wrong.append(f"{name or place.name} is gone from {found.path}")
-        elif _sha256(place) != digest:
+        elif files.sha256(place) != digest:
             wrong.append(f"{name or place.name} is not the file that was published")
     return wrong
 
@@ -271,11 +273,6 @@ def _producer(path: Path, folder: Path) -> str:
     """The run directory that an artifact lies in, or the stage itself."""
     inside = [one for one in (path, *path.parents) if (one / "launch.json").is_file()]
     return inside[0].name if inside else folder.parent.name
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _sha256_of(value: Any) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from course_lib import launch, runs, stack
+from course_lib.common import files
 from course_lib.common.config import changed, diff, flatten
 from course_lib.common.project import LIBRARY
 from course_lib.common.screen import Line
@@ -363,11 +364,11 @@ def _stamp(name: str) -> list[Any]:
     A notebook that is run again writes its small files again: their contents count, not their time.  Large ones would
     take too long to read, so for them size and time stand in.
     """
-    files = [Path(name), Path(f"{name}.bin"), Path(f"{name}.idx")]
+    behind = [Path(name), Path(f"{name}.bin"), Path(f"{name}.idx")]
     if os.path.isdir(name) and not os.path.isfile(f"{name}.bin"):  # below a data prefix Megatron keeps its own indices
-        files += sorted(Path(name).rglob("*"))
+        behind += sorted(Path(name).rglob("*"))
     # os.path, because a text that is no path may be too long for one, which pathlib takes for an error
-    kept = [file for file in files if not file.name.endswith(MADE_BESIDE_DATA)]
+    kept = [file for file in behind if not file.name.endswith(MADE_BESIDE_DATA)]
     return [[str(file), _content(file)] for file in kept if os.path.isfile(file)]
 
 
@@ -375,7 +376,7 @@ def _content(file: Path) -> str | list[int]:
     about = file.stat()
     if about.st_size > MOST_BYTES_READ:
         return [about.st_size, about.st_mtime_ns]
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    return files.sha256(file)
 
 
 def note(run: runs.Run, *, digest: str, seed: int) -> None:
