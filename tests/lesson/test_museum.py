@@ -34,13 +34,18 @@ def test_the_right_diagnosis_has_no_favourite_place() -> None:
 
 
 def test_each_exhibit_stands_on_the_page_with_its_mend() -> None:
-    """In the order of the data: a cell that fails, and a folded one that proves the mend."""
+    """In the order of the data: a cell that fails, and at the end of its room a folded one that proves each mend."""
     page = cells("a")
     shown = re.findall(r'visit\.case\("([\w-]+)"\)', "\n".join(source for source, _ in page.values()))
     assert shown == list(ALL)
-    for name in ALL:
-        assert f'visit.case("{name}")' in page[name][0]
-        assert {"check", "hide-cell"} <= set(page[f"mend-{name}"][1])
+    for layer in museum.LAYERS:
+        names = [name for name, exhibit in ALL.items() if exhibit.layer == layer]
+        mends, tags = page[f"mends-{layer}"]
+        assert {"check", "hide-cell"} <= set(tags)
+        _, *parts = re.split(r"^# ([\w-]+)$", mends, flags=re.MULTILINE)
+        assert parts[::2] == names and all("checks.claim(" in proof for proof in parts[1::2])
+        assert all(f'visit.case("{name}")' in page[name][0] for name in names)
+        assert list(page).index(f"mends-{layer}") == list(page).index(names[-1]) + 1
 
 
 @pytest.fixture
