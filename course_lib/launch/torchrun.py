@@ -72,6 +72,7 @@ def start_process(run: runs.Run, words: list[str]) -> subprocess.Popen:
     except OSError:
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     environment["COURSE_STARTER_PID"] = str(os.getpid())
+    environment.setdefault("PET_LOG_DIR", os.devnull)  # else torchrun leaves folders in the temporary directory
     with open(run.path / "logs" / "launcher.log", "a") as log:
         return subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True

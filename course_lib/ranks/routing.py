@@ -54,6 +54,25 @@ def unrecorded(cfg: Any, device: str) -> str:
     return ""
 
 
+class RouterLosses:
+    """Bridge's event for Megatron's record of the routers' losses, which the stages of a pipeline add up.
+
+    A router makes the record with one number for each layer of the model.  In a stage of a hybrid without experts Bridge
+    makes it with one for each layer of experts; arrays of different lengths would then meet, which NCCL does not notice.
+
+    Source: megatron-bridge 0.6.2 `training/utils/train_utils.py`; megatron-core 0.19.2 `transformer/moe/moe_logging.py`.
+    """
+
+    def on_train_start(self, context: CallbackContext) -> None:
+        from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+        from megatron.core.utils import unwrap_model
+
+        model = unwrap_model(context.model[0]).config
+        if model.num_moe_experts:
+            for name in ("load_balancing_loss", "seq_load_balancing_loss", "global_load_balancing_loss", "z_loss"):
+                get_moe_metrics_tracker().ensure_initialized(name, model.num_layers + (model.mtp_num_layers or 0))
+
+
 class Routers:
     """Bridge's events for NVIDIA's tracer: appends to `router.jsonl` after each training step of this rank.
 

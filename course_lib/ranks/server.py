@@ -119,7 +119,7 @@ def _agent(request: dict, writer: object) -> None:
     host.end_with_parent()
     exits = _Exits()
     patches.apply(_changes_to_the_launcher(exits))
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -139,6 +139,7 @@ def _agent(request: dict, writer: object) -> None:
         start_method="forkserver",
         max_restarts=0,
         monitor_interval=0.02,
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # else each launch leaves folders in the temporary directory
     )
     report: dict = {"dead": {}}
     fork_server = os.getppid()

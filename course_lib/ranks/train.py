@@ -283,7 +283,7 @@ def rank_main(run_directory: str, cfg: ConfigContainer | None = None, *, callbac
     writer.stage("building the model")
     train = finetune if cfg.checkpoint.pretrained_checkpoint else pretrain
     tokens, record = recording.Tokens(), launch.get("record")
-    listeners = [recording.Clock(writer)]
+    listeners = [recording.Clock(writer), routing.RouterLosses()]
     if record and record != routing.ONLY:
         listeners.append(recording.Messages(path, rank))
     if record and not routing.unrecorded(cfg, device):

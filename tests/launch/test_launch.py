@@ -231,6 +231,15 @@ def test_waiting_threads_leave_their_core_to_others(in_ranks, tmp_path):
     in_ranks(rank_waits, tmp_path)
 
 
+def rank_has_no_folder(_: str) -> None:
+    assert os.environ["TORCHELASTIC_ERROR_FILE"] == ""
+
+
+def test_a_launch_leaves_no_folder_in_the_temporary_directory(in_ranks, tmp_path):
+    """torch's launcher makes one for each rank of each launch, and deletes none."""
+    in_ranks(rank_has_no_folder, tmp_path)
+
+
 def test_a_file_neither_saves_nor_resumes_unless_asked(bridge, runs_directory, tmp_path):
     """Bridge's default checkpoint directory, which every recipe shares, is not used; with `save` it is the run's own."""
     cfg = small.config(train_iters=1)

@@ -87,6 +87,7 @@ def started(bridge, tmp_path_factory):
         (8, "hybrid", "EP8", {}),
         (4, "hybrid", "TP2 CP2 SP", {}),
         (8, "hybrid", "TP2 PP2 EP2 SP", {"model__hybrid_layer_pattern": "ME|M*E"}),
+        (2, "hybrid", "PP2", {"model__hybrid_layer_pattern": "M|EM*E"}),  # a stage without experts
     ],
 )
 def test_every_layout_trains_the_same_model(started, runs_directory, ranks, kind, text, more):

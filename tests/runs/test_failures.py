@@ -343,7 +343,9 @@ def test_a_rank_under_torchrun_ends_with_who_started_it(tmp_path, victim):
     while run.stage() != "training":
         assert time.monotonic() < end and client.poll() is None, (tmp_path / "logs" / "launcher.log").read_text()
         time.sleep(0.05)
-    torchrun = psutil.Process(run.ranks()[0]["pid"]).parent()
+    rank = psutil.Process(run.ranks()[0]["pid"])
+    torchrun = rank.parent()
+    assert rank.environ()["TORCHELASTIC_ERROR_FILE"] == "", "no folder of torchrun's stays in the temporary directory"
     os.kill(client.pid if victim == "client" else torchrun.pid, signal.SIGKILL)
     assert no_process_left(run)
     assert run.outcome.status == "interrupted" and "the program that started the run is gone" in run.outcome.cause
