@@ -24,8 +24,8 @@ PANELS = {
     "distinct": ("Different answers", "share of answers", "distinct"),
 }
 """Measure to its title, its unit and its column in `evaluation.seeds()`."""
-WHOLE = 1.05
-"""Top of an axis of shares: a mark at 1 is whole."""
+SHARES = (-0.05, 1.05)
+"""Ends of an axis of shares: a mark at 0 or at 1 is whole."""
 
 
 def four(measured: Mapping[str, Any], axes: Sequence[Axes], *, seeds: pd.DataFrame | None = None) -> None:
@@ -47,8 +47,10 @@ def four(measured: Mapping[str, Any], axes: Sequence[Axes], *, seeds: pd.DataFra
         plots.finish(ax, x="", y=unit, title=title, sentences=words, whole_x=False)
         ax.set_xticks(range(len(measured)), measured, rotation=30, ha="right")
         ax.set_xlim(-0.5, len(measured) - 0.5)
-        if measure != "answer_loss":
-            ax.set_ylim(0, WHOLE if unit.startswith("share") else None)
+        if unit.startswith("share"):
+            ax.set_ylim(*SHARES)
+        elif unit == "F1":
+            ax.set_ylim(bottom=SHARES[0] * ax.get_ylim()[1])
 
 
 def rungs(right: Mapping[tuple[str, str], Any], ax: Axes, *, y: str, chance: float) -> None:
@@ -70,7 +72,7 @@ def rungs(right: Mapping[tuple[str, str], Any], ax: Axes, *, y: str, chance: flo
     ax.axhline(chance, color=plots.INK, linewidth=1.5, dashes=[6, 3], label="chance")
     plots.finish(ax, x="wrong answers", y=y, title="", sentences=words, whole_x=False)
     ax.set_xticks(range(len(steps)), steps)
-    ax.set_ylim(0, WHOLE)
+    ax.set_ylim(*SHARES)
     ax.legend(ncols=len(models) + 1, loc="lower left", fontsize=8)
 
 
