@@ -35,6 +35,8 @@ __all__ = [
 SHINGLE_WORDS = 5
 """Words of a shingle: fewer make common phrases look like copies, more make one changed word count for more."""
 PERMUTATIONS = 128
+LARGEST_THRESHOLD = 0.98
+"""Of so many permutations at least two bands can be made up to here.  Source: datasketch lsh.py @ 2.0, `_optimal_param`."""
 
 
 @dataclass(frozen=True)
@@ -159,13 +161,26 @@ def near_duplicates(frame: pd.DataFrame, *, threshold: float = 0.5) -> list[list
     Args:
         frame: Documents with `id` and `text`.
         threshold: Jaccard similarity of the sets of shingles above which two documents count as one.
+
+    Raises:
+        ValueError: If it is no share above 0, or so near 1 that the signatures have no two bands for it.
     """
+    if not 0 < threshold <= 1:
+        raise ValueError(
+            f"threshold={threshold}: a share of common shingles is asked for, above 0 and below 1, such as 0.5"
+        )
     from datasketch import MinHash, MinHashLSH
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
+    try:
+        index = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
+    except ValueError:  # its own words are of bands, which nobody gave it
+        raise ValueError(
+            f"threshold={threshold} is too near 1: {PERMUTATIONS} numbers a document make no two bands for it. "
+            f"Give at most {LARGEST_THRESHOLD}; copies that are equal are found by `sha256`"
+        ) from None
     signatures = MinHash.bulk([_shingles(text) for text in frame.text], num_perm=PERMUTATIONS)
-    index = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
     for number, signature in enumerate(signatures):
         index.insert(number, signature)
     pairs = [

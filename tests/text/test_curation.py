@@ -63,6 +63,31 @@ def test_near_duplicates_are_found_in_groups_and_all_but_one_go(crawl, tmp_path)
     assert pd.read_parquet(tmp_path / "ids.parquet").id.tolist() == [5, 7]
 
 
+@pytest.mark.parametrize(
+    ("threshold", "words"),
+    [
+        (0, "above 0 and below 1"),
+        (-0.5, "above 0 and below 1"),
+        (1.2, "above 0 and below 1"),
+        (float("nan"), "above 0 and below 1"),
+        (0.99, "Give at most 0.98; copies that are equal"),
+        (1.0, "Give at most 0.98"),
+    ],
+)
+def test_a_threshold_that_cannot_be_indexed_is_refused_with_the_fix(threshold, words):
+    """In words of shares and numbers, not of bands that nobody gave; the refusal has no chain of datasketch's own."""
+    with pytest.raises(ValueError, match=words) as refused:
+        curation.near_duplicates(pd.DataFrame({"id": [1], "text": ["a b c"]}), threshold=threshold)
+    assert refused.value.__cause__ is None and str(threshold) in str(refused.value)
+
+
+def test_the_largest_threshold_is_indexed():
+    """What the refusal advises works: equal texts are found by it."""
+    words = " ".join(f"word{n}" for n in range(60))
+    frame = pd.DataFrame({"id": [7, 3], "text": [words, words]})
+    assert curation.near_duplicates(frame, threshold=curation.LARGEST_THRESHOLD) == [[7, 3]]
+
+
 def test_stages_of_curator_step_here_and_say_what_is_left(crawl, tmp_path):
     """Rows and ids after each stage; the writer's files hold the same documents."""
     curation.quiet()
