@@ -64,9 +64,9 @@ PATHS = (
     (
         "a node tomorrow",
         ("00", "03", "07", "06", "10"),
-        "lessons 00, 03, 07, 06 and 10, then [before the first step on a node](before_the_first_step.md) "
-        "and [the eight-GPU plan](eight_gpu_plan.md)",
-        "lesson 03 once more, on the node",
+        "lessons 00, 03, 07, 06 and 10, then [a node tomorrow](node_tomorrow.md), command by command, and "
+        "[before the first step](before_the_first_step.md)",
+        "ten steps of 1B on the node, then your own run",
     ),
     (
         "a class",

@@ -195,8 +195,11 @@ def sbatch(
 ) -> str:
     """A plain sbatch script: one torchrun agent a node, in a container that gets the tested versions; planned, not run.
 
+    The folder has the same path inside: `config.yaml` names data and checkpoints by whole paths, and a checkpoint that is
+    saved elsewhere goes with the container.
+
     Args:
-        config: Path of `config.yaml` as the container sees it.
+        config: Path of `config.yaml` below the current folder.
         minutes: Time limit.
 
     Example:
@@ -219,7 +222,7 @@ head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 20000))  # two jobs on one node must not meet
 
 # on each node: the tested versions over the container's, then one agent
-srun --container-image={shlex.quote(image)} --container-mounts="$PWD:/course" --container-workdir=/course bash -c "
+srun --container-image={shlex.quote(image)} --container-mounts="$PWD:$PWD" --container-workdir="$PWD" bash -c "
   {stack.over_container()} &&
   exec torchrun --nnodes={nodes} --nproc-per-node={gpus_per_node} \\
     --rdzv-backend=c10d --rdzv-id=$SLURM_JOB_ID --rdzv-endpoint=$head_node:$port \\
@@ -230,6 +233,8 @@ srun --container-image={shlex.quote(image)} --container-mounts="$PWD:/course" --
 def docker_run(config: str, *, gpus: int = 8, image: str) -> str:
     """The command for one rented node that has Docker and no Slurm: the same container, the same run; planned, not run.
 
+    As in `sbatch`, the folder has the same path inside.
+
     Args:
         config: Path of `config.yaml` below the current folder.
 
@@ -239,7 +244,7 @@ def docker_run(config: str, *, gpus: int = 8, image: str) -> str:
     """
     meet = " ".join(torchrun.ONE_NODE)
     return f"""docker run --rm --gpus all --ipc=host --ulimit memlock=-1 --ulimit stack=67108864 \\
-  -v "$PWD:/course" -w /course {shlex.quote(image)} bash -c "
+  -v "$PWD:$PWD" -w "$PWD" {shlex.quote(image)} bash -c "
   {stack.over_container()} &&
   python -m course_lib doctor --quick &&
   exec torchrun {meet} --nproc-per-node {gpus} -m course_lib.ranks.train {shlex.quote(config)}"

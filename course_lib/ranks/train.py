@@ -310,6 +310,7 @@ def main(arguments: list[str] | None = None) -> None:
             f"the run in {path} has ended already ({ended.status}), and two runs in one directory would mix: copy its "
             "config.yaml into a new directory and start that"
         )
+    _refuse_device_of_another_machine(path, int(os.environ["WORLD_SIZE"]))
     _end_with_the_launcher(path)
     for part in ("logs", "ranks"):
         (path / part).mkdir(exist_ok=True)
@@ -318,6 +319,17 @@ def main(arguments: list[str] | None = None) -> None:
     if rank == 0:
         _wait_until_done(path, world)
         print(failures.settle(path).status, path, flush=True)
+
+
+def _refuse_device_of_another_machine(path: Path, world: int) -> None:
+    """A run that was prepared on a laptop and copied to a node would train on the node's processors without a word."""
+    said = runs.Run(path).launch.get("device")
+    if said == "cpu" and stack.device(world) == "cuda":
+        sys.exit(
+            f"{path / 'launch.json'} was written where {world} ranks had no GPUs, so they would train on the CPU here, and "
+            "its config.yaml may name files of that machine: call launch.prepare on this node, or set COURSE_DEVICE=cpu if "
+            "you mean it"
+        )
 
 
 def _end_with_the_launcher(path: Path) -> None:

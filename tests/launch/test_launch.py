@@ -404,6 +404,25 @@ def test_a_run_that_ended_is_not_started_again(bridge, runs_directory, monkeypat
         train.main([str(run.path / "config.yaml")])
 
 
+def test_a_laptops_run_does_not_train_on_a_nodes_processors(bridge, runs_directory, monkeypatch):
+    """A run that was prepared without GPUs and copied to a node is refused, unless somebody asks for the CPU there."""
+    run = launch.prepare(small.config(), ranks=2, name="copied")
+    assert run.launch["device"] == "cpu"
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(train.stack, "gpu_count", lambda: 8)
+    monkeypatch.delenv("COURSE_DEVICE", raising=False)
+    monkeypatch.setattr(train, "start", lambda path: pytest.fail("it started"))
+    with pytest.raises(SystemExit, match="had no GPUs.*launch.prepare on this node"):
+        train.main([str(run.path / "config.yaml")])
+    started = []
+    monkeypatch.setenv("COURSE_DEVICE", "cpu")
+    monkeypatch.setattr(train, "start", started.append)
+    monkeypatch.setattr(train, "_wait_until_done", lambda *_: None)
+    train.main([str(run.path / "config.yaml")])
+    assert started == [str(run.path)]
+
+
 def test_a_changed_rank_means_a_new_server():
     """Every file of the course that the warm server has loaded is one whose change starts a new server."""
     words = (

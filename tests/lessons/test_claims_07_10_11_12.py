@@ -65,15 +65,15 @@ SCRIPT = """#SBATCH --nodes=1
 #SBATCH --account=my_account
 #SBATCH --time=01:00:00
 export NCCL_DEBUG=WARN
-export PYTHONPATH=/course/packages:/course
-srun --nodes=1 pip install --no-deps megatron-core==0.19.2 --target /course/packages
-srun --container-image nvcr.io/nvidia/nemo:26.06 --container-mounts /shared/course:/course \\
-  torchrun --nproc-per-node 8 -m course_lib.ranks.train /course/runs/smoke/config.yaml
+export PYTHONPATH=/shared/course/packages:/shared/course
+srun --nodes=1 pip install --no-deps megatron-core==0.19.2 --target /shared/course/packages
+srun --container-image nvcr.io/nvidia/nemo:26.06 --container-mounts /shared/course:/shared/course \\
+  torchrun --nproc-per-node 8 -m course_lib.ranks.train /shared/course/runs/smoke/config.yaml
 """
 WORDS = (
     *("nodes=1", "--container-image", "/shared/course:", "--nproc-per-node 8", "NCCL_DEBUG=WARN"),
     *(
-        "export PYTHONPATH=/course/packages:/course",
+        "export PYTHONPATH=/shared/course/packages:/shared/course",
         "course_lib.ranks.train",
         "pip install --no-deps megatron-core==0.19.2",
     ),
@@ -113,12 +113,17 @@ def lesson_07():
     yield "check-second", second, [{"changed": [[""] * 3, []]}, {"plain": ""}]
     rented = cluster.docker_run("runs/smoke/config.yaml", image="nemo:26.06")
     address = {"account": "me", "partition": "batch", "image": "nemo:26.06"}
-    scripts = {"rented": rented, "plain": cluster.sbatch("runs/smoke/config.yaml", **address)}
-    node = {**scripts, "image": "nemo:26.06", "stack": stack, "cluster": Some(shellcheck=gives([]))}
+    plain = cluster.sbatch("runs/smoke/config.yaml", **address)
+
+    def writes(line, *findings):
+        """`cluster`, which writes this line, and whose shellcheck has these findings."""
+        return {"cluster": Some(docker_run=gives(line), shellcheck=gives(list(findings)))}
+
+    node = {"plain": plain, "image": "nemo:26.06", "stack": stack, **writes(rented)}
     words = ("--gpus all", "--ipc=host", "--ulimit memlock=-1", "nemo:26.06", "--nproc-per-node 8", "pip install")
-    wrong_lines = [{"rented": rented.replace(word, "")} for word in words]
-    late = {"plain": "exec torchrun\n" + scripts["plain"]}
-    yield "check-rented", node, [*wrong_lines, late, {"cluster": Some(shellcheck=gives(["x [SC2086]"]))}]
+    wrong_lines = [writes(rented.replace(word, "")) for word in words]
+    late = {"plain": "exec torchrun\n" + plain}
+    yield "check-rented", node, [*wrong_lines, late, writes(rented, "x [SC2086]")]
     names = iter(["twin", "twin-2"])
 
     def prepare(cfg, **_):

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from book.builder import plan
+from course_lib import launch, recipes
 from course_lib.common.project import DATA, PROJECT
-from course_lib.common.units import gib
-from course_lib.planning import memory
+from course_lib.common.units import GB, gib
+from course_lib.launch import cluster
+from course_lib.planning import ceiling, closed_forms, memory
 from course_lib.reading import baselines
-from course_lib.text import microscope, tokenizers
+from course_lib.text import corpus, microscope, tokenizers
 
-PLAN, LEVERS = ((PROJECT / "book" / f"eight_gpu_{name}.md").read_text(encoding="utf-8") for name in ("plan", "levers"))
-BLOCKS = re.findall(r"^```python\n(.*?)^```", LEVERS, flags=re.DOTALL | re.MULTILINE)
+PLAN, LEVERS, TOMORROW = (
+    (PROJECT / "book" / f"{name}.md").read_text(encoding="utf-8")
+    for name in ("eight_gpu_plan", "eight_gpu_levers", "node_tomorrow")
+)
+BLOCKS = re.findall(r"^```python\n(.*?)^```", LEVERS + TOMORROW, flags=re.DOTALL | re.MULTILINE)
 PUBLISHED = json.loads((DATA / "published" / "nemotron_4b.json").read_text(encoding="utf-8"))
 
 
@@ -38,16 +44,79 @@ def executed(bridge: Any, runs_directory: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_the_lines_prepare_the_1b_step(executed: Any) -> None:
     """They make the run whose first loss and memory the page names."""
-    block = next(one for one in BLOCKS if 'name="step-4"' in one)
+    block = next(one for one in BLOCKS if 'name="first"' in one)
     names = executed(block)
     cfg, run = names["cfg"], names["run"]
-    assert run.path.name == "step-4" and (run.path / "config.yaml").is_file() and run.launch["device"] == "cuda"
+    assert run.path.name == "first" and (run.path / "config.yaml").is_file() and run.launch["device"] == "cuda"
     assert (cfg.model.num_layers, cfg.model.hidden_size, cfg.model.seq_length) == (16, 2048, 8192), "its own size"
     planned = gib(memory.plan(cfg, ranks=8).total_bytes)
     first = baselines.first_loss(128_256, cfg.model.hidden_size, cfg.model.init_method_std)
-    assert f"first loss of {first:.2f}, and a peak of {planned:.1f} GiB" in LEVERS
+    assert f"first loss of {first:.2f} within 0.05, and a peak of {planned:.1f} GiB" in TOMORROW
     assert f"| {first:.2f} within 0.05;" in PLAN
     assert run.launch["layout"]["data_parallel_size"] == 4
+
+
+def test_tomorrow_leads_from_a_text_to_a_model(executed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text, tokens, run file, resume and export: each file of the page, one after the other; the run itself in small."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COURSE_RUNS", str(tmp_path / "runs"))
+    text, mine, exported = (
+        next(one for one in BLOCKS if words in one) for words in ("train_bpe(", 'name="mine"', "export.model(")
+    )
+    (tmp_path / "my_text").mkdir()
+    for number, topic in enumerate(corpus.language_reference().train):
+        (tmp_path / "my_text" / f"{number}.txt").write_text(topic, encoding="utf-8")
+    executed(text.replace("vocab_size=32768", "vocab_size=1024"))
+    prepared = executed(mine)
+    cfg, run = prepared["cfg"], prepared["run"]
+    assert run.path == tmp_path / "runs" / "mine" and run.launch["device"] == "cuda"
+    assert Path(run.config["checkpoint"]["save"]) == run.path / "checkpoints"
+    assert run.launch["layout"]["data_parallel_size"] == 8
+
+    monkeypatch.setenv("COURSE_DEVICE", "cpu")
+    shutil.rmtree(run.path)
+    recipes.shrink(cfg, num_layers=2, hidden_size=64, ffn_hidden_size=128, num_attention_heads=4, num_query_groups=2)
+    cfg.model.seq_length = cfg.dataset.seq_length = 64
+    cfg.train.global_batch_size = 8
+    cfg.train.train_iters = cfg.checkpoint.save_interval = 2
+    cfg.scheduler.lr_warmup_iters = 1
+    cfg.validation.eval_interval = 2
+    launch.run(cfg, ranks=2, name="mine", save=True, show=None)
+    (load,) = re.findall(r"`load=(Path\(.*?\))`", TOMORROW)
+    last = mine.splitlines()[-1].replace("save=True", f"save=True, load={load}")
+    resumed = eval(last.partition(" = ")[2], {**prepared, "cfg": cfg})  # noqa: S307
+    assert resumed.path.name == "mine-2"
+    done = executed(exported)["done"]
+    assert (tmp_path / "my_model" / "tokenizer.json").is_file() and (done.folder / "model.safetensors").is_file()
+
+
+def test_tomorrows_commands_and_numbers_are_those_of_the_course(bridge: Any) -> None:
+    """Docker's lines are what the course writes, and the numbers of the 1B run follow from its configuration."""
+    for name in ("first", "mine"):
+        line = cluster.docker_run(f"runs/{name}/config.yaml", image="nvcr.io/nvidia/nemo:26.06")
+        assert f".venv/bin/python {name}.py\n{line}```" in TOMORROW
+    with recipes.offline():
+        from megatron.bridge.recipes.llama import llama32_1b_pretrain_config
+
+        cfg = llama32_1b_pretrain_config()
+    vocab_size = 32_768
+    assert f"vocab_size={vocab_size})" in TOMORROW
+    cfg.tokenizer.vocab_size = vocab_size
+    cfg.model.cross_entropy_fusion_impl = "native"
+    cfg.train.global_batch_size = 128
+    first = baselines.first_loss(vocab_size, cfg.model.hidden_size, cfg.model.init_method_std)
+    planned = gib(memory.plan(cfg, ranks=8).total_bytes)
+    assert f"The first loss is {first:.2f} within 0.05 for 32,768 ids, and the peak {planned:.1f} GiB" in TOMORROW
+    saved = (2 + 4 + 4 + 4) * closed_forms.parameter_count(cfg.model, vocab_size=vocab_size) / GB
+    assert f"A checkpoint has {saved:.1f} GB" in TOMORROW and f"three checkpoints of {saved:.1f} GB" in TOMORROW
+    tokens = cfg.train.global_batch_size * cfg.model.seq_length
+    assert f"{tokens:,} tokens each" in TOMORROW and f"divided by {tokens:,}" in TOMORROW
+    gpu = ceiling.gpus()["H100 SXM 80GB"]
+    best = ceiling.of(cfg, ranks=8, gpu=gpu, vocab_size=vocab_size).tokens_per_second_per_gpu
+    assert tokens / 8 / best == pytest.approx(1.0, abs=0.1), "a step takes a second"
+    assert 2000 * 2 * tokens / 8 / best / 3600 == pytest.approx(1.2, abs=0.1), (
+        "2,000 steps are a little more than an hour"
+    )
 
 
 def test_the_first_losses_of_the_plan_are_the_formulas() -> None:
