@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import reprlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from numbers import Real
@@ -112,4 +113,4 @@ def of(answer: Any, judge: Judge, *facts: Any) -> Verdict:
         return wrong(str(error))
     except Exception as error:  # a string where a number was meant, say
         kind = f"a {type(answer).__name__} ({type(error).__name__}: {error})"
-        return wrong(f"the exercise cannot work with the answer {answer!r}, {kind}")
+        return wrong(f"the exercise cannot work with the answer {reprlib.repr(answer)}, {kind}")

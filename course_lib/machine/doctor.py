@@ -92,8 +92,6 @@ def lessons_that_run(
     found = []
     for path in notebooks.notebooks(folder):
         number, _, title = path.stem.partition("_")
-        if not number.isdigit():  # an appendix
-            continue
         only_looks = number == "00"
         stops = [name for name in failed if name == "Python" or not only_looks]
         reason = f"stopped by: {', '.join(stops)}" if stops else "looks at the machine" if only_looks else trains

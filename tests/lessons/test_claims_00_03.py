@@ -236,7 +236,12 @@ def lesson_03():
         "a line that lost its mark": {"on_a_node": "from course_lib import cpu"},
         "TensorBoard's file elsewhere": {"place": Some(glob=gives([]))},
     }  # fmt: skip
-    yield "check-mock", {"counting": [True, True]}, {"other mock data": {"counting": [True, False]}}
+
+    def mock(document):
+        """What stands for Megatron's mock data: one document, whose last token is the end."""
+        return {"MockGPTLowLevelDataset": gives([document]), "NullTokenizer": gives(None), "vocab_size": 9}
+
+    yield "check-mock", mock([7, 8, 0, 1, 9]), {"other mock data": mock([7, 8, 1, 2, 9])}
     yield "check-real-text", {"run_text": Some(validation=pd.DataFrame({"loss": [6.0, 4.2]})), "unigram": 5.2}, {
         "a run that knows only frequencies": {"unigram": 4.2},
     }  # fmt: skip

@@ -20,17 +20,18 @@ TOOL = "lab_tools"
 
 def lessons_that_run(answer: int, report: doctor.Report) -> Verdict:
     """How many lessons run live on this machine?"""
+    if isinstance(answer, list | tuple):
+        raise Unfit("Those are the lessons; the answer is how many of them there are.")
     live, known = (sum(bool(row.runs) is kind for row in report.lessons) for kind in (True, False))
+    numbered = sum(bool(row.runs) for row in report.lessons if row.number.isdigit())
     return value(
         answer,
         live,
         why="you counted the lessons whose `runs` is true; the report names a reason where it is not.",
         otherwise="Count the entries of `report.lessons` whose field `runs` is true.",
         hints=[
-            (
-                live - 1,
-                "Lessons are numbered from 00, so the number of the last one is one less than how many there are.",
-            ),
+            (numbered, "Lesson A has a letter for a number, and runs as well."),
+            (numbered - 1, "Lessons are numbered from 00, so the last number is one less than how many have one."),
             (len(report.findings), "That is the number of findings; the lessons stand in a list of their own."),
             (known, "That is how many lessons cannot run here."),
         ],

@@ -11,10 +11,12 @@ from support.tried import Tried
 
 
 def lessons_that_run(folder: Path) -> Tried:
-    """Counting from zero, and counting findings."""
-    lessons = [SimpleNamespace(runs=number < 12) for number in range(14)]
+    """Counting numbers, counting from zero, counting findings, and the lessons instead of their count."""
+    names = [*(f"{number:02}" for number in range(14)), "a"]
+    lessons = [SimpleNamespace(number=name, runs=name not in ("12", "13")) for name in names]
     report = SimpleNamespace(lessons=lessons, findings=range(24))
-    return Tried(12, [(11, "numbered from 00"), (24, "number of findings"), (2, "cannot run")], [report])
+    wrong = [(12, "Lesson A"), (11, "numbered from 00"), (24, "number of findings"), (2, "cannot run")]
+    return Tried(13, [*wrong, (lessons[:13], "how many of them")], [report])
 
 
 def python_path(folder: Path) -> Tried:
