@@ -24,6 +24,7 @@ ALLOWED = {
     "13 sessions of 90 minutes": "the sum of the lessons' own minutes; tests/tools/test_book_facts.py holds it against them",
     "the 256 bytes": "a byte has eight bits",
     "256 bytes and the end of a document": "a byte has eight bits",
+    "first loss is 10.81 within 0.05 for 32,768 ids": "planned; tests/tools/test_eight_gpu_pages.py computes both numbers",
     "with glibc 2.28 or later": "what the set-up checks; held against it below",
     "on glibc 2.39 or later": "the tag of the wheels that are named there, read at PyPI",
 }
