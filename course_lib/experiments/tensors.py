@@ -20,6 +20,7 @@ from course_lib import stack
 
 if TYPE_CHECKING:
     import pandas as pd
+    import torch
 
     from course_lib.runs import Run
 
@@ -119,6 +120,7 @@ def _states(chunks: list[Any], optimizer: Any) -> dict[str, int]:
 
 
 def _watch_one_forward(chunks: list[Any], found: dict[str, int]) -> None:
+    from megatron.core import parallel_state
     from torch.profiler import ProfilerActivity, profile
 
     watched = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
@@ -128,7 +130,7 @@ def _watch_one_forward(chunks: list[Any], found: dict[str, int]) -> None:
         handles.pop(0).remove()
         watched.start()
 
-    def end(*_: Any) -> None:
+    def end(chunk: Any, inputs: Any, output: torch.Tensor) -> None:
         handles.pop(0).remove()
         watched.stop()
         on_gpu = stack.device(1) == "cuda"
@@ -140,6 +142,8 @@ def _watch_one_forward(chunks: list[Any], found: dict[str, int]) -> None:
             for record in records
             if record.name() == "[memory]" and (str(record.device_type()) == "DeviceType.CUDA") == on_gpu
         )
+        if not parallel_state.is_pipeline_last_stage():
+            found["activations_bytes"] -= output.nbytes  # freed as soon as the next stage has it
 
     handles += [chunks[0].register_forward_pre_hook(begin), chunks[0].register_forward_hook(end)]
 

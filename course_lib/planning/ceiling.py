@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from course_lib.common.config import Fields, changed
 from course_lib.common.project import DATA
 from course_lib.common.units import GB, MiB
-from course_lib.planning.closed_forms import flops_per_token, mixers
+from course_lib.planning.closed_forms import flops_per_token, mixers, stage_kinds
 from course_lib.planning.layout import Layout
 from course_lib.planning.layout.stages import stage_layers
 
@@ -152,16 +153,21 @@ def counted_flops_per_token(cfg: Any) -> float:
     return 3 * counter.get_total_flops() / losses.numel()
 
 
+EXPERTS = ["ep", "expert-tp-ep"]
+"""Groups in which tokens travel to their experts and back."""
+
+
 def sent_bytes(cfg: Any, *, ranks: int) -> dict[str, float]:
     """How many bytes does a rank of the first stage send in a step, with ring algorithms?
 
     The operations are those of `course_lib.planning.messages`, which recorded runs are held to.  It counts context parallelism
-    in the all-gather form only and leaves recomputation out, so both are added here: CP
+    in the all-gather form only, and of recomputation that of experts, so the rest is added here: CP
     ranks share their gradients as DP ranks do, their keys and values travel round a ring and back with their gradients,
     and full recomputation repeats what the forward pass sends.
 
     Returns:
-        Bytes by kind of group: ``tensor``, ``data``, ``pipeline``, ``context``.
+        Bytes by kind of group: ``tensor``, ``data``, ``pipeline``, ``context``, and ``experts`` for tokens on their way to
+        experts and back.
 
     Raises:
         NotCounted: For models that the closed form does not cover.
@@ -169,21 +175,26 @@ def sent_bytes(cfg: Any, *, ranks: int) -> dict[str, float]:
     from course_lib.planning import messages, meta_model
 
     layout, formats = Layout.from_config(cfg, ranks=ranks), meta_model.precision(cfg)
-    cp = layout.context_parallel_size
+    cp, layers = layout.context_parallel_size, Counter("".join(stage_kinds(Fields.of(cfg))[0]))
+    if cp > 1 and layers["M"]:
+        raise messages.NotCounted(
+            f"CP={cp} of a hybrid: its Mamba layers deal out heads, attention passes keys round a ring"
+        )
+    full, experts = cfg.model.recompute_granularity == "full", "moe" in (cfg.model.recompute_modules or ())
     plain = changed(
         cfg,
         {
             "model.context_parallel_size": 1,
-            "model.recompute_granularity": None,
+            "model.recompute_granularity": "selective" if experts and not full else None,
+            "model.recompute_modules": ["moe"] if experts and not full else None,
             "model.seq_length": cfg.model.seq_length // cp,
             "train.global_batch_size": cfg.train.global_batch_size * cp,  # as many micro-batches as before
         },
     )
     rows = messages.expected(plain, ranks=ranks, element_bytes=formats.weights, gradient_bytes=formats.gradients)
-    if cfg.model.recompute_granularity == "full":
-        rows = rows.assign(
-            count=rows["count"].where(~((rows.phase == "forward") & (rows.group == "tp")), rows["count"] * 2)
-        )
+    if full:
+        again = (rows.phase == "forward") & rows.group.isin(["tp", *EXPERTS])
+        rows = rows.assign(count=rows["count"].where(~again, rows["count"] * 2))
     sent = messages.by_group(rows).sent_bytes
     model, microbatches = (
         cfg.model,
@@ -191,12 +202,12 @@ def sent_bytes(cfg: Any, *, ranks: int) -> dict[str, float]:
     )
     groups, channels = model.num_query_groups or model.num_attention_heads, Fields.of(cfg).head_channels
     keys = plain.model.seq_length * cfg.train.micro_batch_size * 2 * groups * channels * formats.weights
-    layers = model.num_layers / layout.pipeline_model_parallel_size
     return {
         "tensor": float(sent.get("tp", 0)),
-        "data": float(sent.get("dp-cp", 0) + sent.get("embedding", 0)),
+        "data": float(sent.reindex(["dp-cp", "expert-dp", "embedding"]).sum()),
         "pipeline": float(sent.get("pp", 0)),
-        "context": microbatches * layers * 3 * keys / layout.tensor_model_parallel_size * (cp - 1),
+        "experts": float(sent.reindex(EXPERTS).sum()),
+        "context": microbatches * layers["*"] * 3 * keys / layout.tensor_model_parallel_size * (cp - 1),
     }
 
 
@@ -210,7 +221,7 @@ def of(cfg: Any, *, ranks: int, gpu: Gpu, vocab_size: int) -> Ceiling:
     slowest = _slowest_stage_flops_per_token(cfg, vocab_size=vocab_size) * layout.pipeline_model_parallel_size
     compute = slowest * tokens / (ranks * gpu.flops_per_second) * (1 + bubble)
     sent = sent_bytes(cfg, ranks=ranks)
-    tensor = (sent["tensor"] + sent["pipeline"]) / gpu.link_bytes_per_second
+    tensor = (sent["tensor"] + sent["pipeline"] + sent["experts"]) / gpu.link_bytes_per_second
     data = (sent["data"] + sent["context"]) / gpu.link_bytes_per_second
     return Ceiling(compute, tensor, data, tokens / (max(compute, data) + tensor) / ranks)
 

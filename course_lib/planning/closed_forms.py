@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from course_lib.common.config import Fields
+from course_lib.planning.layout.stages import stage_layers
 
 __all__ = [
     "Mixers",
     "attention_weights",
+    "feed_forward_sizes",
     "feed_forward_weights",
     "flops_per_token",
     "layer_weights",
     "mixers",
     "parameter_count",
+    "stage_kinds",
+    "state_space",
 ]
 
 
@@ -103,9 +108,14 @@ def feed_forward_weights(model: Any, width: int, inputs: int | None = None) -> i
         width: Features between the matrices.
         inputs: Features before and after them; the hidden size by default.
     """
+    return sum(feed_forward_sizes(model, width, inputs))
+
+
+def feed_forward_sizes(model: Any, width: int, inputs: int | None = None) -> tuple[int, int]:
+    """As `feed_forward_weights`, by matrix: the one into `width`, with the gate if there is one, and the one out of it."""
     fields = Fields.of(model)
-    matrices = 3 if fields.model("gated_linear_unit", False) else 2
-    return matrices * (inputs or fields.model("hidden_size")) * width
+    one = (inputs or fields.model("hidden_size")) * width
+    return one * (2 if fields.model("gated_linear_unit", False) else 1), one
 
 
 @dataclass(frozen=True)
@@ -160,13 +170,13 @@ def mixers(fields: Fields) -> Mixers:
     attention, channels = _attention(fields)
     kinds = "".join(layers)
     routed, shared = _experts(fields) if "E" in kinds else (0, 0)
-    state_space, scan = _state_space(fields) if "M" in kinds else (0, 0)
+    mamba, scan = _met_state_space(fields) if "M" in kinds else (0, 0)
     parts = {
         "attention": kinds.count("*") * attention,
         "mlp": kinds.count("-") * feed_forward_weights(fields, get("ffn_hidden_size", 4 * hidden)),
         "moe": kinds.count("E") * routed,
         "shared_experts": kinds.count("E") * shared,
-        "mamba": kinds.count("M") * state_space,
+        "mamba": kinds.count("M") * mamba,
         "ahead": ahead * 2 * hidden * hidden,
     }
     attending = [number for number, layer in enumerate(layers, start=1) if "*" in layer]
@@ -196,6 +206,22 @@ def _layers(fields: Fields) -> list[str]:
     return kinds + kinds[-1:] * ahead
 
 
+def stage_kinds(fields: Fields) -> list[list[str]]:
+    """The letters of each pipeline stage's model chunks, those of tokens predicted ahead left out.
+
+    >>> stage_kinds(Fields.of({"hybrid_layer_pattern": "ME|M*-", "pipeline_model_parallel_size": 2}))
+    [['ME'], ['M*-']]
+    >>> stage_kinds(Fields.of({"num_layers": 2, "num_moe_experts": 4, "moe_layer_freq": [0, 1]}))
+    [['*-*E']]
+    """
+    layers, counts = iter(_layers(fields)), stage_layers(fields)
+    found: list[list[str]] = [[] for _ in counts]
+    for chunk in range(len(counts[0])):  # the layers pass all stages before they come back to the first
+        for stage, each in enumerate(counts):
+            found[stage].append("".join(islice(layers, each[chunk])))
+    return found
+
+
 def _attention(fields: Fields) -> tuple[int, int]:
     """Weights of one attention layer, and the channels of its scores and values over all heads."""
     get = fields.model
@@ -222,14 +248,40 @@ def _experts(fields: Fields) -> tuple[int, int]:
     return routed + hidden * get("num_moe_experts") + (2 * hidden * latent if latent else 0), shared
 
 
-def _state_space(fields: Fields) -> tuple[int, int]:
-    """Weights of one Mamba 2 layer, and the operations of its scan: seven for each channel and state, as Bridge takes it."""
+@dataclass(frozen=True)
+class StateSpace:
+    """Sizes of one Mamba 2 layer.
+
+    Attributes:
+        inner: Channels of all heads together.
+        cut: Parameters by tensor, each of which tensor parallelism cuts: projections in and out, convolution with its bias,
+            steps, decays, skips, and the norm before the projection out.
+
+    Source: megatron-core 0.19.2 ``ssm/mamba_mixer.py``.
+    """
+
+    heads: int
+    groups: int
+    state: int
+    inner: int
+    cut: tuple[int, ...]
+
+
+def state_space(fields: Fields) -> StateSpace:
+    """Read the sizes of a model's Mamba layers; those with a default of Megatron's may be missing."""
     get = fields.model
     hidden, each = get("hidden_size"), get("mamba_head_dim", 64)
     heads = get("mamba_num_heads") or 2 * hidden // each
-    inner, state = heads * each, get("mamba_state_dim", 128)
-    projected = 2 * inner + 2 * get("mamba_num_groups", 8) * state + heads
-    return hidden * projected + inner * hidden, 7 * inner * state
+    inner, state, groups = heads * each, get("mamba_state_dim", 128), get("mamba_num_groups", 8)
+    convolved = inner + 2 * groups * state
+    matrices = (hidden * (inner + convolved + heads), inner * hidden)
+    return StateSpace(heads, groups, state, inner, (*matrices, 4 * convolved, convolved, heads, heads, heads, inner))
+
+
+def _met_state_space(fields: Fields) -> tuple[int, int]:
+    """Weights of one Mamba 2 layer, and the operations of its scan: seven for each channel and state, as Bridge takes it."""
+    shape = state_space(fields)
+    return sum(shape.cut[:2]), 7 * shape.inner * shape.state
 
 
 def _window(fields: Fields, number: int) -> int | None:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from course_lib.common.config import Fields
-from course_lib.planning.closed_forms import feed_forward_weights
+from course_lib.planning.closed_forms import feed_forward_sizes
 from course_lib.planning.layout.sizes import Layout
 
 __all__ = ["not_counted", "parameters", "rows"]
@@ -39,14 +40,25 @@ def not_counted(fields: Fields, layout: Layout) -> str:
     return ""
 
 
-def parameters(fields: Fields, layout: Layout) -> tuple[int, int, int]:
-    """Weights that a rank holds of one layer's router, of its shared expert, and of its own routed experts."""
+class Sizes(NamedTuple):
+    """Parameters that a rank holds of one layer of experts, one number a tensor."""
+
+    router: int
+    shared: tuple[int, ...]
+    experts: tuple[int, ...]
+
+
+def parameters(fields: Fields, layout: Layout) -> Sizes:
+    """Sizes of what a rank holds of one layer's router, of its shared expert, and of its own routed experts."""
     get, hidden = fields.model, fields.model("hidden_size")
-    own = get("num_moe_experts") // layout.expert_model_parallel_size
-    shared = feed_forward_weights(fields, get("moe_shared_expert_intermediate_size", 0))
+    own, tp = get("num_moe_experts") // layout.expert_model_parallel_size, layout.tensor_model_parallel_size
+    shared = get("moe_shared_expert_intermediate_size")
     width = get("moe_ffn_hidden_size") or get("ffn_hidden_size", 4 * hidden)
-    experts = own * feed_forward_weights(fields, width)
-    return hidden * get("num_moe_experts"), shared // layout.tensor_model_parallel_size, experts
+    return Sizes(
+        hidden * get("num_moe_experts"),
+        tuple(size // tp for size in feed_forward_sizes(fields, shared)) if shared else (),
+        feed_forward_sizes(fields, width) * own,
+    )
 
 
 def rows(

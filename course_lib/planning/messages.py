@@ -1,18 +1,22 @@
 """What a training step sends, by closed form: tensor, pipeline, context, data and expert parallelism of a model shaped
-like Llama or like Qwen's with experts.
+like Llama, like Qwen's with experts or like Nemotron's hybrids.
+
+A model is read as letters: `*` attention, `-` feed-forward, `E` experts, `M` Mamba.  A layer of a GPT is two of them.
 
 `course_lib.reading.collectives` holds it against what a run recorded.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from math import ceil, lcm
 from typing import TYPE_CHECKING, Any
 
 from course_lib.common.config import Fields
 from course_lib.planning import expert_messages
-from course_lib.planning.closed_forms import attention_weights, layer_weights
+from course_lib.planning.closed_forms import feed_forward_sizes, stage_kinds, state_space
 from course_lib.planning.layout import embedding_rows, stage_layers
 from course_lib.planning.layout.sizes import Layout, next_multiple
 from course_lib.planning.layout.stages import has_implicit_chunks, hybrid_pattern
@@ -42,14 +46,15 @@ def expected(
 ) -> pd.DataFrame:
     """What one rank takes part in during one step, the first excepted, by closed form.
 
-    Let A = sequence / CP x micro batch x hidden x `element_bytes`, the size of the residual stream.  For every layer and
-    microbatch, tensor parallelism all-reduces A twice forward and twice backward; the embedding and the output layer add
-    one each, and the loss three small ones.  With sequence parallelism each becomes a reduce-scatter and an all-gather,
-    and backward gathers the inputs of the column-parallel layers once more.
+    Let A = sequence / CP x micro batch x hidden x `element_bytes`, the size of the residual stream.  For every letter but
+    an `E` without a shared expert, and every microbatch, tensor parallelism all-reduces A once forward and once backward;
+    the embedding and the output layer add one each, and the loss three small ones.  With sequence parallelism each becomes
+    a reduce-scatter and an all-gather, and backward gathers the inputs of the column-parallel layers once more.
 
     Context parallelism gathers keys and values of the whole sequence once a layer and microbatch, and scatters the sums
     of their gradients; on GPUs Transformer Engine gathers them again for the backward pass instead of keeping them, which
-    is not counted.  In its first step the optimizer asks once more whether every rank has a gradient norm.
+    is not counted.  A Mamba layer deals out heads instead: all-to-all of its five inputs and of its output.  In its first
+    step the optimizer asks once more whether every rank has a gradient norm.
 
     Args:
         cfg: A Bridge `ConfigContainer`, or `config.yaml` read back (`run.config`).
@@ -64,8 +69,9 @@ def expected(
         Rows `phase, operation, group, group_size, bytes, count, why`: `bytes` is the size of one operation.
 
     Raises:
-        NotCounted: For recomputation, layers of other shapes, experts that are cut or dropped from, a `cp_comm_type` other
-            than `"all_gather"`, which is what a CPU rank does, or an optimizer whose state is divided into several instances.
+        NotCounted: For recomputation of more than experts and norms, layers of other kinds, experts that are cut or dropped
+            from, a `cp_comm_type` other than `"all_gather"`, which is what a CPU rank does, or an optimizer whose state is
+            divided into several instances.
 
     Source: megatron-core tensor_parallel/layers.py, mappings.py, cross_entropy.py, distributed/finalize_model_grads.py,
     pipeline_parallel/schedules.py @ 0.19.2; for keys and values course_lib/ranks/cpu/attention.py.
@@ -101,30 +107,42 @@ def _loss(tokens_bytes: int, tp: int, fusion: str | None) -> list[tuple[str, int
 
 def _refuse_what_is_not_counted(fields: Fields, layout: Layout) -> None:
     wanted = {
-        "recompute_granularity": None,
         "add_bias_linear": False,
         "normalization": "RMSNorm",
-        "position_embedding_type": "rope",
         "multi_latent_attention": False,
         "add_qkv_bias": False,
         "attention_output_gate": False,
         "softmax_type": "vanilla",
     }
-    if pattern := hybrid_pattern(fields):
+    if granularity := fields.model("recompute_granularity"):
+        modules = fields.model("recompute_modules") or ["core_attn"]
+        if granularity != "selective" or not set(modules) <= {"moe", "moe_act", "layernorm"}:
+            raise NotCounted(
+                f"recompute_granularity={granularity!r}, recompute_modules={modules}: what they send again is counted of 'moe', "
+                "'moe_act' and 'layernorm' only"
+            )
+    pattern = hybrid_pattern(fields)
+    if other := sorted(set(pattern) - set("*-EM|/")):
         raise NotCounted(
-            f"hybrid_layer_pattern={pattern!r}: a letter is half a layer, and a Mamba layer has other weights"
+            f"hybrid_layer_pattern={pattern!r}: of kind {', '.join(other)} nothing is counted, only of *, -, E and M"
         )
+    if "/" in pattern:
+        raise NotCounted(f"hybrid_layer_pattern={pattern!r}: what follows / sends for the tokens ahead, too")
     if ahead := fields.model("mtp_num_layers", None):
         raise NotCounted(f"mtp_num_layers={ahead} sends for the tokens ahead, too")
+    if (positions := fields.model("position_embedding_type", "learned_absolute")) not in ("rope", "none"):
+        raise NotCounted(
+            f"position_embedding_type={positions!r} has weights of its own: only 'rope' and 'none' are counted"
+        )
     if layout.context_parallel_size > 1 and (kind := fields.model("cp_comm_type", None)) not in (None, "all_gather"):
         raise NotCounted(f"cp_comm_type={kind!r} runs inside Transformer Engine, which no CPU rank can record")
     if (instances := fields.get("ddp", "num_distributed_optimizer_instances", 1)) != 1:
         raise NotCounted(f"num_distributed_optimizer_instances={instances} divides the optimizer's state twice")
-    if fields.model("num_moe_experts") and (why := expert_messages.not_counted(fields, layout)):
-        raise NotCounted(f"experts: {why}")
     if has_implicit_chunks(fields):
         raise NotCounted("the pipeline plan interleaves: set virtual_pipeline_model_parallel_size as well")
-    defaults = {"add_bias_linear": True, "normalization": "LayerNorm", "position_embedding_type": "learned_absolute"}
+    if "E" in "".join(chain(*stage_kinds(fields))) and (why := expert_messages.not_counted(fields, layout)):
+        raise NotCounted(f"experts: {why}")
+    defaults = {"add_bias_linear": True, "normalization": "LayerNorm"}
     for name, value in wanted.items():
         found = fields.model(name, defaults.get(name, value))
         if found != value:
@@ -145,16 +163,18 @@ def _rows(
     sequence, micro = fields.model("seq_length") // cp, fields.get("train", "micro_batch_size")
     hidden = fields.model("hidden_size")
     stage = rank * pp // layout.world_size
-    layers = sum(stage_layers(fields)[stage])
+    kinds = Counter("".join(stage_kinds(fields)[stage]))
     first, last = int(stage == 0), int(stage == pp - 1)
     m = fields.get("train", "global_batch_size") // (micro * layout.data_parallel_size)
     stream = sequence * micro * hidden * element_bytes
-    experts = bool(fields.model("num_moe_experts"))
-    cut = 2 * layers  # attention and feed-forward; experts are not cut, a shared one is
-    if experts and not fields.model("moe_shared_expert_intermediate_size"):
-        cut = layers
+    # Attention, feed-forward and Mamba are cut; experts are not, a shared one is.
+    cut = kinds.total() - (0 if fields.model("moe_shared_expert_intermediate_size") else kinds["E"])
     split_in, split_out = cut + last, cut + first  # column-parallel inputs, row-parallel outputs
+    again = m * kinds["E"] * _recomputes_experts(fields)
     if layout.sequence_parallel:
+        if fields.model("moe_shared_expert_intermediate_size"):
+            yield "backward", "all_gather", "tp", tp, stream, again, "inputs of shared experts, computed again"
+            yield "backward", "reduce_scatter", "tp", tp, stream, again, "outputs of shared experts, computed again"
         yield "forward", "reduce_scatter", "tp", tp, stream, m * split_out, "row-parallel outputs and the embedding"
         yield "forward", "all_gather", "tp", tp, stream, m * split_in, "column-parallel inputs"
         both = m * (split_in + split_out)
@@ -163,7 +183,7 @@ def _rows(
     else:
         yield "forward", "all_reduce", "tp", tp, stream, m * split_out, "row-parallel outputs and the embedding"
         yield "backward", "all_reduce", "tp", tp, stream, m * split_in, "gradients of column-parallel inputs"
-    partly = _partly_seen(fields, layout, layers, last)
+    partly = _partly_seen(fields, layout, kinds, last)
     yield (
         "update",
         "all_reduce",
@@ -175,26 +195,53 @@ def _rows(
     )
     for operation, size_bytes, times, why in _loss(4 * sequence * micro, tp, loss_fusion):
         yield "forward", operation, "tp", tp, size_bytes, times * m * last, f"loss: {why}"
-    if experts:
-        yield from expert_messages.rows(
-            fields, layout, layers=layers, microbatches=m, element_bytes=element_bytes, arriving=arriving
-        )
+    if kinds["E"]:
+        for row in expert_messages.rows(
+            fields, layout, layers=kinds["E"], microbatches=m, element_bytes=element_bytes, arriving=arriving
+        ):
+            if not again or row[0] != "forward":
+                yield row
+                continue
+            if row[2] != "tp-cp":  # a loss is computed where there are gradients, which is the second time
+                yield row
+            yield "backward", *row[1:-1], f"{row[-1]}, computed again"
     heads = fields.model("num_attention_heads")
     groups = fields.model("num_query_groups", heads)
     channels = fields.head_channels
     keys = cp * sequence * micro * groups * channels // tp * element_bytes
-    yield "forward", "all_gather", "cp", cp, keys, 2 * m * layers, "keys, and values, of the whole sequence"
-    yield "backward", "reduce_scatter", "cp", cp, keys, 2 * m * layers, "their gradients, to the rank that has them"
+    yield "forward", "all_gather", "cp", cp, keys, 2 * m * kinds["*"], "keys, and values, of the whole sequence"
+    yield "backward", "reduce_scatter", "cp", cp, keys, 2 * m * kinds["*"], "their gradients, to the rank that has them"
+    for channels, times in _dealt_out(fields, cp * tp).items() if kinds["M"] else ():
+        size_bytes, count = sequence * micro * channels // tp * element_bytes, times * m * kinds["M"]
+        yield "forward", "all_to_all", "cp", cp, size_bytes, count, "inputs and output of the scan, dealt out by heads"
+        yield "backward", "all_to_all", "cp", cp, size_bytes, count, "their gradients"
     yield from _pipeline_rows(layout, stage, m, stream // (tp if layout.sequence_parallel else 1))
     yield from _update_rows(fields, layout, stage, element_bytes, gradient_bytes)
 
 
-def _partly_seen(fields: Fields, layout: Layout, layers: int, last: int) -> int:
+def _recomputes_experts(fields: Fields) -> bool:
+    """Whether the backward pass runs the layers of experts again, messages included."""
+    return bool(fields.model("recompute_granularity")) and "moe" in (fields.model("recompute_modules") or ())
+
+
+def _dealt_out(fields: Fields, ranks: int) -> Counter[int]:
+    """Channels of what a Mamba layer deals out to ranks that share a sequence, and how many tensors have as many.
+
+    Where there are more ranks than groups, each rank gets a copy of its group's `B` and `C`.
+
+    Source: megatron-core ssm/mamba_context_parallel.py @ 0.19.2.
+    """
+    shape = state_space(fields)
+    mixed = max(shape.groups, ranks) * shape.state
+    return Counter([shape.inner] * 3 + [mixed] * 2 + [shape.heads])
+
+
+def _partly_seen(fields: Fields, layout: Layout, kinds: Counter[str], last: int) -> int:
     """Parameters that each TP rank holds whole and used on a part of the sequence, or of the heads, alone."""
     hidden, normed = fields.model("hidden_size"), fields.model("qk_layernorm", False)
-    count = 2 * fields.head_channels * layers if normed else 0
+    count = 2 * fields.head_channels * kinds["*"] if normed else 0
     if layout.sequence_parallel:
-        count += hidden * (2 * layers + last) + layers * hidden * fields.model("num_moe_experts", 0)
+        count += hidden * (kinds.total() + last) + kinds["E"] * hidden * fields.model("num_moe_experts", 0)
     return count
 
 
@@ -216,10 +263,12 @@ def _update_rows(
     sharded = bool(fields.get("ddp", "use_distributed_optimizer", False))
     tied = bool(fields.model("share_embeddings_and_output_weights", True))
     buckets = [("dp-cp", dp, count) for count in _buckets(fields, layout, stage, sharded=sharded)]
-    chained = bool(fields.model("num_moe_experts")) and layout.expert_model_parallel_size > 1
-    if chained:  # experts have an optimizer of their own
-        copies, each = layout.expert_data_parallel_size, expert_messages.parameters(fields, layout)[2]
-        buckets += [("expert-dp", copies, layers * each) for layers in stage_layers(fields)[stage]]
+    stages = stage_kinds(fields)
+    chunks = stages[stage]
+    chained = "E" in "".join(chain(*stages)) and layout.expert_model_parallel_size > 1
+    if chained:  # experts have an optimizer of their own, an empty one on a stage without them
+        copies, each = layout.expert_data_parallel_size, sum(expert_messages.parameters(fields, layout).experts)
+        buckets += [("expert-dp", copies, chunk.count("E") * each) for chunk in chunks if "E" in chunk]
     for group, size, count in buckets:
         if sharded:
             count = ceil(count / lcm(size, 128)) * lcm(size, 128)  # equal shards, aligned for NCCL
@@ -271,23 +320,34 @@ def _parameters(fields: Fields, layout: Layout, stage: int, chunk: int, *, shard
 
     Source: megatron-core distributed/param_and_grad_buffer.py @ 0.19.2.
     """
-    tp, chunks = layout.tensor_model_parallel_size, stage_layers(fields)[stage]
-    hidden = fields.model("hidden_size")
+    chunks = stage_kinds(fields)[stage]
     begins = stage == 0 and chunk == 0
     ends = stage == layout.pipeline_model_parallel_size - 1 and chunk == len(chunks) - 1
     tied = fields.model("share_embeddings_and_output_weights", True)
     tables = 1 if begins and ends and tied else int(begins) + int(ends)
     step = 64 if sharded else 1
-    layer = 2 * next_multiple(step, hidden)
-    if fields.model("qk_layernorm", False):
-        layer += 2 * next_multiple(step, fields.head_channels)
-    if fields.model("num_moe_experts"):
-        router, shared, experts = expert_messages.parameters(fields, layout)
-        layer += attention_weights(fields) // tp + next_multiple(step, router) + shared
-        layer += experts if layout.expert_model_parallel_size == 1 else 0
-    else:
-        layer += layer_weights(fields) // tp
-    return chunks[chunk] * layer + int(ends) * hidden + tables * _table(fields, layout)
+    each = {kind: _letter(fields, layout, kind) for kind in set(chunks[chunk])}
+    sizes = [size for kind in chunks[chunk] for size in each[kind]] + [fields.model("hidden_size")] * ends
+    return sum(next_multiple(step, size) for size in sizes) + tables * _table(fields, layout)
+
+
+def _letter(fields: Fields, layout: Layout, kind: str) -> list[int]:
+    """Sizes of the parameters that a rank holds of one layer of a kind in its dense buffer, its norm first."""
+    tp, hidden = layout.tensor_model_parallel_size, fields.model("hidden_size")
+    if kind == "M":
+        return [hidden, *(size // tp for size in state_space(fields).cut)]
+    if kind == "-":
+        return [
+            hidden,
+            *(size // tp for size in feed_forward_sizes(fields, fields.model("ffn_hidden_size", 4 * hidden))),
+        ]
+    if kind == "E":
+        mine = expert_messages.parameters(fields, layout)
+        return [hidden, mine.router, *mine.shared, *(mine.experts if layout.expert_model_parallel_size == 1 else ())]
+    heads, channels = fields.model("num_attention_heads"), fields.head_channels
+    both = heads + 2 * fields.model("num_query_groups", heads)
+    norms = [channels] * 2 if fields.model("qk_layernorm", False) else []
+    return [hidden, hidden * both * channels // tp, heads * channels * hidden // tp, *norms]
 
 
 def sent_bytes(operation: str, size_bytes: float, group_size: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace as Some
 
 import pandas as pd
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from course_lib import runs
+from course_lib.common import units
 from support.lesson_cells import falsify, gives, tagged
 
 
@@ -104,6 +106,27 @@ def lesson():
         {"planned": planned.assign(**{"16 GPUs": [11, 11, 22, 75]})},
     ]
     yield "check-plan", plan, wrong
+    yield from sends()
+
+
+def sends():
+    """What the experts of the plan send: two tokens a rank, one expert each in one layer of four channels."""
+    run = Some(train=Some(global_batch_size=8), model=Some(seq_length=2, moe_token_dispatcher_type="flex"))
+    facts = {
+        "copy": copy,
+        "units": units,
+        "cfg_nano": Some(**vars(run), tokenizer=Some(vocab_size=8)),
+        "nano": Some(moe_router_topk=1, hidden_size=4),
+        "sparse_layers": 1,
+    }
+
+    def planned(experts=84.0, data=0.5, seconds=9.0):
+        best = Some(tensor_seconds=seconds, compute_seconds=26.0)
+        sent = {"experts": experts, "data": data}
+        return {"ceiling": Some(sent_bytes=gives(sent), gpus=gives({"H100 SXM 80GB": None}), of=gives(best))}
+
+    wrong = [planned(experts=70.0), planned(data=2.0), planned(seconds=2.0)]
+    yield "check-sends", facts | planned(), wrong
 
 
 def pays():
@@ -124,6 +147,10 @@ def pays():
             {"differences": [-0.1, -0.2, 0.1]},
         ],
     )
+    rows = pd.DataFrame({"difference": [0.1, -0.1], "paired_noise": [0.05, 0.2], "dense": 5.0, "sparse": 5.0})
+    shown = {"tables": Some(published=gives(rows), full=gives(None))}
+    ahead = {"tables": Some(published=gives(rows.assign(paired_noise=0.01)), full=gives(None))}
+    yield "longer", shown, [ahead]
 
 
 CELLS = {cell: (facts, wrong) for cell, facts, wrong in lesson()}

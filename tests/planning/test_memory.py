@@ -64,10 +64,12 @@ CASES = {
 }
 """What is planned and then measured: number of ranks, and fields of the small model."""
 PLAIN = {"model__recompute_granularity": None, "model__recompute_modules": None}
+CUT = {"model__tensor_model_parallel_size": 2, **EP, **SP}
 HYBRIDS = {
     "one rank": (1, PLAIN),
     "kernels one by one": (1, {"model__use_mamba_mem_eff_path": False, **PLAIN}),
-    "experts and norms again, EP, TP, SP": (2, {"model__tensor_model_parallel_size": 2, **EP, **SP}),
+    "experts and norms again, EP, TP, SP": (2, CUT),
+    "PP, EP, TP, SP": (4, {"pattern": "ME|M*E", "model__pipeline_model_parallel_size": 2, **CUT, **PLAIN}),
 }
 """The same for Nemotron 3 Nano's recipe in small."""
 

@@ -10,7 +10,7 @@ from course_lib.figures import parallelism
 from course_lib.planning import messages
 from course_lib.planning.layout import Layout
 from course_lib.reading import collectives
-from support import sparse
+from support import families, sparse
 from support.small import config
 
 SHARDED = {"ddp__use_distributed_optimizer": True, "optimizer__use_distributed_optimizer": True}
@@ -87,6 +87,32 @@ def test_messages_of_experts_equal_the_closed_form(name, bridge, runs_directory)
     """Every operation of every rank and step; all-to-all bytes follow the recorded choices with no tolerance."""
     ranks, layout, fields = EXPERTS[name]
     run = launch.run(sparse.config(fields=fields, **layout), ranks=ranks, show=None, record=True)
+    for rank in range(ranks):
+        table = collectives.compare(run, rank=rank)
+        wrong = table[table.expected != table.recorded]
+        assert wrong.empty, f"rank {rank}:\n{wrong.to_string()}"
+
+
+KEPT = {"model__recompute_granularity": None, "model__moe_token_dispatcher_type": "alltoall"}
+HYBRIDS = {
+    "M*": (2, {}, {}),
+    "M-*": (4, {"tensor": 2}, SHARDED | {"model__share_embeddings_and_output_weights": True}),
+    "M*M": (4, {"tensor": 2, "context": 2}, {}),
+    "E*": (2, {"tensor": 2, "expert": 2}, {"model__moe_token_dispatcher_type": "allgather"}),
+    "MEM*E": (4, {"expert": 4}, KEPT),
+    "MEM*E*": (4, {"tensor": 2, "expert": 2}, KEPT),
+    "ME|M*": (4, {"pipeline": 2, "expert": 2}, KEPT),
+    "ME|M*E": (8, {"tensor": 2, "pipeline": 2, "expert": 2}, KEPT | SHARDED),
+}
+"""Ranks, sizes and fields of Nemotron 3 Nano's recipe in small, by pattern; it recomputes experts unless they are `KEPT`."""
+
+
+@pytest.mark.parametrize("pattern", HYBRIDS)
+def test_messages_of_hybrids_equal_the_closed_form(pattern, bridge, runs_directory):
+    """Letter by letter, in every layout; where tokens travel to experts, as many bytes as the routers chose."""
+    ranks, layout, more = HYBRIDS[pattern]
+    cfg = families.hybrid(pattern=pattern, layout=layout, **more)
+    run = launch.run(cfg, ranks=ranks, show=None, record=True)
     for rank in range(ranks):
         table = collectives.compare(run, rank=rank)
         wrong = table[table.expected != table.recorded]
@@ -171,7 +197,8 @@ def test_nothing_is_recorded_unless_asked(bridge, runs_directory):
         ("attention_output_gate", True),
         ("softmax_type", "learnable"),
         ("mtp_num_layers", 1),
-        ("hybrid_layer_pattern", "*-*-"),
+        ("hybrid_layer_pattern", "*-G-"),
+        ("hybrid_layer_pattern", "*-*-/*-"),
     ],
 )
 def test_what_is_not_counted_is_refused(field, value, bridge):

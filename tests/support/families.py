@@ -178,10 +178,10 @@ HYBRID = {  # two chunks a sequence
 }
 
 
-def hybrid(*, pattern: str = "MEM*E", **fields: Any) -> Any:
+def hybrid(*, pattern: str = "MEM*E", layout: dict[str, int] | None = None, **fields: Any) -> Any:
     """Nemotron 3 Nano's own recipe in small, after some fields were changed; `fields` are dotted names with `__` for dots."""
     from course_lib.common.config import assign
 
-    cfg = shrink(build(NANO), pattern=pattern)
+    cfg = shrink(build(NANO), pattern=pattern, **(layout or {}))
     assign(cfg, {name.replace("__", "."): value for name, value in (HYBRID | fields).items()})
     return cfg
