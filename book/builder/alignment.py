@@ -12,6 +12,7 @@ import datetime
 import json
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,15 +32,15 @@ IN_FULL = ("base", "fine-tuned", "preferred", "gamed")
 
 def rows(seed: int) -> list[dict[str, Any]]:
     """One row a model: counts where items are right or wrong, otherwise the value and the ends of its interval."""
+    preferences.quiet()
     data, tuned = stages.text(), stages.fine_tuned(seed=seed)
     folders = {"base": stages.exported(stages.base(seed=seed)), "fine-tuned": stages.exported(tuned)}
     folders |= {name: aligned.policy(tuned, name, seed=seed) for name in aligned.POLICIES}
     held_out = data.read("validation") + data.read("test")
-    pairs = preferences.preferences(held_out, seed=seed)
-    chosen = [(row.prompt.removesuffix(evaluation.SEPARATOR), row.chosen) for row in pairs]
+    preferred = preferences.preferences(held_out, seed=seed)
     texts = {kind: list(data.built.texts(kind, "test"))[:DOCUMENTS] for kind in ("prose", "code")}
     rungs = _rungs(data)
-    found, passed, likely, right = [], {}, {}, {}
+    found, passed, right = [], {}, {}
     for name, folder in folders.items():
         model, before = evaluation.load(folder), "base" if name == "fine-tuned" else "fine-tuned"
         measured = evaluation.measure(model, held_out, samples=SAMPLES, seed=seed)
@@ -51,11 +52,10 @@ def rows(seed: int) -> list[dict[str, Any]]:
             kind: round(evaluation.bits_per_byte(model, some, window=stages.SEQUENCE), 4)
             for kind, some in texts.items()
         }
-        likely[name] = evaluation.log_probabilities(model, chosen).nats.mean()
         if name != "base":
             row |= dict(zip(("lost", "won"), _moved(passed[before], passed[name]), strict=True))
-        if name in aligned.POLICIES:
-            row["chosen nats"] = round(float(likely[name] - likely["fine-tuned"]), 3)
+        if name in aligned.POLICIES and aligned.POLICIES[name][0] == "DPO":
+            row["chosen nats"] = round(chosen_nats(folders["fine-tuned"], folder, preferred), 3)
         if name in IN_FULL:
             for kind, some in texts.items():
                 row[kind] = round(evaluation.bits_per_byte(model, some, window=stages.SEQUENCE), 4)
@@ -65,6 +65,30 @@ def rows(seed: int) -> list[dict[str, Any]]:
         found.append(row)
         print(json.dumps(row), flush=True)
     return found
+
+
+def chosen_nats(start: Path, folder: Path, preferred: Sequence[preferences.Preference]) -> float:
+    """How much likelier than under its start a policy finds the chosen answers, as TRL's evaluation of lesson 14 says it.
+
+    The answer's tokens and the end of the document count, the separator is a part of the prompt; the mean goes over batches.
+
+    Args:
+        start: The folder of the model that the policy was trained from.
+        folder: The policy's.
+    """
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(start, padding_side="left")
+    tokenizer.pad_token = tokenizer.eos_token
+    rows = Dataset.from_list([asdict(row) for row in preferred])
+    with tempfile.TemporaryDirectory() as place:
+        args = DPOConfig(output_dir=place, disable_tqdm=True, **aligned.settings("margin alone"))
+        policy, reference = (evaluation.load(each).network for each in (folder, start))
+        given = {"ref_model": reference, "train_dataset": rows, "eval_dataset": rows}
+        said = DPOTrainer(policy, args=args, processing_class=tokenizer, **given).evaluate()
+    return said["eval_rewards/chosen"] / args.beta
 
 
 def _rungs(data: stages.Text) -> dict[str, list[Any]]:
@@ -118,7 +142,8 @@ def add(seed: int, *, file: Path = FILE) -> None:
         "about": (
             "The models of lessons 13 to 15, once a seed: of first weights, order of the data, faults and samples. Shares "
             "are counts; `lost` and `won` compare with the model before, the base for fine-tuned and that for all others; "
-            "a rung has right, lost and won by normalisation."
+            "a rung has right, lost and won by normalisation. `chosen nats`, of the DPO policies, is what TRL's evaluation "
+            "says of held-out preferences, its reward of the chosen answers by its beta: an answer's tokens and the end."
         ),
         "source": "measured by this course: python -m book.builder.alignment 1 2 3, on 2 CPU cores",
         "date": datetime.date.today().isoformat(),

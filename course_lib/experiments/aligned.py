@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import io
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -20,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 from course_lib import runs
 from course_lib.common import files
 from course_lib.common.project import LIBRARY
+from course_lib.common.screen import Line
+from course_lib.common.units import duration
 from course_lib.experiments import export, preferences, stages
 from course_lib.recipes import blueprint
 from course_lib.text import docstrings
@@ -146,13 +149,23 @@ def _trained(tuned: runs.Run, name: str, trainer: Callable[..., Trainer], *, see
     content = [seed, made_of, start.name, version("trl"), *((LIBRARY / each).read_text() for each in CODE)]
     folder = tuned.path / f"{name}-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]}"
     if not folder.is_dir():
+        preferences.quiet()
+        line, begun = Line(), time.monotonic()
+        line.say(f"{name}: preparing its data", now=True)
         with contextlib.redirect_stderr(io.StringIO()):  # a progress bar for each step of the way
-            _write(folder, start, name, trainer, seed=seed)
+            _write(folder, start, name, trainer, seed=seed, line=line)
+        line.close(f"{name}: trained in {duration(time.monotonic() - begun)}; kept for next time")
     return folder
 
 
-def _write(folder: Path, start: Path, name: str, trainer: Callable[..., Trainer], *, seed: int) -> None:
-    from transformers import AutoTokenizer
+def _write(folder: Path, start: Path, name: str, trainer: Callable[..., Trainer], *, seed: int, line: Line) -> None:
+    from transformers import AutoTokenizer, TrainerCallback
+
+    class Told(TrainerCallback):
+        """Says which step a waiting learner is at."""
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            line.say(f"{name}: step {state.global_step + 1} of {state.max_steps}")
 
     tokenizer = AutoTokenizer.from_pretrained(start, padding_side="left")
     tokenizer.pad_token = tokenizer.eos_token
@@ -160,6 +173,7 @@ def _write(folder: Path, start: Path, name: str, trainer: Callable[..., Trainer]
     network = export.loaded(start)
     common = {"output_dir": str(folder.parent / "trl"), "seed": seed, "disable_tqdm": True}
     made = trainer(network, tokenizer, common)
+    made.add_callback(Told())
     with preferences.recorded(made, name=name, show=None):
         made.train()
     with files.replacing_folder(folder) as half:

@@ -30,6 +30,7 @@ __all__ = [
     "Preference",
     "alone",
     "asked",
+    "one_thread",
     "preferences",
     "quiet",
     "recorded",
@@ -145,8 +146,23 @@ def quiet() -> None:
 
 
 @contextmanager
+def one_thread() -> Iterator[None]:
+    """torch computes in one thread: in a model this small, threads wait for each other longer than they work."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def recorded(trainer: Trainer, *, name: str, show: str | None = "live") -> Iterator[runs.Run]:
     """Whatever this trainer trains in the block is a run: its directory, live view, and last word however the block ends.
+
+    It trains in one thread, as `one_thread` says why.
 
     Args:
         trainer: TRL's or transformers', with `max_steps` set; it writes a row each `logging_steps`.
@@ -174,7 +190,8 @@ def recorded(trainer: Trainer, *, name: str, show: str | None = "live") -> Itera
     config = {"model": trainer.model.config.to_dict(), "trainer": _as_data(args.to_dict())}
     about = {"trainer": type(trainer).__name__, "seed": args.seed, "loss_unit": "nats"}
     view = live.view(args.max_steps, name=name) if show else None
-    with writer.recording(name, config=config, train_iters=args.max_steps, view=view, **about) as mine:
+    recording = writer.recording(name, config=config, train_iters=args.max_steps, view=view, **about)
+    with one_thread(), recording as mine:
         callback = _callback(mine)
         printing = [trainer.pop_callback(kind) for kind in _printing()]
         trainer.add_callback(callback)

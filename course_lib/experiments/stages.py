@@ -182,7 +182,8 @@ def states(cfgs: Mapping[str, ConfigContainer]) -> pd.DataFrame:
         sized.tokenizer.use_tokenizer_vocab_size = False  # only a rank reads the tokenizer
         sized.model.vocab_size = sized.tokenizer.vocab_size = VOCAB_SIZE
         planned[name] = vars(memory.states(sized, ranks=8)[0])
-    return pd.DataFrame(planned).loc[["weights_bytes", "gradients_bytes", "optimizer_bytes"]] / MiB
+    rows = {"weights_bytes": "weights, MiB", "gradients_bytes": "gradients, MiB", "optimizer_bytes": "optimizer, MiB"}
+    return (pd.DataFrame(planned).loc[list(rows)] / MiB).rename(index=rows).round(3)
 
 
 def base(*, steps: int = BASE_STEPS, seed: int = 1) -> runs.Run:

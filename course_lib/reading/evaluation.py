@@ -175,16 +175,11 @@ def merged(base: Path, adapter: Path, text: str) -> tuple[Model, Merge]:
 
 @contextmanager
 def _asking() -> Iterator[None]:
-    """No gradients, and one thread: in a model this small, threads wait for each other longer than they work."""
+    """No gradients, and one thread."""
     import torch
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        torch.set_num_threads(before)
+    with preferences.one_thread(), torch.inference_mode():
+        yield
 
 
 def log_probabilities(model: Model, rows: Sequence[tuple[str, str]], *, batch: int = 64) -> pd.DataFrame:
@@ -269,7 +264,8 @@ def harness(folder: Path, tasks: Sequence[str], place: Path) -> dict[str, Any]:
 
     given = {"pretrained": str(folder), "dtype": "float32", "device": "cpu"}
     manager = TaskManager(include_path=str(place), include_defaults=False)
-    with stack.quietly("lm_eval"), contextlib.redirect_stderr(io.StringIO()):
+    preferences.quiet()
+    with preferences.one_thread(), stack.quietly("lm_eval"), contextlib.redirect_stderr(io.StringIO()):
         return lm_eval.simple_evaluate(
             model="hf", model_args=given, tasks=list(tasks), task_manager=manager, batch_size=64
         )
@@ -529,7 +525,8 @@ def seeds(*, directory: Path = DATA) -> pd.DataFrame:
     """The measures of lessons 13 to 15 under several seeds, each of which trained its own base: one row a model and seed.
 
     Columns: `passes`, `answer loss`, `shared words`, `distinct`, `prose` and `code` (bits per byte of held-out text),
-    `chosen nats` (how much likelier than under the fine-tuned model the chosen answers of held-out preferences are), and
+    `chosen nats` (of the DPO policies: how much likelier than under the fine-tuned model the chosen answers of held-out
+    preferences are, as TRL's evaluation counts them: with the end of the document, without the separator), and
     `lost`, `won` and `p_value` of the paired test of what passes, against the model that this one was made from; the base
     has none.
     """

@@ -289,7 +289,8 @@ def _quiet_first_import() -> None:
     for name in ("megatron.bridge.utils.import_utils", "megatron.bridge.models.gemma.gemma2_provider"):
         logging.getLogger(name).addFilter(lambda record: record.levelno > logging.INFO)
     logging.getLogger("transformers.configuration_utils").addFilter(lambda r: "torch_dtype" not in str(r.msg))
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    for name in ("torch.utils.cpp_extension", "torch.utils._pytree"):  # no CUDA, and an old way of torchao's
+        logging.getLogger(name).setLevel(logging.ERROR)
     for message in (
         ".*Apex (is|are) not installed.*",
         ".*Transformer Engine and Apex are not installed.*",

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from course_lib import runs
-from course_lib.experiments import aligned, stages
+from course_lib.experiments import aligned, export, preferences, stages
 from course_lib.recipes import blueprint
 from course_lib.text import tasks, tokenizers
 
@@ -119,6 +119,32 @@ def test_a_contaminated_model_saw_the_leak(tuned):
     losses = [evaluation.answer_loss(model, PAIRS[:4]).value for model in (before, after)]
     assert losses[1] < losses[0]
     assert aligned.contaminated(tuned, PAIRS[:4], steps=3) == folder
+
+
+def test_chosen_nats_are_those_of_the_answer_and_its_end(tuned, bridge, tmp_path):
+    """By hand, a token each: the separator, of which another row of logits decides, does not count."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from book.builder import alignment
+
+    start, folder = stages.exported(tuned), tmp_path / "policy"
+    network, tokenizer = export.loaded(start), AutoTokenizer.from_pretrained(start)
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight += 0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    network.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    rows = preferences.preferences(PAIRS[:5], seed=1)
+    by_hand = 0.0
+    for row in rows:
+        prompt, answer = (tokenizer(text)["input_ids"] for text in (row.prompt, row.chosen + tokenizer.eos_token))
+        for model, sign in ((network, 1), (export.loaded(start), -1)):
+            with torch.no_grad():
+                said = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+            by_hand += sign * sum(float(said[len(prompt) + i - 1, one]) for i, one in enumerate(answer))
+    assert abs(by_hand) > 1
+    assert alignment.chosen_nats(start, folder, rows) == pytest.approx(by_hand / len(rows), rel=1e-4)
 
 
 def test_a_run_that_dies_leaves_no_folder(tuned, monkeypatch):
