@@ -254,10 +254,11 @@ class Panels:
             for ax, title, (x, y) in zip(self.axes, titles, labels, strict=True):
                 ax.set(xlabel=x, ylabel=y)
                 ax.set_title(title, loc="left")
-                ax.xaxis.get_major_locator().set_params(integer=True)
+                ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         rate.yaxis.set_major_formatter("{x:,.0f}")
+        room = 0.5 + 0.04 * self.total_steps  # for the whole first and last mark
         for ax in (loss, rate):
-            ax.set_xlim(0, self.total_steps + 0.5)
+            ax.set_xlim(-room, self.total_steps + room)
         self.bars: list[Any] = []
         self.frame: Any = None  # everything but the curves, as pixels
         self.limits: Any = None

@@ -149,6 +149,21 @@ def test_most_frames_redraw_only_the_curves(notebook: Notebook, monkeypatch: pyt
     assert len(full) < 10
 
 
+@pytest.mark.parametrize("steps", [8, 40, 240])
+def test_marks_at_the_ends_are_whole(steps: int) -> None:
+    """First and last step, and the held-out diamond of the end, lie inside the axes; one rank is rank 0, and no half."""
+    run, panels = run_of(steps, ranks=1), live.Panels(steps)
+    run.validation = pd.DataFrame([(steps, 5.0)], columns=["step", "loss"])
+    panels.draw(run)
+    for ax in (panels.axes[0], panels.axes[2]):
+        left, right = ax.get_window_extent().intervalx
+        first, last = (ax.transData.transform((step, 0))[0] for step in (1, steps))
+        radius = panels.figure.dpi / 72 * 5 * 2**0.5 / 2  # a diamond of 5 points stands on its corner
+        assert left <= first - radius and last + radius <= right
+    assert [tick for tick in panels.axes[1].get_xticks() if -0.5 < tick < 0.5] == [0]
+    assert all(tick == int(tick) for tick in panels.axes[1].get_xticks())
+
+
 def test_the_last_frame_survives_in_a_static_page(notebook: Notebook) -> None:
     """Closing leaves a sharp picture with alternative text from the data, and the run's directory for the executor."""
     view = live.view(3)
