@@ -184,6 +184,48 @@ def test_the_noise_is_that_of_the_books() -> None:
         sweep.Comparison.of(change, [5.0, 5.1], [5.2])
 
 
+def test_the_last_held_out_loss_counts(runs_directory) -> None:
+    """A run that was evaluated twice is compared by its end."""
+    run = trained("twice")
+    with open(run.path / "validation.jsonl", "a") as file:
+        file.write('{"step": 2, "time": 1, "loss": 4.5}\n')
+    assert sweep.held_out(runs.Run(run.path)) == 4.5
+
+
+def test_two_configurations_are_compared_seed_by_seed(monkeypatch) -> None:
+    """The first is the base, its results are the first group, and what follows from the change may differ too."""
+    asked = []
+
+    def repeat(cfg: dict, **options: object) -> list[float]:
+        asked.append((cfg["lr"], options))
+        return [cfg["lr"] + seed for seed in options["seeds"]]
+
+    monkeypatch.setattr(sweep, "repeat", repeat)
+    monkeypatch.setattr(sweep, "held_out", lambda run: run)
+    one, other = {"lr": 1.0, "steps": 4}, {"lr": 4.0, "steps": 2}
+    found = sweep.compare(one, other, seeds=[1, 2], name="rate", tied=["steps"])
+    assert found.change == sweep.Change("lr", 1.0, 4.0)
+    assert (found.before, found.after, found.difference) == ((2.0, 3.0), (5.0, 6.0), 3.0)
+    given = {"seeds": [1, 2], "ranks": 8}
+    assert asked == [(1.0, given | {"name": "base"}), (4.0, given | {"name": "rate"})]
+    with pytest.raises(ValueError, match="zip"):
+        _ = sweep.Comparison(found.change, (5.0, 5.1), (5.0, 5.1, 5.2), difference=0.0, noise=1.0).paired_noise
+    with pytest.raises(sweep.NotOneChange, match="2 fields differ"):
+        sweep.compare(one, other, seeds=[1, 2], name="rate")
+
+
+def test_what_follows_from_several_fields_is_derived(bridge) -> None:
+    """8 ranks at TP=2: four replicas, 16 sequences in micro-batches of 2, so two each a step."""
+    cfg = config(train_iters=4, tp=2, train__global_batch_size=16, train__micro_batch_size=2)
+    assert sweep._derived(cfg, 8) == {
+        "data-parallel size": 4,
+        "micro-batches in a step": 2,
+        "tokens in a step": 16 * cfg.model.seq_length,
+        "sequences in the run": 64,
+        "tokens in the run": 64 * cfg.model.seq_length,
+    }
+
+
 def test_another_engine_is_another_run(tmp_path: Path) -> None:
     """A changed file of what a rank executes makes a finished run stale; the same files elsewhere do not."""
     shutil.copytree(LIBRARY, tmp_path, dirs_exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -134,3 +135,66 @@ def test_the_number_of_items_is_the_one_that_sees_the_difference() -> None:
     assert math.isnan(evaluation.visible_difference(0.9, 2))
     with pytest.raises(ValueError, match="two different numbers"):
         evaluation.items_needed(0.3, 0.3)
+
+
+def test_a_merged_adapter_moves_the_base_and_nothing_else(folder: Path, tmp_path: Path) -> None:
+    """Rank 2 on queries and values: 2 x (16 + 16) weights each, in two layers; the product is added, and then stays."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    thin = get_peft_model(evaluation.load(folder).network, settings)
+    with torch.no_grad():
+        for name, weight in thin.named_parameters():
+            if "lora_" in name:
+                weight.normal_(generator=torch.Generator().manual_seed(1))
+    thin.save_pretrained(tmp_path)
+    plain = evaluation.load(folder)
+    by_hand = plain.network.state_dict()["model.layers.1.self_attn.q_proj.weight"].clone()
+    layer = thin.base_model.model.model.layers[1].self_attn.q_proj
+    by_hand += 4 / 2 * layer.lora_B["default"].weight.detach() @ layer.lora_A["default"].weight.detach()
+    model, merge = evaluation.merged(folder, tmp_path, PAIRS[0].input)
+    found = model.network.state_dict()["model.layers.1.self_attn.q_proj.weight"]
+    assert torch.allclose(found, by_hand, atol=1e-6) and merge.parameters == 2 * 2 * 2 * (16 + 16)
+    ids = plain.tokenizer(PAIRS[0].input, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        moved = (model.network(ids).logits - plain.network(ids).logits).abs().max()
+        largest = model.network(ids).logits.abs().max()
+    assert (merge.moved, merge.largest) == pytest.approx((float(moved), float(largest)), rel=1e-4)
+    assert 0 <= merge.difference < 1e-5 * merge.largest < merge.moved
+
+
+def test_the_judge_prefers_by_likelihood(even: evaluation.Model, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To an even model fewer tokens are likelier: it prefers a docstring to its fault where that one is longer."""
+    pairs = [Pair(f"m.f{n}: def f{n}(a)", "Return the value of a as a number.", "m") for n in range(12)]
+    monkeypatch.setattr(evaluation, "load", lambda folder: even)
+    found = evaluation.judged({"even": folder}, pairs)["even"]
+    rows = evaluation.preferences.preferences(pairs, seed=1)
+    longer = [
+        len(even.tokenizer(row.rejected)["input_ids"]) > len(even.tokenizer(row.chosen)["input_ids"]) for row in rows
+    ]
+    assert found["preferred"].value == sum(longer) / 12 and 0 < sum(longer) < 12
+    assert found["answer loss"].value == pytest.approx(math.log(280)) and found["passes"].n == 12
+
+
+def test_seeds_are_read_as_shares_with_the_test_against_the_model_before(tmp_path: Path) -> None:
+    """Counts become shares, a base has no test, and five won of five are as rare as a coin says: 2 in 32."""
+    loss = [5.0, 4.9, 5.1]
+    rungs = {"docstrings": {"n": 8, **dict.fromkeys(evaluation.NORMALISATIONS, [4, 0, 5])}}
+    first = {
+        "seed": 1,
+        "model": "base",
+        "passes": 1,
+        "answers": 4,
+        "answer loss": loss,
+        "shared words": [0.1, 0.0, 0.2],
+    }
+    rows = [first, first | {"model": "fine-tuned", "passes": 3, "lost": 0, "won": 5, "rungs": rungs}]
+    (tmp_path / "alignment_seeds.json").write_text(json.dumps({"rows": rows}))
+    table = evaluation.seeds(directory=tmp_path)
+    assert table.loc[("fine-tuned", 1), ["passes", "answer loss", "shared words"]].tolist() == [0.75, 5.0, 0.1]
+    assert table.p_value[("fine-tuned", 1)] == 2 / 32 and math.isnan(table.p_value[("base", 1)])
+    of_rungs = evaluation.seeds_of_rungs(directory=tmp_path)
+    assert len(of_rungs) == 3
+    row = of_rungs.loc[("docstrings", "per token", "fine-tuned", 1)]
+    assert (row.right, row.n, row.share, row.won, row.p_value) == (4, 8, 0.5, 5, 2 / 32)
