@@ -69,7 +69,8 @@ def rewritten_pairs(pairs: Path, folder: Path) -> Path:
     for name in ("training", "validation"):
         lines = (pairs / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        build_index_files([str(folder / f"{name}.jsonl")], ord("\n"), workers=1)
+        with stack.quietly():
+            build_index_files([str(folder / f"{name}.jsonl")], ord("\n"), workers=1)
         (folder / f"{name}.jsonl").write_text("\n".join(map(_cleaned, lines)) + "\n", encoding="utf-8")
     return folder
 
