@@ -297,7 +297,7 @@ BROKEN: list[tuple[str, str, str, Callable[[Path], dict[str, Any]], str]] = [
     ("04", "check-labels", "shuffled targets", lambda path: {"train": Sample(SHUFFLE)}, "shuffled targets"),
     ("04", "check-labels", "labels that are the inputs", lambda path: {"train": Sample(lambda y: y - 1)}, "next token"),
     ("04", "check-cuts", "samples that are documents", lambda path: cut(first_token=0), "begin inside a document"),
-    ("04", "check-cuts", "attention inside documents", lambda path: cut(first_token=5, masked=True), "only the end-of-document id"),
+    ("04", "check-cuts", "attention inside documents", lambda path: cut(first_token=5, masked=True), "the end-of-document id"),
     ("04", "check-blend", "swapped weights", lambda path: counted(0.3), "Are the weights in the order"),
     ("04", "check-blend", "less code", lambda path: counted(0.7, code_tokens=150), "twice as much code"),
     ("04", "check", "another loss", lambda path: indices(path, loss=8.0), "loss at step 1"),
