@@ -147,10 +147,12 @@ def pays():
             {"differences": [-0.1, -0.2, 0.1]},
         ],
     )
-    rows = pd.DataFrame({"difference": [0.1, -0.1], "paired_noise": [0.05, 0.2], "dense": 5.0, "sparse": 5.0})
+    rows = pd.DataFrame({"steps": [3, 9], "difference": [0.1, -0.1], "paired_noise": [0.05, 0.2]})
+    rows = rows.assign(dense=5.0, sparse=5.0)
     shown = {"tables": Some(published=gives(rows), full=gives(None))}
     ahead = {"tables": Some(published=gives(rows.assign(paired_noise=0.01)), full=gives(None))}
-    yield "longer", shown, [ahead]
+    behind = {"tables": Some(published=gives(rows.assign(difference=0.3)), full=gives(None))}
+    yield "longer", shown, [ahead, behind]
 
 
 CELLS = {cell: (facts, wrong) for cell, facts, wrong in lesson()}

@@ -69,7 +69,7 @@ HYBRIDS = {
     "one rank": (1, PLAIN),
     "kernels one by one": (1, {"model__use_mamba_mem_eff_path": False, **PLAIN}),
     "experts and norms again, EP, TP, SP": (2, CUT),
-    "PP, EP, TP, SP": (4, {"pattern": "ME|M*E", "model__pipeline_model_parallel_size": 2, **CUT, **PLAIN}),
+    "PP, EP, TP, SP": (4, {"pattern": "*|ME", "model__pipeline_model_parallel_size": 2, **CUT, **PLAIN}),
 }
 """The same for Nemotron 3 Nano's recipe in small."""
 
