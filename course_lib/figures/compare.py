@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from course_lib.figures import plots
+from course_lib.runs import difference
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from course_lib.experiments.sweep import Comparison
     from course_lib.runs import Run
 
-__all__ = ["curves", "effects", "grouped", "intervals", "memory_by_step", "seeds"]
+__all__ = ["curves", "effects", "grouped", "intervals", "memory_by_step", "restarted", "seeds"]
 
 
 def curves(runs: Mapping[str, Run], column: str, *, ax: Axes, unit: str, title: str = "") -> Axes:
@@ -58,6 +59,25 @@ def memory_by_step(run: Run, *, ax: Axes, highlight: int | None = None, title: s
     sentences = [f"At the end the ranks hold between {last.min():.3g} and {last.max():.3g} {unit}"]
     plots.finish(ax, x="step", y=f"memory ({unit})", title=title, sentences=sentences)
     ax.set_ylim(bottom=0)
+    ax.legend()
+    return ax
+
+
+def restarted(whole: Run, killed: Run, again: Run, *, ax: Axes, title: str = "") -> Axes:
+    """Draw the losses of a killed run and of its restart over those of the same run without a break.
+
+    The steps that were done twice are shaded.
+    """
+    plots.loss(whole, ax=ax, title=title)
+    ax.lines[0].set(marker="", label="uninterrupted")
+    for name, run, marker, colour in (("killed", killed, "s", "vermilion"), ("restarted", again, "o", "green")):
+        look = {"markersize": 8, "fillstyle": "none", "markeredgewidth": 2, "linestyle": "none", "marker": marker}
+        ax.plot(run.metrics["step"], run.metrics["loss"], label=name, color=plots.COLOURS[colour], **look)
+    death, first = killed.metrics["step"].max(), again.metrics["step"].min()
+    ax.axvspan(first - 0.5, death + 0.5, color=plots.INK, alpha=0.2, label="steps done twice")
+    apart = max(difference(killed, whole), difference(again, whole))
+    words = f"Killed after step {death}, restarted with step {first}"
+    ax.set_label(f"{words}; losses and gradient norms differ from the uninterrupted run's by {apart:.0%} at most")
     ax.legend()
     return ax
 

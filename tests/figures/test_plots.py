@@ -167,3 +167,24 @@ def test_estimates_and_groups_say_their_numbers():
     assert plots.describe(right) == "Rise. full: prose 0.1, code 0.5."
     heights = sorted(round(bar.get_height(), 2) for bar in right.patches)
     assert heights == [0.1, 0.5] and len({bar.get_hatch() for bar in right.patches}) == 2
+
+
+def test_a_restart_is_drawn_over_the_run_without_a_break():
+    """Killed and restarted losses keep their steps, the steps done twice are shaded, and the words say what is computed."""
+    steps = pd.DataFrame({"step": range(1, 11), "loss": [6.0 - 0.1 * n for n in range(10)], "grad_norm": 1.0})
+    whole, killed, again = (SimpleNamespace(metrics=part) for part in (steps, steps[:6], steps[3:]))
+    with plots.style():
+        from matplotlib.figure import Figure
+
+        ax, other = Figure().subplots(1, 2)
+        compare.restarted(whole, killed, again, ax=ax, title="Restarted")
+        compare.restarted(whole, killed, SimpleNamespace(metrics=steps[3:].assign(loss=9.0)), ax=other)
+    lines = {line.get_label(): list(line.get_xdata()) for line in ax.lines}
+    assert lines["killed"] == [1, 2, 3, 4, 5, 6] and lines["restarted"] == [4, 5, 6, 7, 8, 9, 10]
+    (twice,) = ax.patches
+    assert (twice.get_x(), twice.get_x() + twice.get_width()) == (3.5, 6.5)
+    words = (
+        "Killed after step 6, restarted with step 4; losses and gradient norms differ from the uninterrupted run's by"
+    )
+    assert plots.describe(ax) == f"Restarted. {words} 0% at most."
+    assert f"{words} 76% at most" in plots.describe(other)

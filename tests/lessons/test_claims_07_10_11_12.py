@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from pathlib import Path
 from types import SimpleNamespace as Some
@@ -10,6 +11,7 @@ import pandas as pd
 import pytest
 
 from course_lib import runs, stack
+from course_lib.figures import plots
 from course_lib.launch import cluster
 from course_lib.reading import pipeline, throughput
 from support.lesson_cells import falsify, gives, tagged
@@ -156,29 +158,42 @@ def lesson_10():
         "state_bytes": 16,
     }
     yield "check-size", size, [{"parameters": 50}, {"saved": Some(size_bytes=1600)}]
-    resume = {"resumed": Some(metrics=metrics(1.0, first=7)), "save_interval": 6, "distance": gives(0)} | EXACT
-    yield "check-resume", resume, [{"save_interval": 5}, {"distance": gives(1e-6)}]
+
+    def apart(distance):
+        """`runs`, for a run that is so far from the uninterrupted one."""
+        return {"runs": Some(difference=gives(distance), GPU_ROUNDING=runs.GPU_ROUNDING)}
+
+    made = Some(run=gives(Some(metrics=metrics(1.0, first=7))))
+    resume = {
+        "cfg": Some(train=Some()), "resumed_steps": 24, "saved": Some(path=""), "launch": made, "save_interval": 6,
+        "whole": trained(1.0), **apart(0),
+    }  # fmt: skip
+    yield "check-resume", resume, [{"save_interval": 5}, apart(1e-6)]
     cfg = Some(model=Some(), checkpoint=Some(dist_ckpt_optim_fully_reshardable=False, fully_parallel_save=True))
     places = itertools.cycle([7, 13, 19])
     reshard = {
-        "saved": Some(path="", step=6), "save_interval": 6, "cfg": cfg, "distance": gives(1e-6),
+        "saved": Some(path="", step=6), "save_interval": 6, "cfg": cfg, "whole": 0, **apart(1e-6),
         "launch": Some(run=lambda *_, **__: Some(metrics=metrics(1.0, first=next(places)))),
         "checkpoints": Some(at=lambda run, step: Some(path="", step=step)), **EXACT,
     }  # fmt: skip
     again = {"launch": Some(run=gives(Some(metrics=metrics(1.0, first=1))))}
-    yield "reshard", reshard, [again, {"distance": gives(1e-2)}]
+    yield "reshard", reshard, [again, apart(1e-2)]
     refused = Failed("this is dp_reshardable")
-    runs = Some(run=lambda *_, **named: raises(refused)() if "load" in named else 0, RunFailed=Failed)
+    loads = Some(run=lambda *_, **named: raises(refused)() if "load" in named else 0, RunFailed=Failed)
     unlike = Some(run=lambda *_, **named: raises(Failed("x"))() if "load" in named else 0, RunFailed=Failed)
-    yield "recipe-format", {"recipe": Some(checkpoint=cfg.checkpoint), "cfg": cfg, "launch": runs}, [{"launch": unlike}]
+    yield (
+        "recipe-format",
+        {"recipe": Some(checkpoint=cfg.checkpoint), "cfg": cfg, "launch": loads},
+        [{"launch": unlike}],
+    )
     kill = {
-        "death": 8, "again": 7, "last_good": Some(step=6), "save_interval": 6, "distance": gives(0), "restarted": 0,
+        "death": 8, "again": 7, "last_good": Some(step=6), "save_interval": 6, "restarted": 0, **apart(0),
         "whole": 0, "checkpoints": Some(latest=gives(0), compare=gives(pd.DataFrame({"largest_difference": [0.0]}))), **EXACT,
         "killed": Some(rank=3, exception="SIGKILL"),
     }  # fmt: skip
-    apart = Some(latest=gives(0), compare=gives(pd.DataFrame({"largest_difference": [1e-9]})))
+    unlike = Some(latest=gives(0), compare=gives(pd.DataFrame({"largest_difference": [1e-9]})))
     other = Some(rank=0, exception="SIGKILL")
-    yield "check-kill", kill, [{"again": 1}, {"distance": gives(1e-6)}, {"checkpoints": apart}, {"killed": other}]
+    yield "check-kill", kill, [{"again": 1}, apart(1e-6), {"checkpoints": unlike}, {"killed": other}]
     listing = pd.DataFrame({"missing": ["", ".metadata: not written"]}, index=[6, 12])
     space = "No space left on device"
 
@@ -189,50 +204,74 @@ def lesson_10():
         "full": Some(ranks=gives(of_rank_0("[3]"))), "cfg": 0,
         "why": Some(rank=3, cause=space),
         "checkpoints": Some(latest=gives(Some(step=6)), listing=gives(listing)), "save_interval": 6,
-        "launch": Some(run=gives(0)), "distance": gives(0), **EXACT,
+        "launch": Some(run=gives(0)), "whole": 0, **apart(0), **EXACT,
     }  # fmt: skip
     yield (
         "check-full",
         full,
         [
             {"why": Some(rank=0, cause=space)},
-            {"full": Some(ranks=gives(of_rank_0(space, "OSError"))), "distance": gives(1e-6)},
+            {"full": Some(ranks=gives(of_rank_0(space, "OSError"))), **apart(1e-6)},
             {"checkpoints": Some(latest=gives(Some(step=12)), listing=gives(listing.iloc[::-1].set_axis([6, 12])))},
         ],
     )
-    same = Some(checkpoint=Some(save="a", load="a"))
-    traps = {
-        "recipe": same, "stale": Some(outcome=Some(status="succeeded"), metrics=metrics()), "cfg": 0, "Path": str,
-        "checkpoints": Some(NoCheckpoint=Failed), "launch": Some(run=raises(Failed())),
-    }  # fmt: skip
-    yield (
-        "check-traps",
-        traps,
-        [
-            {"recipe": Some(checkpoint=Some(save="a", load="b"))},
-            {"stale": Some(outcome=Some(status="succeeded"), metrics=metrics(1.0))},
-            {"launch": Some(run=gives(0))},
-        ],
-    )
+
+    def traps(steps=0, saves="a", typo=Failed):
+        """The recipe's places, a stale start with so many steps, and what a missing directory leads to."""
+
+        def run(cfg, *, name, **_):
+            if name == "typo" and typo:
+                raise typo
+            return Some(outcome=Some(status="succeeded"), metrics=metrics(*[1.0] * steps))
+
+        places = {place: str(Path.cwd() / name) for place, name in (("save", saves), ("load", "a"))}
+        return {
+            "recipe": Some(checkpoint=Some(**places)), "cfg": Some(rng=Some(seed=1)), "whole": 0, "Path": Path,
+            "checkpoints": Some(NoCheckpoint=Failed), "launch": Some(run=run),
+        }  # fmt: skip
+
+    yield "check-traps", traps(), [traps(saves="b"), traps(steps=1), traps(typo=None)]
     weight = Some(numel=gives(100))
     table = pd.DataFrame({"part": ["weights", "weights"], "largest_difference": [0.0, 0.0]})
-    kept = Some(compare=gives(table), at=gives(0))
-    changed = Some(compare=gives(table.assign(largest_difference=[0.0, 1e-3])), at=gives(0))
-    hub = {"loaded": Some(parameters=gives([weight])), "parameters": 100, "checkpoints": kept, "last": 0}
-    same, whole = Some(largest_difference=0.0, largest_logit=1.0, folder=0), Some(path=Path("run"))
-    hub |= {"export": Some(TOLERANCE=1e-4, to_megatron=gives(0)), "exported": same, "whole": whole}
-    other = Some(largest_difference=0.1, largest_logit=1.0, folder=0)
-    yield "check-hub", hub, [{"parameters": 101}, {"checkpoints": changed}, {"exported": other}]
-    rise = pd.Series([0.28, 0.27])
-    loaded = {"padded": Some(outcome=Some(status="succeeded")), "rise": rise}
-    yield "check-rows", loaded, [
-        {"padded": Some(outcome=Some(status="failed"))}, {"rise": 0 * rise}, {"rise": pd.Series([0.28, 0.01])},
-    ]  # fmt: skip
-    stopped = {"peak rate": Some(exception="KeyError"), "warmup": Some(cause="for warmup iterations do not match")}
+    kept = Some(compare=gives(table), latest=gives(Some(path="")))
+    changed = Some(compare=gives(table.assign(largest_difference=[0.0, 1e-3])), latest=kept.latest)
+
+    def exported(difference):
+        """`export`, for a model whose logits are so far from Bridge's."""
+        model = gives(Some(largest_difference=difference, largest_logit=1.0, folder=0))
+        return {"export": Some(TOLERANCE=1e-4, to_megatron=gives(0), model=model, model_rank=lesson_10)}
+
+    hub = {
+        "AutoModelForCausalLM": Some(from_pretrained=gives(Some(parameters=gives([weight])))), "parameters": 100,
+        "utils": Some(logging=Some(disable_progress_bar=gives(0))), "checkpoints": kept, "whole": Some(path=Path("run")),
+        **exported(0.0),
+    }  # fmt: skip
+    yield "check-hub", hub, [{"parameters": 101}, {"checkpoints": changed}, exported(0.1)]
+
+    def rows(*rise, status="succeeded"):
+        """`launch`, where the run with more rows has losses that are higher by this much."""
+        narrow, wide = trained(*[5.0] * len(rise)), trained(*(5.0 + one for one in rise), outcome=Some(status=status))
+        return {"launch": Some(run=lambda *_, name, **__: narrow if name == "rows-384" else wide)}
+
+    small = Some(tokenizer=Some(), train=Some(), model=Some())
+    loaded = {"cfg": small, "save_interval": 6, "checkpoints": Some(at=gives(Some(path="")))} | rows(0.28, 0.27)
+    yield "check-rows", loaded, [rows(0.28, 0.27, status="failed"), rows(0.0, 0.0), rows(0.28, 0.01)]
+
+    def stopped(rate, warmup):
+        """`launch`, where another peak rate and another warmup stop with these words."""
+
+        def run(cfg, **_):
+            raise Failed(warmup if hasattr(cfg.scheduler, "lr_warmup_iters") else "", exception=rate)
+
+        return {"launch": Some(run=run, RunFailed=Failed)}
+
     strict = Some(scheduler=Some(override_opt_param_scheduler=False))
-    changed = {"stopped": stopped, "recipe": Some(scheduler=Some(override_opt_param_scheduler=True))}
-    others = {"peak rate": Some(exception="RuntimeError"), "warmup": Some(cause="")}
-    yield "check-changed", changed, [{"stopped": others}, {"recipe": strict}]
+    changed = {
+        "cfg": Some(optimizer=Some(), scheduler=Some()), "learning_rate": 1e-3, "saved": Some(path=""),
+        "recipe": Some(scheduler=Some(override_opt_param_scheduler=True)),
+        **stopped("KeyError", "for warmup iterations do not match"),
+    }  # fmt: skip
+    yield "check-changed", changed, [stopped("RuntimeError", ""), {"recipe": strict}]
 
 
 def lesson_11():
@@ -270,13 +309,20 @@ def lesson_11():
 def lesson_12():
     """Facts of lesson 12."""
     ways = pd.DataFrame({"largest difference": [0.0, 1e-8]})
-    here = {"stack": Some(device=gives("cpu"))}
-    yield "hand-check", {"ways": ways, "tolerance": 1e-6} | here, [{"tolerance": 1e-9}]
+    hand = {
+        "by_hand": Some(data_parallel_step=lesson_12, sharded_step=lesson_12, compare_data_parallel=gives(ways)),
+        "stack": Some(device=gives("cpu")), "tolerance": 1e-6,
+    }  # fmt: skip
+    yield "hand-check", hand, [{"tolerance": 1e-9}]
 
     def held(ranks, whole=12.0, share=1.0):
         return pd.DataFrame({"bytes per parameter": {"optimizer": whole, "distributed optimizer": share * 12 / ranks}})
 
-    state = {"state_bytes": 12, "by_hand": Some(optimizer_bytes=lambda ranks: held(ranks))}
+    state = {
+        "state_bytes": 12, "by_hand": Some(optimizer_bytes=lambda ranks: held(ranks)),
+        "recipes": Some(offline=contextlib.nullcontext), "closed_forms": Some(parameter_count=gives(8e9)),
+        "llama3_8b_pretrain_config": lambda: Some(model=0, tokenizer=Some()),
+    }  # fmt: skip
     unsharded = Some(optimizer_bytes=lambda ranks: held(ranks, 8.0, ranks))
     yield "state-check", state, [{"by_hand": unsharded}]
     moved = {
@@ -308,9 +354,20 @@ def lesson_12():
     longer, rising = stages(order=lambda m: 2 / (m + 2)), stages(busy=lambda m: m / 20)
     yield "check-pipeline", piped, [{"pipeline": longer}, {"pipeline": rising}]
     ordered = pipeline.one_forward_one_backward(2, 8)
-    sent_by = {"pipelines": {8: 0}, "microbatches": 8, "on_cpu": True, "collectives": Some(compare=gives(table()))}
-    sent_by |= {"real": ordered, "pipeline": pipeline}
-    yield "check-stages", sent_by, [{"collectives": Some(compare=gives(table(False)))}, {"real": ordered[::-1]}]
+
+    def recorded(rows):
+        """`pipeline`, for a run with these passes."""
+        return Some(
+            passes=gives(rows), replay=gives(rows), idle_share=gives(0.1),
+            one_forward_one_backward=pipeline.one_forward_one_backward,
+        )  # fmt: skip
+
+    sent_by = {
+        "pipelines": {8: 0}, "microbatches": 8, "on_cpu": True, "collectives": Some(compare=gives(table())),
+        "pipeline": recorded(ordered), "plots": plots, "parallelism": Some(schedule=gives(0)),
+    }  # fmt: skip
+    late = ordered.assign(microbatch=ordered.microbatch.to_numpy()[::-1])
+    yield "check-stages", sent_by, [{"collectives": Some(compare=gives(table(False)))}, {"pipeline": recorded(late)}]
 
     def transfers(count, passes):
         return Some(collectives=pd.DataFrame({"operation": ["send"] * count + ["recv"]}), passes=passes)
@@ -330,9 +387,15 @@ def lesson_12():
     }  # fmt: skip
     unlike = Some(recorded=gives(gathers.assign(bytes=1)), compare=gives(table(False)))
     yield "check-context", shared, [{"collectives": unlike}, {"run_cp": trained(1.1)}]
-    node = {"planned": sent(tp=100.0, dp_cp=10.0, pp=1.0), "sent": sent(tp=9.0, dp_cp=3.0)}
+
+    def plan(rows):
+        """`messages`, where a plan sends these rows."""
+        return {"messages": Some(expected=gives(0), by_group=gives(rows))}
+
+    cfg_8b = Some(model=Some(cross_entropy_fusion_impl=""), train=Some())
+    node = plan(sent(tp=100.0, dp_cp=10.0, pp=1.0)) | {"cfg_8b": cfg_8b, "sent": sent(tp=9.0, dp_cp=3.0)}
     even = sent(tp=100.0, dp_cp=50.0, pp=50.0)
-    yield "check-node", node, [{"sent": sent(tp=1.0, dp_cp=3.0)}, {"planned": even.assign(operations=1)}]
+    yield "check-node", node, [{"sent": sent(tp=1.0, dp_cp=3.0)}, plan(even.assign(operations=1))]
 
 
 CELLS = {

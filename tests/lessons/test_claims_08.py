@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,11 +14,66 @@ import pytest
 
 from course_lib.common import units
 from course_lib.experiments import faults
-from support.lesson_cells import Sample, execute, predicted, proving, tells
+from course_lib.reading import throughput
+from support.lesson_cells import Sample, execute, gives, predicted, proving, tells
 
 NAMES = ("loss at step 1", "held-out loss at the end", "work per token", "weight and optimizer by Bridge")
 STEPS = pd.DataFrame({"step": range(1, 11), "loss": 5.0, "grad_norm": 0.7, "elapsed_ms": 100.0})
 LOG = pd.DataFrame({"loss": [5.0, 5.0], "grad_norm": 0.7, "skipped": 0, "nan": 0, "elapsed_ms": 101.0})
+
+
+OPERATORS = pd.DataFrame({"kind": ["matrix products", "loss"], "count": [54, 2]})
+
+
+def said(whole_gflop: float, half_gflop: float) -> dict[str, Any]:
+    """Published runs whose TFLOP/s and tokens/s make so many GFLOP a token, by the accounting of each."""
+    names = {
+        **{"NeMo 24.12, FP8": whole_gflop, "Megatron-LM, spring 2025, FP8": whole_gflop},
+        **{"Megatron-Bridge 25.09, FP8": half_gflop, "Megatron-Bridge 25.11, FP8": half_gflop},
+    }
+    rows = pd.DataFrame({"name": names.keys(), "tflops_per_gpu": names.values(), "precision": "fp8"})
+    rows["tokens_per_second_per_gpu"] = 1e3
+    return {
+        "recipes": SimpleNamespace(offline=nullcontext), "ceiling": SimpleNamespace(published=gives(rows)),
+        "llama3_8b_pretrain_config": lambda: SimpleNamespace(model=None), "published_seq_length": 8192,
+    }  # fmt: skip
+
+
+def read(labels: Callable[[np.ndarray], np.ndarray] = lambda labels: labels) -> dict[str, Any]:
+    """Samples as the microscope gives them, with these labels."""
+    sets = gives((Sample(labels), [0], None))
+    return {
+        "microscope": SimpleNamespace(datasets=sets), "cfg": SimpleNamespace(train=SimpleNamespace(global_batch_size=2)),
+        "work": Path("."), "steps": 3, "vocab_size": 8192,
+    }  # fmt: skip
+
+
+def counts(unigram: float, bigram: float) -> dict[str, Any]:
+    """Baselines with these losses."""
+    pairs = gives(np.zeros((4, 2)))
+    made = SimpleNamespace(token_pairs=pairs, unigram_loss=gives(unigram), bigram_loss=gives(bigram))
+    return {"baselines": made}
+
+
+def logged(**values: float) -> dict[str, Any]:
+    """Bridge's log, with these columns changed."""
+    return {"throughput": SimpleNamespace(bridge_log=gives(LOG.assign(**values)))}
+
+
+def timed(*milliseconds: float, device: str = "cpu", mixed_up: bool = False) -> dict[str, Any]:
+    """A run of steps that last this long, eight of each; mixed up, its rates are seconds a token."""
+    steps = pd.DataFrame({"elapsed_ms": np.repeat(milliseconds, 8), "tokens": 100, "skipped": 0})
+    steps["tokens_per_second"] = steps.tokens / (steps.elapsed_ms / 1e3)
+    if mixed_up:
+        steps["tokens_per_second"] = 1 / steps.tokens_per_second
+    return {"run": SimpleNamespace(metrics=steps, launch={"device": device}), "throughput": throughput}
+
+
+def traced(layers: int) -> SimpleNamespace:
+    """A configuration of a run that is traced."""
+    parts = {name: SimpleNamespace() for name in ("scheduler", "validation")}
+    model, train = SimpleNamespace(num_layers=layers), SimpleNamespace(micro_batch_size=2)
+    return SimpleNamespace(model=model, train=train, **parts)
 
 
 def evaluated(*losses: float) -> SimpleNamespace:
@@ -40,11 +97,18 @@ def ended(*losses: float) -> SimpleNamespace:
     return SimpleNamespace(metrics=pd.DataFrame({"loss": losses}))
 
 
-def ill(*, rank: int = faults.RANK, mib: float = 16.0, hot: str = "look", skipped: int = 0) -> SimpleNamespace:
-    """What `health` says of the sick runs: the rank that grows, and by how much."""
+WELL = ended(9.0, 8.3, 7.0)
+"""The healthy run."""
+
+
+def ill(
+    *, rank: int = faults.RANK, mib: float = 16.0, hot: str = "look", skipped: int = 0, well: str = "ok"
+) -> SimpleNamespace:
+    """What `health` says of the sick runs: the rank that grows, and by how much; and of the healthy one."""
     grown = pd.Series([mib * units.MiB if each == rank else 0.0 for each in range(8)])
     growth = pd.DataFrame({"bytes_per_step": grown})
-    return SimpleNamespace(symptoms=lambda run, **_: signs(hot, skipped=skipped), memory_growth=lambda run: growth)
+    found = {True: signs(well), False: signs(hot, skipped=skipped)}
+    return SimpleNamespace(symptoms=lambda run, **_: found[run is WELL], memory_growth=lambda run: growth)
 
 
 def memory(printed_mib: float, peak_mib: float) -> dict[str, Any]:
@@ -65,14 +129,8 @@ def width(hidden_size: int) -> SimpleNamespace:
 
 
 GOOD: dict[str, dict[str, Any]] = {
-    "check-published": {
-        "said": {
-            **{"NeMo 24.12, FP8": 57.9, "Megatron-LM, spring 2025, FP8": 57.9},
-            **{"Megatron-Bridge 25.09, FP8": 51.5, "Megatron-Bridge 25.11, FP8": 51.5},
-        },
-        "both": {"whole square": 57.9, "masked half left out": 51.5},
-    },
-    "check-order": {"train": Sample(lambda labels: labels), "unigram": 6.8, "bigram": 5.2},
+    "check-published": said(57.9, 51.5) | {"closed_forms": counted(51.5e9, 57.9e9)},
+    "check-order": read() | counts(6.8, 5.2),
     "check-formula": {
         "closed_forms": counted(1e7, 1.1e7), "cfg": width(128), "vocab_size": 8192,
         "flops_per_step": 1e10, "tokens_per_step": 1e3, "steps": 10,
@@ -82,47 +140,41 @@ GOOD: dict[str, dict[str, Any]] = {
         "run": SimpleNamespace(metrics=STEPS.assign(loss=9.0), validation=pd.DataFrame({"loss": [5.0, 4.9]})),
         "health": SimpleNamespace(smoothed=lambda values: values), "first_loss": 9.02,
     },
-    "check-log": {"run": SimpleNamespace(metrics=STEPS), "log": LOG},
-    "check-speed": {
-        "whole": SimpleNamespace(mean_of_rates=1100.0, tokens_per_second=1000.0),
-        "per_token": {True: 10.0, False: 11.0}, "shares": {True: 0.4, False: 0.44},
-    },
+    "check-log": {"run": SimpleNamespace(metrics=STEPS), **logged(), "tables": SimpleNamespace(full=gives(None))},
+    "check-speed": timed(100.0, 125.0) | {"skip": 5, "per_token": {True: 10.0, False: 11.0}, "best_rate": 1e5},
     "check-trace": {
-        "cfg": SimpleNamespace(model=SimpleNamespace(num_layers=2), train=SimpleNamespace(micro_batch_size=2)),
-        "operators": pd.DataFrame({"kind": ["matrix products", "loss"], "count": [54, 2]}),
-        "traced": SimpleNamespace(launch={"device": "cpu"}),
+        "ProfilingConfig": SimpleNamespace, "launch": SimpleNamespace(run=gives(SimpleNamespace(launch={"device": "cpu"}))),
+        "cfg": traced(layers=2), "trace": SimpleNamespace(operators=gives(OPERATORS), by_kind=gives(OPERATORS)),
     },
     "check-memory": memory(12.0, 90.0) | {"state_bytes": 12.0 * units.MiB},
-    "check-healthy": {"run": None, "vocab_size": 8192, "health": SimpleNamespace(symptoms=lambda run, **_: signs("ok"))},
     "check-sick": {
-        "hot": ended(9.0, 10.4), "run": ended(9.0, 8.3, 7.0), "sick_steps": 2, "vocab_size": 8192, "health": ill(),
+        "hot": ended(9.0, 10.4), "run": WELL, "sick_steps": 2, "vocab_size": 8192, "health": ill(),
     },
     "check-leak": {"leaking": None, "vocab_size": 8192, "health": ill()},
 }  # fmt: skip
 """Cell, and what it reads where all is well."""
 
 BROKEN: list[tuple[str, str, dict[str, Any], str]] = [
-    ("check-published", "sequences of another length", {"both": {"whole square": 54.7, "masked half left out": 51.5}},
+    ("check-published", "sequences of another length", {"closed_forms": counted(51.5e9, 54.7e9)},
      "Attention grows with it"),
-    ("check-order", "labels in another order", {"train": Sample(np.flip)}, "the label of a token is the next token"),
-    ("check-order", "shuffled targets", {"bigram": 6.79}, "the labels are shuffled"),
+    ("check-order", "labels in another order", read(np.flip), "the label of a token is the next token"),
+    ("check-order", "shuffled targets", counts(6.8, 6.79), "the labels are shuffled"),
     ("check-formula", "another rule", {"flops_per_step": 1.1e10}, "Bridge counts by another rule"),
     ("check-formula", "a narrow output layer", {"cfg": width(64)}, "the output layer is 31% of the work"),
-    ("check-trace", "another model", {"cfg": SimpleNamespace(
-        model=SimpleNamespace(num_layers=3), train=SimpleNamespace(micro_batch_size=2))}, "Does another kernel multiply"),
+    ("check-trace", "another model", {"cfg": traced(layers=3)}, "Does another kernel multiply"),
     ("check-baselines", "a run that learned nothing", {"run": evaluated(6.9, 6.9)}, "far below the unigram model"),
     ("check-baselines", "a short run", {"run": evaluated(5.4, 5.3, 5.2)}, "A short run does not beat a table of pairs"),
     ("which-loss", "another vocabulary", {"first_loss": 6.98}, "loss at step 1"),
-    ("check-log", "a loss of other steps", {"log": LOG.assign(loss=5.1)}, "Bridge's last loss"),
-    ("check-log", "a norm of another step", {"log": LOG.assign(grad_norm=0.9)}, "its gradient norm"),
-    ("check-log", "a skipped step", {"log": LOG.assign(skipped=1)}, "no step was skipped"),
-    ("check-speed", "rates mixed up", {"whole": SimpleNamespace(mean_of_rates=900.0, tokens_per_second=1000.0)},
+    ("check-log", "a loss of other steps", logged(loss=5.1), "Bridge's last loss"),
+    ("check-log", "a norm of another step", logged(grad_norm=0.9), "its gradient norm"),
+    ("check-log", "a skipped step", logged(skipped=1), "no step was skipped"),
+    ("check-speed", "rates mixed up", timed(100.0, 150.0, mixed_up=True),
      "never below all tokens / all seconds"),
     ("check-speed", "one accounting twice", {"per_token": {True: 10.0, False: 10.0}}, "moves FLOP/s"),
-    ("check-speed", "a ceiling on a busy machine", {"shares": {True: 1.2, False: 1.3}}, "was the machine busy"),
+    ("check-speed", "half of a card's rate", timed(100.0, 125.0, device="cuda") | {"best_rate": 5e3}, "its data sheet"),
     ("check-memory", "another data-parallel size", {"state_bytes": 9.0 * units.MiB}, "Bridge's estimate"),
     ("check-memory", "less than its own state", memory(12.0, 10.0), "every rank holds more"),
-    ("check-healthy", "a symptom", {"health": SimpleNamespace(symptoms=lambda run, **_: signs("look"))},
+    ("check-sick", "a symptom of the healthy run", {"health": ill(well="look")},
      "the healthy run shows no symptom"),
     ("check-sick", "a tame learning rate", {"health": ill(hot="ok")}, "shows as a loss spike"),
     ("check-sick", "a skipped step", {"health": ill(skipped=1)}, "no step of the hot run was skipped"),
