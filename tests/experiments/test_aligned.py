@@ -78,8 +78,13 @@ def test_long_prompts_are_left_out(monkeypatch):
 
 def test_a_policy_is_trained_once(tuned, monkeypatch):
     """It differs from its start, is found again, and another seed, beta or algorithm is another folder."""
+    said: list[str] = []
+    line = SimpleNamespace(say=lambda words, now=False: said.append(words), close=said.append)
+    monkeypatch.setattr(aligned, "Line", lambda: line)
     start = weights(stages.exported(tuned))
     folder = aligned.policy(tuned, "preferred")
+    assert said[:3] == ["preferred: preparing its data", "preferred: step 1 of 2", "preferred: step 2 of 2"]
+    assert len(said) == 4 and said[3].startswith("preferred: trained in ")
     assert folder.parent == tuned.path and folder.name.startswith("preferred-") and weights(folder) != start
     assert (folder / "tokenizer.json").is_file()
     trained = [run.launch["trainer"] for run in runs.listing() if run.name != "tuned"]

@@ -90,6 +90,23 @@ def test_a_trainer_s_run_reads_like_any_other():
     assert trainer.callbacks == []
 
 
+def test_a_small_model_trains_in_one_thread():
+    """Threads that wait for each other cost processor time; afterwards there are as many as before, an error or not."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with preferences.recorded(Trainer(), name="dpo", show=None):
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 3
+        with pytest.raises(KeyboardInterrupt), preferences.one_thread():
+            raise KeyboardInterrupt
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_the_block_refuses_a_run_without_an_end():
     """Without `max_steps` nobody could say how far a run is."""
     with (
