@@ -57,6 +57,7 @@ FIELDS: tuple[Field, ...] = (
     Field("model.attention_backend", lambda cfg: _local_attention(), "flash and fused attention need CUDA"),
     Field("model.cp_comm_type", lambda cfg: _context(cfg), "the ring is inside Transformer Engine; keys are gathered"),
     Field("model.gradient_accumulation_fusion", False, _NO_FUSION),
+    Field("model.defer_embedding_wgrad_compute", False, "as model.gradient_accumulation_fusion"),
     Field("model.masked_softmax_fusion", False, _NO_FUSION),
     Field("model.bias_dropout_fusion", False, _NO_FUSION),
     Field("model.apply_rope_fusion", False, _NO_FUSION),
@@ -105,6 +106,14 @@ FIELDS: tuple[Field, ...] = (
     Field("ddp.overlap_param_gather", False, "gloo's threads would fight the ranks for the same cores"),
     Field("optimizer.overlap_param_gather", False, "as ddp.overlap_param_gather"),
     Field("comm_overlap", None, "overlaps inside Transformer Engine"),
+    *(
+        Field(f"model.{name}", False, "overlaps on streams of a GPU, and upstream refuses it without bf16 or fp16")
+        for name in (
+            "overlap_moe_expert_parallel_comm",
+            "delay_wgrad_compute",
+            "ep_overlap_early_attn_memory_release",
+        )
+    ),
     Field("dataset.num_workers", 0, "worker processes would fight the ranks for the same cores"),
     Field("dataset.pin_memory", False, "pinned memory speeds up copies to a GPU"),
     Field("dataset.persistent_workers", False, "there are no workers"),
@@ -121,6 +130,11 @@ GPU_FIELDS: tuple[Field, ...] = (
         "model.gradient_accumulation_fusion",
         lambda cfg: cfg.model.gradient_accumulation_fusion and _installed("fused_weight_gradient_mlp_cuda"),
         "Megatron Core's output layer needs Apex' fused_weight_gradient_mlp_cuda for it, which is not installed",
+    ),
+    Field(
+        "model.defer_embedding_wgrad_compute",
+        lambda cfg: cfg.model.defer_embedding_wgrad_compute and _installed("fused_weight_gradient_mlp_cuda"),
+        "as model.gradient_accumulation_fusion",
     ),
 )
 """What a GPU rank sets.

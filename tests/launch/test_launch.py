@@ -90,6 +90,29 @@ def test_the_table_of_device_fields_is_complete(bridge, runs_directory):
     assert not devices.differences(used), "applied twice, nothing is left to change"
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"pp": 2, "model__gradient_accumulation_fusion": True, "model__defer_embedding_wgrad_compute": True},
+        {
+            "model__num_moe_experts": 4,
+            "model__moe_ffn_hidden_size": 64,
+            "model__moe_token_dispatcher_type": "alltoall",
+            "model__expert_model_parallel_size": 2,
+            "model__bf16": True,
+            "model__overlap_moe_expert_parallel_comm": True,
+            "model__delay_wgrad_compute": True,
+            "model__ep_overlap_early_attn_memory_release": True,
+        },
+    ],
+    ids=["deferred", "overlapped"],
+)
+def test_what_hangs_on_a_changed_field_is_changed_with_it(bridge, fields):
+    """Megatron accepts the ranks' configuration, although it refuses what stands in it without what the ranks change."""
+    cfg = small.config(**{"tp": 1} | fields)
+    devices.applied(cfg).model.finalize()
+
+
 def test_a_run_never_changes_the_configuration_that_it_was_given(bridge, runs_directory):
     """The notebook's cfg stays as the learner wrote it, so that a cell can be run twice."""
     from course_lib import recipes

@@ -87,7 +87,7 @@ def test_two_interleaved_stages_do_not_batch_over_nccl(bridge, runs_directory) -
     cfg.comm_overlap.batch_p2p_comm = True
     assert reasons(cfg, 2)
     cfg = config(tp=1, pp=4, model__virtual_pipeline_model_parallel_size=2, model__num_layers=8)
-    assert not reasons(cfg, 4)
+    assert not reasons(cfg, 4) and not reasons(config(tp=1, pp=2), 2)
 
 
 def test_every_reason_is_given_at_once() -> None:
