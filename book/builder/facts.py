@@ -116,7 +116,7 @@ def lessons(root: Path) -> str:
     lines = ["| part | lesson | its question | minutes |", "|---|---|---|--:|"]
     for part in whole_path.parts(contents, notebooks.listing(directory=root / "notebooks")):
         for place, lesson in enumerate(part.lessons):
-            named = f"{lesson.number.upper()} {lesson.title}"
+            named = f"[{lesson.number.upper()} {lesson.title}](lessons/{lesson.path.name})"
             lines.append(f"| {'' if place else part.caption} | {named} | {lesson.question} | {lesson.minutes or '–'} |")
     return "\n".join(lines)
 
