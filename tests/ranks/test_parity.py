@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -29,7 +30,19 @@ EXPERTS = DENSE | {
     "model__moe_aux_loss_coeff": 0.01,
     "model__moe_token_dispatcher_type": "alltoall",
 }
-MODELS = {"dense": DENSE, "experts": EXPERTS, "hybrid": {}}
+ODD = DENSE | {  # sizes that divide badly: tied weights, heads wider than their share, fewer key heads than TP ranks
+    "model__num_layers": 7,
+    "model__num_query_groups": 2,
+    "model__kv_channels": 24,
+    "model__rotary_percent": 0.5,
+    "model__qk_layernorm": True,
+    "model__add_qkv_bias": True,
+    "model__share_embeddings_and_output_weights": True,
+    "tokenizer__vocab_size": 1001,
+    "train__micro_batch_size": 2,
+    "optimizer__clip_grad": 0.01,
+}
+MODELS = {"dense": DENSE, "experts": EXPERTS, "odd": ODD, "hybrid": {}}
 SIZES = {
     "TP": "model__tensor_model_parallel_size",
     "PP": "model__pipeline_model_parallel_size",
@@ -39,6 +52,13 @@ SIZES = {
 }
 OVERLAP = {"model__overlap_p2p_comm": True, "model__batch_p2p_comm": False}
 SHAPES = {"model__variable_seq_lengths": True}
+COUNTED = {"model__account_for_embedding_in_pipeline_split": True}
+ENDS = {"model__num_layers_in_first_pipeline_stage": 1, "model__num_layers_in_last_pipeline_stage": 2}
+
+
+def plan(text: str) -> dict[str, Any]:
+    """A written plan of the pipeline's stages."""
+    return {"model__pipeline_model_parallel_layout": text}
 
 
 def layout(text: str) -> dict[str, Any]:
@@ -56,14 +76,21 @@ def config(kind: str, steps: int = 3, **fields: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def started(bridge, tmp_path_factory):
-    """By kind of model: a checkpoint of one rank, and one rank's run from it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COURSE_RUNS", str(tmp_path_factory.mktemp("runs")))
-        begun = {}
-        for kind in MODELS:
-            start = launch.run(config(kind, 1), ranks=1, name=kind, save=True, show=None)
-            begun[kind] = start, launch.run(config(kind), ranks=1, name=kind, load=start, show=None)
-        yield begun
+    """Of a kind of model: a checkpoint of one rank, and one rank's run from it; both are made when they are first asked for."""
+
+    @functools.cache
+    def begun(kind: str) -> tuple[runs.Run, runs.Run]:
+        start = launch.run(config(kind, 1), ranks=1, name=kind, save=True, show=None)
+        return start, launch.run(config(kind), ranks=1, name=kind, load=start, show=None)
+
+    directory = tmp_path_factory.mktemp("runs")
+
+    def of(kind: str) -> tuple[runs.Run, runs.Run]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("COURSE_RUNS", str(directory))
+            return begun(kind)
+
+    return of
 
 
 @pytest.mark.parametrize(
@@ -84,6 +111,12 @@ def started(bridge, tmp_path_factory):
         (8, "experts", "TP2 EP4 SP", {}),
         (8, "experts", "PP2 EP4", {}),
         (8, "experts", "TP2 PP2 VP2 EP2 SP", {}),
+        (4, "odd", "TP4 SP", {}),
+        (4, "odd", "TP2 CP2 SP", {}),
+        (2, "odd", "PP2", COUNTED),
+        (4, "odd", "PP4", ENDS),
+        (3, "odd", "PP3", plan("E|t*7|L")),
+        (2, "experts", "PP2", plan("Et|t*3L")),
         (8, "hybrid", "EP8", {}),
         (4, "hybrid", "TP2 CP2 SP", {}),
         (8, "hybrid", "TP2 PP2 EP2 SP", {"model__hybrid_layer_pattern": "ME|M*E"}),
@@ -92,7 +125,7 @@ def started(bridge, tmp_path_factory):
 )
 def test_every_layout_trains_the_same_model(started, runs_directory, ranks, kind, text, more):
     """Two steps after the checkpoint: losses and gradient norms of one rank, to 1e-5."""
-    start, alone = started[kind]
+    start, alone = started(kind)
     run = launch.run(config(kind, **layout(text), **more), ranks=ranks, load=start, show=None)
     assert run.metrics.step.tolist() == [2, 3] == alone.metrics.step.tolist()
     assert runs.difference(run, alone) < 1e-5
