@@ -247,7 +247,8 @@ def docker_run(config: str, *, gpus: int = 8, image: str) -> str:
   -v "$PWD:$PWD" -w "$PWD" {shlex.quote(image)} bash -c "
   {stack.over_container()} &&
   python -m course_lib doctor --quick &&
-  exec torchrun {meet} --nproc-per-node {gpus} -m course_lib.ranks.train {shlex.quote(config)}"
+  exec torchrun {meet} --nproc-per-node {gpus} \\
+    -m course_lib.ranks.train {shlex.quote(config)}"
 """
 
 
