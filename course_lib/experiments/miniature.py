@@ -20,7 +20,7 @@ from course_lib.common import files
 from course_lib.experiments import export, preferences
 from course_lib.experiments.lineage import Artifact
 from course_lib.runs import checkpoints
-from course_lib.text import corpus, indexed, ladder, tasks, tokenizers
+from course_lib.text import corpus, indexed, ladder, microscope, tasks, tokenizers
 
 if TYPE_CHECKING:
     from megatron.bridge.training.config import ConfigContainer
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "aligned",
     "attempts",
+    "blends",
     "curated",
     "exported",
     "killing",
@@ -36,6 +37,7 @@ __all__ = [
     "prefix",
     "raw",
     "read",
+    "size",
     "tokens",
     "trained",
 ]
@@ -96,6 +98,20 @@ def tokens(text: Path, folder: Path, weights: Mapping[str, float]) -> Path:
 def prefix(folder: Path, source: str, split: str) -> Path:
     """Where Megatron finds the ids of one source and split."""
     return folder / f"{source}-{split}"
+
+
+def blends(folder: Path) -> list[Any]:
+    """Megatron's `blend_per_split` of what `tokens` left in a folder: prefixes and weights of each split, and no test data."""
+    made = json.loads((folder / "blend.json").read_text())
+    mixed = [([str(folder / name) for _, name in made[split]], [share for share, _ in made[split]]) for split in SPLITS]
+    return [*mixed, None]
+
+
+def size(folder: Path) -> tuple[int, int]:
+    """How many tokens the training part of such a folder has, and how many ids its tokenizer."""
+    train, *_ = blends(folder)
+    count = sum(int(microscope.read(Path(place)).lengths.sum()) for place in train[0])
+    return count, tokenizers.load(folder / "tokenizer").get_vocab_size()
 
 
 def pairs(text: Path, folder: Path) -> Path:

@@ -218,11 +218,13 @@ def prepare(
     launcher: str | None = None,
     target: str = train.TARGET,
     record: bool | str = False,
+    device: str | None = None,
 ) -> runs.Run:
     """Write the run directory and start nothing: for a scheduler, another launcher, or your own hands.
 
     Args:
         cfg: As in `run()`, like the other arguments.
+        device: Where its ranks will be, `"cuda"` for a node with GPUs that the run is carried to; by default as here.
 
     Returns:
         The run, with `config.yaml` and `launch.json`; its outcome is `None` until ranks have run.
@@ -235,7 +237,9 @@ def prepare(
     from course_lib.stack import devices
 
     _refuse_no_function(target)
-    device = stack.device(ranks)
+    device = device or stack.device(ranks)
+    if device not in writer.MEMORY_KINDS:
+        raise ValueError(f"device={device!r}: use {' or '.join(map(repr, sorted(writer.MEMORY_KINDS)))}")
     if record not in (True, False, routing.ONLY):
         raise ValueError(f"record={record!r}: use True, False or {routing.ONLY!r}")
     if launcher == "warm" and device == "cuda":

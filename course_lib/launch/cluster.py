@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from course_lib import launch, stack
+from course_lib.common.project import PROJECT
 from course_lib.launch import torchrun
 from course_lib.runs import Run, failures
 from course_lib.runs.credentials import secrets
@@ -34,6 +35,7 @@ __all__ = [
     "directives",
     "docker_run",
     "free_port",
+    "inside",
     "prepare_nemo_run",
     "quiet",
     "rank_errors",
@@ -188,6 +190,11 @@ def slurm_script(script: object, executor: object, *, name: str = "pretrain") ->
     text = written.read_text()
     shutil.rmtree(written.parent)
     return text
+
+
+def inside(path: Path) -> str:
+    """A path as the containers of `sbatch` and `docker_run` have it: below the project that they mount, or unchanged."""
+    return os.fspath(path.relative_to(PROJECT) if path.is_relative_to(PROJECT) else path)
 
 
 def sbatch(

@@ -9,6 +9,7 @@ from typing import Any
 
 from course_lib.common.project import DATA
 from course_lib.common.units import GiB, MiB
+from course_lib.planning import ceiling
 from course_lib.planning.layout import Layout
 
 __all__ = ["FILE", "GPU", "Line", "Usable", "markdown", "of"]
@@ -44,8 +45,11 @@ class Usable:
         return self.total_bytes - sum(line.taken_bytes for line in self.lines)
 
 
-def of(cfg: Any, *, ranks: int, path: Path = FILE) -> Usable:
+def of(cfg: Any, *, ranks: int, gpu: str = GPU, path: Path = FILE) -> Usable:
     """How much of an 80 GB H100 may a plan of this layout take?
+
+    Args:
+        gpu: Another one of `ceiling.gpus()`: its driver's total, less the same lines, which were reported for an H100 only.
 
     Returns:
         The total and the lines; a group of NCCL is counted for the world and for each kind of group with two ranks or more.
@@ -70,7 +74,9 @@ def of(cfg: Any, *, ranks: int, path: Path = FILE) -> Usable:
     lines.append(
         Line("gradients of one layer", tokens * wide * 2, "tokens x (gate's halves, product, two streams) x 2 bytes")
     )
-    return Usable(round(min(row["gib"] for row in facts["allocator_total"]) * GiB), tuple(lines))
+    reported = min(row["gib"] for row in facts["allocator_total"]) * GiB
+    total = reported if gpu == GPU else ceiling.gpus()[gpu].memory_bytes
+    return Usable(round(total), tuple(lines))
 
 
 def markdown(path: Path = FILE) -> str:

@@ -23,12 +23,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from course_lib import runs, stack
 from course_lib.common import files
 from course_lib.common.config import ConfigError
-from course_lib.common.project import untested_allowed, variable
+from course_lib.common.project import PROJECT, untested_allowed, variable
 from course_lib.runs import failures, foreign_code
 from course_lib.runs.writer import Writer, stage
 from course_lib.stack import patches
@@ -65,6 +65,7 @@ def read_config(path: Path) -> ConfigContainer:
         content = yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         if not isinstance(content, dict):
             raise ConfigError(f"{path} is empty or not a mapping")
+        content = _moved(content, runs.Run(path.parent).launch.get("project"))
         foreign_code.refuse(content, path)
         _let_specification_pass(content)
         return ConfigContainer.from_dict(content, mode=InstantiationMode.STRICT)
@@ -76,6 +77,18 @@ def read_config(path: Path) -> ConfigContainer:
         raise ConfigError(f"{path} does not exist") from None
     except Exception as error:
         raise ConfigError(f"{path} does not fit Bridge's ConfigContainer: {' '.join(str(error).split())}") from error
+
+
+def _moved(value: Any, origin: str | None) -> Any:
+    """Paths below the project that prepared a run, as paths below this one: a container or another node has it elsewhere."""
+    if origin in (None, here := os.fspath(PROJECT)):
+        return value
+    if isinstance(value, dict):
+        return {name: _moved(each, origin) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_moved(each, origin) for each in value]
+    inside = isinstance(value, str) and value.startswith(origin + os.sep)
+    return here + value.removeprefix(origin) if inside else value
 
 
 def _let_specification_pass(content: dict) -> None:

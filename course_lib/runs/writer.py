@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 from course_lib import runs, stack
 from course_lib.common import files
+from course_lib.common.project import PROJECT
 from course_lib.runs import failures
 
 MEMORY_KINDS = {
@@ -106,6 +107,7 @@ def launch_record(path: Path, *, ranks: int, device: str, train_iters: int, **ab
         "name": path.name,
         "ranks": ranks,
         "device": device,
+        "project": os.fspath(PROJECT),
         "versions": stack.versions(),
         "started": time.time(),
         "train_iters": train_iters,

@@ -181,3 +181,9 @@ def test_a_command_of_a_node_names_the_meeting_point():
     commands = cluster.agents(Path("runs/a"), nodes=3, ranks_per_node=2, address="node-0", port=4242)
     assert [words[words.index("--node-rank") + 1] for words in commands] == ["0", "1", "2"]
     assert all("node-0" in words and "4242" in words and words[-1] == "runs/a/config.yaml" for words in commands)
+
+
+def test_a_container_has_the_project_under_another_name():
+    """What lies below the project is named from there; what lies elsewhere is not mounted, and keeps its name."""
+    assert cluster.inside(PROJECT / "runs/a/config.yaml") == "runs/a/config.yaml"
+    assert cluster.inside(Path("/data/text")) == "/data/text"

@@ -18,7 +18,7 @@ from course_lib import launch, runs, stack
 from course_lib.common.project import LIBRARY, PROJECT
 from course_lib.experiments import generate
 from course_lib.launch import forkserver, torchrun
-from course_lib.ranks import recording
+from course_lib.ranks import recording, train
 from course_lib.runs import writer
 from course_lib.stack import devices
 from support import small
@@ -131,6 +131,28 @@ print(*own, repr(os.environ["CUDA_VISIBLE_DEVICES"]))
 """
     places = os.pathsep.join(map(str, (tmp_path, PACKAGE.parent)))
     assert python(["-c", code], PYTHONPATH=places, CUDA_VISIBLE_DEVICES="0") == "True True ''"
+
+
+@pytest.mark.usefixtures("bridge", "runs_directory")
+def test_a_run_is_prepared_for_a_node_and_carried_there(tmp_path):
+    """On a machine without GPUs the node's ranks are written down; what lay below its project lies below that of the node."""
+    cfg = small.config(tp=1)
+    prepared = launch.prepare(cfg, ranks=8, save=True, device="cuda")
+    assert (prepared.launch["device"], prepared.launch["launcher"]) == ("cuda", "torchrun")
+    assert prepared.launch["project"] == str(PROJECT)
+    with pytest.raises(ValueError, match="device='tpu': use 'cpu' or 'cuda'"):
+        launch.prepare(cfg, device="tpu")
+    record = prepared.launch | {"project": "/laptop/course"}
+    (prepared.path / "launch.json").write_text(json.dumps(record))
+    content = prepared.config
+    content["checkpoint"]["save"] = "/laptop/course/runs/a/checkpoints"
+    content["dataset"]["path_to_cache"] = "/laptop/course-2/cache"
+    content["tokenizer"]["tokenizer_model"] = "/laptop/course/runs/tokenizer"
+    (prepared.path / "config.yaml").write_text(yaml.safe_dump(content))
+    there = train.read_config(prepared.path / "config.yaml")
+    assert there.checkpoint.save == str(PROJECT / "runs/a/checkpoints")
+    assert there.tokenizer.tokenizer_model == str(PROJECT / "runs/tokenizer")
+    assert there.dataset.path_to_cache == "/laptop/course-2/cache", "beside the project, not in it"
 
 
 # --------------------------------------------------------------------------------------------------- refused at the door

@@ -25,6 +25,11 @@ def attempt(**losses):
     return Some(metrics=metrics, launch={"device": "cpu"})
 
 
+def walks(refs):
+    """A store whose walk goes over these artifacts."""
+    return Some(back=gives(pd.DataFrame({"ref": refs})))
+
+
 def lesson_20(folder: Path):
     """Facts of lesson 20."""
     (folder / "prose-train.bin").write_bytes(bytes(20))
@@ -59,18 +64,23 @@ def lesson_20(folder: Path):
     wrong = [{"walked": pd.DataFrame({"ref": refs[1:]})}, {"store": Some(back=gives(walked[:3]))}]
     yield "check-walk", walk, [*wrong, {"theirs": {"digest": "d"}}]
     two = ["nano3-aligned-model", "nano3-evaluation"]
-    beta = {"made": [f"{name}:v2" for name in two], "after_beta": two}
-    yield "check-beta", beta, [{"made": []}, {"made": ["nano3-sft-model:v2", *beta["made"]]}]
+    beta = {
+        "fine_tune": gives(None), "align": gives(None), "other_beta": 0.3, "judge": gives(Some(ref="x")),
+        "walked": walked, "after_beta": two, "store": walks([*refs, *(f"{name}:v2" for name in two)]),
+    }  # fmt: skip
+    wrong = [{"store": walks(refs)}, {"store": walks(["nano3-sft-model:v2", *(f"{name}:v2" for name in two)])}]
+    yield "check-beta", beta, wrong
     yield "check-numbers", {"whole": 31.58e9, "hours": 4e5}, [{"whole": 30e9}, {"hours": 1000.0}]
-    names = ("config.yaml", "launch.json", "job.sbatch")
+    names = ("config.yaml", "launch.json", "job.sbatch", "plan.txt")
     for name in names:
         (folder / name).touch()
     plan = {
-        "prepared": Some(path=folder), "texts": {"job.sbatch": "a/config"}, "inside": "a/config",
-        "script": "run a/config", "docker": "run a/config", "needs": 20, "room": 70, "plan": SIZE, "size": "1B",
+        "prepared": Some(path=folder), "texts": {"job.sbatch": "", "plan.txt": "[ ] the corpus is read"},
+        "inside": "a/config", "scripts": ["run a/config", "srun a/config"], "needs": 20, "room": 70, "plan": SIZE, "size": "1B",
         "passes": 700.0,
     }  # fmt: skip
-    wrong = [{"texts": {"docker.sh": ""}}, {"docker": "run b/config"}, {"needs": 71}, {"passes": 1.0}]
+    elsewhere = {"docker.sh": "", "plan.txt": "[ ] the corpus is read"}
+    wrong = [{"texts": elsewhere}, {"scripts": ["run a/config", "run b/config"]}, {"needs": 71}, {"passes": 1.0}]
     yield "check-plan", plan, wrong
 
 
