@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from course_lib import launch, runs, stack
 from course_lib.common import files
@@ -28,8 +30,7 @@ NOISE_DOCUMENTS = (0.25, 1, 3)
 """German documents for each good one."""
 SIGNS = (0.25, 0.15)
 """Largest shares of signs: Curator's default, and one that spares almost nothing but plain sentences."""
-DEADLINE_SECONDS = 240.0
-HERE = "none, in this process"
+DEADLINE_SECONDS = 200.0
 
 
 def pays() -> dict[str, Any]:
@@ -73,48 +74,88 @@ def pays() -> dict[str, Any]:
     }
 
 
-def tried(names: Sequence[str]) -> dict[str, Any]:
-    """Four stages over the lesson's crawl by these executors; rows of others stay as they were measured."""
-    curation.quiet()
+def crawled(work: Path) -> list[str]:
+    """The lesson's crawl in four files, and which of its documents are copies."""
+    crawl = planted.faults(planted.prose()[:400], each=50)
+    by_text = crawl.groupby("text")["id"].agg(list)
+    curation.identify(by_text[by_text.map(len) > 1], work / "remove.parquet")
+    return curation.write(crawl, work / "crawl", partitions=4)
+
+
+def lesson_stages(paths: list[str], work: Path, out: Path) -> list[Any]:
+    """The stages of lesson 18: reader, removal, four filters, writer."""
+    from nemo_curator.stages.text.deduplication.removal import TextDuplicatesRemovalStage
     from nemo_curator.stages.text.filters import ScoreFilter
     from nemo_curator.stages.text.filters.heuristic import string
     from nemo_curator.stages.text.io.reader import JsonlReader
     from nemo_curator.stages.text.io.writer import JsonlWriter
 
-    rows = {row["executor"]: row for row in curated.known(EXECUTORS.stem)["rows"]} if EXECUTORS.exists() else {}
+    found = [string.WordCountFilter(min_words=10), string.NonAlphaNumericFilter(0.35)]
+    found += [string.BoilerPlateStringFilter(), string.CommonEnglishWordsFilter()]
+    return [
+        JsonlReader(file_paths=paths, files_per_partition=1),
+        TextDuplicatesRemovalStage(ids_to_remove_path=str(work / "remove.parquet"), id_field="id"),
+        *map(ScoreFilter, found),
+        JsonlWriter(path=str(out), mode="overwrite"),
+    ]
+
+
+def tried(names: Sequence[str]) -> dict[str, Any]:
+    """The lesson's stages by these executors; rows of others stay where they were measured with the same packages."""
+    curation.quiet()
+    before = json.loads(EXECUTORS.read_text(encoding="utf-8")) if EXECUTORS.exists() else {}
+    rows = {row["executor"]: row for row in before.get("rows", []) if before["versions"] == versions()}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        paths = curation.write(planted.faults(planted.prose()[:400], each=50), work / "crawl", partitions=4)
+        paths = crawled(work)
         for name in names:
-            found = [string.WordCountFilter(min_words=10), string.BoilerPlateStringFilter()]
-            reader = JsonlReader(file_paths=paths, files_per_partition=1)
             out = work / name.replace(", ", "-")
-            stages = [reader, *map(ScoreFilter, found), JsonlWriter(path=str(out), mode="overwrite")]
-            begin = time.perf_counter()
-            if name == HERE:
-                curation.step(stages)
-                row = {"outcome": "succeeded", "start s": 0.0, "run s": round(time.perf_counter() - begin, 1)}
-                row |= {"peak GiB": None, "ended by id": 0, "why": ""}
-            else:
-                one = executors.run(stages, name, deadline_seconds=DEADLINE_SECONDS)
-                row = {"outcome": one.status, "start s": one.start_seconds, "run s": one.run_seconds}
-                row |= {"peak GiB": round(one.peak_bytes / 2**30, 2), "ended by id": one.left, "why": one.why}
-            documents = len(curation.kept(out)) if row["outcome"] == "succeeded" else None
-            rows[name] = {"executor": name, "documents": documents} | row
-            print(rows[name])
-    about = "Four stages over 700 documents by each of Curator's executors; seconds are those of a busy machine."
-    order = [name for name in (HERE, *executors.EXECUTORS) if name in rows]
-    return {"about": about, "deadline_seconds": DEADLINE_SECONDS, "rows": [rows[name] for name in order]}
+            load = os.getloadavg()[0]
+            one = executors.run(lesson_stages(paths, work, out), name, deadline_seconds=DEADLINE_SECONDS)
+            rows[name] = {
+                "executor": name,
+                "outcome": one.status,
+                "documents": len(curation.kept(out)) if one.status == "succeeded" else None,
+                "start s": one.start_seconds,
+                "run s": one.run_seconds,
+                "processor s": one.processor_seconds,
+                "peak GiB": round(one.peak_bytes / 2**30, 2),
+                "load": round((load + os.getloadavg()[0]) / 2, 1),
+                "ended by id": one.left,
+                "date": datetime.date.today().isoformat(),
+                "why": one.why,
+            }
+            print(rows[name], flush=True)
+    return {
+        "about": "The stages of lesson 18 over 700 documents in four files, by each of Curator's executors on 2 cores.",
+        "deadline_seconds": DEADLINE_SECONDS,
+        "machine": f"{executors.CORES} of {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB, no GPU",
+        "units": {
+            "start s": "wall seconds until Ray answers",
+            "run s": "wall seconds of the stages",
+            "processor s": "of all its processes, imports and Ray's own among them",
+            "peak GiB": "all its processes together, shared pages once",
+            "load": "of the whole machine, mean of its minute before and after the run",
+            "ended by id": "processes that were left and had to be ended",
+        },
+        "rows": [rows[name] for name in executors.EXECUTORS if name in rows],
+    }
+
+
+def versions() -> dict[str, str]:
+    """Releases of what these numbers depend on."""
+    packages = ("nemo-curator", "ray", "cosmos-xenna", "torch", "megatron-bridge", "megatron-core")
+    return {package: metadata.version(package) for package in packages}
 
 
 if __name__ == "__main__":
     name, *names = sys.argv[1:]
-    file, content = (PAYS, pays()) if name == "pays" else (EXECUTORS, tried(names or (HERE, *executors.EXECUTORS)))
-    packages = ("nemo-curator", "ray", "cosmos-xenna", "torch", "megatron-bridge", "megatron-core")
+    file, content = (PAYS, pays()) if name == "pays" else (EXECUTORS, tried(names or executors.EXECUTORS))
+    how = "on 2 CPU cores" if name == "pays" else "each row under the load and on the date that it says"
     content |= {
-        "source": f"measured by this course: python -m book.builder.curation {name}, on 2 CPU cores",
+        "source": f"measured by this course: python -m book.builder.curation {name}, {how}",
         "date": datetime.date.today().isoformat(),
-        "versions": {package: metadata.version(package) for package in packages},
+        "versions": versions(),
     }
     files.write_text(file, json.dumps(content, indent=1) + "\n")
     print(f"wrote {file}")

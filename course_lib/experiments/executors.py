@@ -14,20 +14,24 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from course_lib.text import curation
+
 if TYPE_CHECKING:
     from nemo_curator.stages.base import ProcessingStage
 
-__all__ = ["EXECUTORS", "Outcome", "run"]
+__all__ = ["EXECUTORS", "IN_PROCESS", "Outcome", "run"]
 
-EXECUTORS = ("Xenna, streaming", "Xenna, batch", "Ray Data", "Ray actor pool")
+IN_PROCESS = "none, in one process"
+"""No executor and no Ray: `curation.step`, in a process like those of the others."""
+EXECUTORS = (IN_PROCESS, "Ray Data", "Ray actor pool", "Xenna, batch", "Xenna, streaming")
 CORES = 2
 OBJECT_STORE_BYTES = 200 * 2**20
 ENVIRONMENT = {
@@ -41,7 +45,7 @@ PATIENCE_SECONDS = 5.0
 """How long a process that was asked to end may take."""
 LISTEN = "dashboard-agent-listen-port"
 PREFIX = "lesson18-"
-LAST_WORDS = 300
+LAST_WORDS = 400
 """Characters of an error that are kept."""
 
 
@@ -54,8 +58,8 @@ class Outcome:
         why: The last words of an error, else empty.
         start_seconds: From nothing to a Ray that answers; None if it never did, and so on.
         run_seconds: `Pipeline.run`, which ends Ray too.
+        processor_seconds: Of all its processes, imports and Ray's own among them, as they were last seen, twice a second.
         peak_bytes: Most memory that all its processes had at one time, shared pages counted once.
-        rows: Documents after the last stage.
         left: Processes that were still there after it and had to be ended.
         alive: Processes that could not be ended.
     """
@@ -65,8 +69,8 @@ class Outcome:
     why: str
     start_seconds: float | None
     run_seconds: float | None
+    processor_seconds: float
     peak_bytes: int
-    rows: int | None
     left: int
     alive: int
 
@@ -106,10 +110,11 @@ def run(stages: Sequence[ProcessingStage], executor: str, *, deadline_seconds: f
                 left, alive = family.end()
                 child.wait()
         known = json.loads(found.read_text()) if found.exists() else {}
-        status = "too late" if late else "succeeded" if "rows" in known else "failed"
+        status = "too late" if late else "succeeded" if child.returncode == 0 else "failed"
         why = known.pop("why", "") or ("" if status == "succeeded" else _last_words(Path(folder, "log")))
-        blank = {"start_seconds": None, "run_seconds": None, "rows": None}
-        return Outcome(executor, status, why, **(blank | known), peak_bytes=family.peak_bytes, left=left, alive=alive)
+        blank = {"start_seconds": None, "run_seconds": None}
+        used = {"processor_seconds": round(family.processor_seconds, 1), "peak_bytes": family.peak_bytes}
+        return Outcome(executor, status, why, **(blank | known | used), left=left, alive=alive)
 
 
 def _last_words(log: Path) -> str:
@@ -123,13 +128,21 @@ class _Family:
     def __init__(self, pid: int, folder: str) -> None:
         self._head, self._folder = psutil.Process(pid), folder
         self._seen = {self._head}
+        self._seconds: dict[psutil.Process, float] = {}
         self.peak_bytes = 0
 
+    @property
+    def processor_seconds(self) -> float:
+        """What all its processes had used when each was last seen."""
+        return sum(self._seconds.values())
+
     def watch(self, child: subprocess.Popen, deadline_seconds: float) -> bool:
-        """Wait for its end and count memory; False if the deadline came first."""
+        """Wait for its end and count memory and processor time; False if the deadline came first."""
         until = time.monotonic() + deadline_seconds
         while time.monotonic() < until:
-            self.peak_bytes = max(self.peak_bytes, sum(map(_memory_bytes, self._living())))
+            living = self._living()
+            self._seconds |= {one: _processor_seconds(one) or self._seconds.get(one, 0.0) for one in living}
+            self.peak_bytes = max(self.peak_bytes, sum(map(_memory_bytes, living)))
             with suppress(subprocess.TimeoutExpired):
                 child.wait(0.5)
                 return True
@@ -178,6 +191,14 @@ def _memory_bytes(process: psutil.Process) -> int:
         return 0
 
 
+def _processor_seconds(process: psutil.Process) -> float:
+    try:
+        times = process.cpu_times()
+    except psutil.Error:
+        return 0.0
+    return times.user + times.system
+
+
 def _executor(name: str) -> Any:
     if name.startswith("Xenna"):
         from nemo_curator.backends.xenna import XennaExecutor
@@ -193,36 +214,55 @@ def _executor(name: str) -> Any:
 
 
 def _work(job: Path) -> None:
-    """In the child: start Ray, run the pipeline, and write down what is known after each."""
-    from nemo_curator.pipeline import Pipeline
-
+    """In the child: run the stages by what they are to be run by, and write down what is known even of a failure."""
     stages, name = pickle.loads(job.read_bytes())
-    executor = _executor(name)
     found: dict[str, Any] = {}
-    head = _start_head(job.parent)
-    threading.Thread(target=_end_with_parent, args=(head, os.getppid()), daemon=True).start()
     try:
-        begin = time.perf_counter()
-        _connect(head)
-        found["start_seconds"] = round(time.perf_counter() - begin, 1)
-        begin = time.perf_counter()
-        tasks = Pipeline(name="lesson", stages=stages).run(executor)
-        found["run_seconds"] = round(time.perf_counter() - begin, 1)
-        found["rows"] = int(sum(task._stage_perf[-1].num_items_processed for task in tasks or [] if task._stage_perf))
+        with nullcontext() if name == IN_PROCESS else _ray(job.parent, found, dashboard=name == "Xenna, batch"):
+            begin = time.perf_counter()
+            _step(stages, name)
+            found["run_seconds"] = round(time.perf_counter() - begin, 1)
     except Exception as error:
         found["why"] = str(error)[-LAST_WORDS:]
         raise
     finally:
         job.with_name("found.json").write_text(json.dumps(found))
+
+
+def _step(stages: Sequence[ProcessingStage], name: str) -> None:
+    if name == IN_PROCESS:
+        curation.step(stages)
+        return
+    from nemo_curator.pipeline import Pipeline
+
+    Pipeline(name="lesson", stages=stages).run(_executor(name))
+
+
+@contextmanager
+def _ray(folder: Path, found: dict[str, Any], *, dashboard: bool) -> Iterator[None]:
+    """A Ray that answers, ended afterwards, and with whoever started this process."""
+    begin = time.perf_counter()
+    head = _start_head(folder, dashboard=dashboard)
+    threading.Thread(target=_end_with_parent, args=(head, os.getppid()), daemon=True).start()
+    try:
+        _connect(head)
+        found["start_seconds"] = round(time.perf_counter() - begin, 1)
+        yield
+    finally:
         head.terminate()
         with suppress(subprocess.TimeoutExpired):
             head.wait(PATIENCE_SECONDS)
 
 
-def _start_head(folder: Path) -> subprocess.Popen:
-    """Ray's head, with its ports chosen here: else it waits 15 s for a slow helper to choose them, and ends itself.
+def _start_head(folder: Path, *, dashboard: bool) -> subprocess.Popen:
+    """Ray's head with no more helpers than these stages need: each is a Python that imports for seconds.
 
-    Source: ray 2.60.0, raylet `NodeManager::WaitForDashboardAgentPorts`.
+    Its ports are chosen here: else it waits 15 s for a slow helper to choose them, and ends itself.
+
+    Args:
+        dashboard: Whether to start the dashboard's server too, which Xenna's batch mode asks for its actors.
+
+    Source: ray 2.60.0, `scripts/scripts.py`, and raylet `NodeManager::WaitForDashboardAgentPorts`.
     """
     options = ["port", "dashboard-port", LISTEN, "dashboard-agent-grpc-port"]
     options += ["runtime-env-agent-port", "metrics-export-port", "ray-client-server-port"]
@@ -232,7 +272,8 @@ def _start_head(folder: Path) -> subprocess.Popen:
     command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
     command += [f"--{option}={port}" for option, port in zip(options, ports, strict=True)]
     command += [f"--num-cpus={CORES}", "--num-gpus=0", f"--object-store-memory={OBJECT_STORE_BYTES}"]
-    command += [f"--temp-dir={folder}", "--include-dashboard=true"]  # Xenna's batch mode asks the dashboard's server
+    command += [f"--temp-dir={folder}", f"--include-dashboard={dashboard}", "--include-log-monitor=false"]
+    command += ["--no-monitor"]  # which is the autoscaler's
     head = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     listen = ports[options.index(LISTEN)]
     threading.Thread(target=_announce, args=(head, folder, listen), daemon=True).start()
@@ -260,20 +301,23 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _connect(head: subprocess.Popen) -> None:
-    """Wait until Ray answers and has its cores; whoever started this process has the deadline."""
+    """Wait until Ray answers and has its cores; whoever started this process has the deadline.
+
+    `ray.init` is not asked before somebody listens: it then waits for half a minute, even for a Ray that has ended.
+    """
     import ray
 
+    host, port = os.environ["RAY_ADDRESS"].split(":")
     while True:
         if head.poll() is not None:
             raise RuntimeError(f"ray start ended with exit code {head.returncode} before it answered")
-        try:
+        with suppress(ConnectionError, RuntimeError, ValueError):
+            socket.create_connection((host, int(port)), timeout=1.0).close()
             ray.init(log_to_driver=False)
             if ray.cluster_resources().get("CPU", 0) >= CORES:
                 return
             ray.shutdown()
-        except (ConnectionError, RuntimeError, ValueError):
-            pass
-        time.sleep(1.0)
+        time.sleep(0.5)
 
 
 def _end_with_parent(head: subprocess.Popen, parent: int) -> None:
