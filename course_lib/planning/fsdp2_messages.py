@@ -1,4 +1,4 @@
-"""What a step of FSDP2 sends as NeMo AutoModel sets it up, by closed form: weights and gradients, and no activations.
+"""What a step of FSDP2 or DDP sends as NeMo AutoModel sets it up, by closed form: weights and gradients, no activations.
 
 Beside `messages`, which counts what Megatron's ways of cutting send.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from math import ceil, prod
 from pathlib import Path
@@ -17,9 +18,17 @@ from course_lib.planning.messages import KEY
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["expected", "shapes", "units"]
+__all__ = ["buckets", "expected", "replicas", "shapes", "units"]
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_USED = [
+    *("model.embed_tokens", "input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    *("self_attn.o_proj", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    *("model.norm", "lm_head"),
+]
+"""Parts of a Llama in the order in which a forward pass uses them; gradients are ready in the opposite one."""
+FIRST_BUCKET_BYTES, BUCKET_BYTES = 2**20, 25 * 2**20
+"""Sizes at which DDP closes a bucket where nobody gives one.  Source: torch nn/parallel/distributed.py @ 2.13.0."""
 
 
 def shapes(model: Path | Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -97,4 +106,66 @@ def expected(
     rows.append(("update", "all_reduce", "dp_shard", 8, 2, "norm of the gradient: the largest number, then the sum"))
     table = pd.DataFrame([(phase, kind, group, ranks, *rest) for phase, kind, group, *rest in rows])
     table.columns = [*KEY, "count", "why"]
+    return table.groupby([*KEY, "why"], sort=False)["count"].sum().reset_index()[[*KEY, "count", "why"]]
+
+
+def buckets(
+    shapes: Mapping[str, Sequence[int]], *, gradient_bytes: int = 4, bucket_cap_mib: float | None = None
+) -> list[int]:
+    """Bytes of each of DDP's buckets from its second step on, when it has seen in which order gradients come.
+
+    A gradient joins the bucket under way, and one that has reached its cap is closed; the first cap is smaller where none is
+    given, so that sending can begin early.
+
+    Args:
+        shapes: As in `units`, of a Llama or of what has its parts.
+        bucket_cap_mib: AutoModel's `distributed.bucket_cap_mb`, which counts MiB.
+
+    Raises:
+        ValueError: If a parameter has no place in the order.
+
+    Source: torch csrc/distributed/c10d/reducer.cpp @ 2.13.0, `compute_bucket_assignment_by_size`.
+    """
+    first, later = (FIRST_BUCKET_BYTES, BUCKET_BYTES) if bucket_cap_mib is None else [int(bucket_cap_mib * 2**20)] * 2
+    found, size = [], 0
+    for name in sorted(shapes, key=_use, reverse=True):
+        size += gradient_bytes * prod(shapes[name])
+        if size >= (later if found else first):
+            found.append(size)
+            size = 0
+    return found + [size] * (size > 0)
+
+
+def _use(name: str) -> tuple[int, int]:
+    """When a forward pass uses a parameter: what comes before the layers, the layers, what comes after them."""
+    part = _LAYER.sub("", name)
+    place = next((place for place, used in enumerate(_USED) if part.startswith(used)), None)
+    if place is None:
+        raise ValueError(f"{name}: when DDP reduces it is known of {', '.join(_USED)}, and not of this parameter")
+    layer = int(found[1]) if (found := _LAYER.match(name)) else -1 if place == 0 else sys.maxsize
+    return layer, place
+
+
+def replicas(
+    shapes: Mapping[str, Sequence[int]],
+    *,
+    ranks: int,
+    gradient_bytes: int = 4,
+    bucket_cap_mib: float | None = None,
+) -> pd.DataFrame:
+    """What one rank takes part in during one step of DDP: all gradients once, after the last micro-batch, and no weight.
+
+    Args:
+        shapes: As in `buckets`, and so is `bucket_cap_mib`.
+
+    Returns:
+        As `expected` does.
+    """
+    import pandas as pd
+
+    sizes = buckets(shapes, gradient_bytes=gradient_bytes, bucket_cap_mib=bucket_cap_mib)
+    rows = [("backward", "all_reduce", "world", ranks, size, 1, "gradients") for size in sizes]
+    rows.append(("update", "all_reduce", "world", ranks, 8, 3, "labels, tokens and FLOPs of the step"))
+    rows.append(("update", "all_reduce", "world", ranks, 4, 1, "the loss"))
+    table = pd.DataFrame(rows, columns=[*KEY, "count", "why"])
     return table.groupby([*KEY, "why"], sort=False)["count"].sum().reset_index()[[*KEY, "count", "why"]]

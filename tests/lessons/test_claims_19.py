@@ -39,12 +39,12 @@ def refusing(words):
 
 def lesson_19():
     """Facts of lesson 19."""
-    exported = Some(largest_difference=1e-7, largest_logit=1.0)
-    start = {"exported": exported, "tolerance": 1e-5}
-    yield "check-start", start, [{"exported": Some(largest_difference=1e-3, largest_logit=1.0)}, {"tolerance": 0.0}]
     settings = {"model": {"use_liger_kernel": False}, "step_scheduler": {"local_batch_size": 2}}
-    refused = {"automodel": refusing("needs a GPU: Triton"), "settings": settings, "config": config}
-    yield "check-refused", refused, [{"automodel": refusing("something else")}, {"automodel": Some(train=gives(None))}]
+    start = {"exported": Some(largest_difference=1e-7, largest_logit=1.0), "tolerance": 1e-5}
+    start |= {"automodel": refusing("needs a GPU: Triton"), "settings": settings, "config": config}
+    wrong = [{"exported": Some(largest_difference=1e-3, largest_logit=1.0)}, {"tolerance": 0.0}]
+    wrong += [{"automodel": refusing("something else")}, {"automodel": Some(train=gives(None))}]
+    yield "check-start", start, wrong
 
     bridge = trained(7.0, 6.5)
     run = {"bridge": bridge, "alone": bridge, "eight": bridge, "steps": 2, "runs": runs, "tolerance": 1e-5}

@@ -1,6 +1,13 @@
-"""The closed form of FSDP2 against numbers that eight ranks recorded, and against arithmetic by hand."""
+"""The closed forms of FSDP2 and DDP against what eight ranks recorded of FSDP2, DDP's own reducer, and arithmetic by hand."""
 
 from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
 
 from course_lib.planning import fsdp2_messages
 
@@ -54,3 +61,60 @@ def test_shapes_are_those_of_transformers():
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 1024}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "tie_word_embeddings": True}
     assert fsdp2_messages.shapes({"model_type": "llama", **sizes, **heads}) == SHAPES
+
+
+REDUCER = """
+import json, sys, torch, transformers
+from torch.nn.parallel import DistributedDataParallel
+models, caps = map(json.loads, sys.argv[1:])
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+
+def reduced(sizes, cap):
+    def note(_, bucket):
+        found.append(bucket.buffer().nbytes)
+        done = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    model = DistributedDataParallel(model, bucket_cap_mb=cap)
+    model.register_comm_hook(None, note)
+    for step in range(3):
+        found = []
+        tokens = torch.zeros(1, 8, dtype=torch.long)
+        model(input_ids=tokens, labels=tokens).loss.backward()
+    return found
+
+print(json.dumps([[reduced(sizes, cap) for cap in caps] for sizes in models]))
+"""
+"""What DDP's reducer asks to be reduced, in a process of its own, which no group of another test can meet."""
+
+
+def test_buckets_are_those_of_the_reducer():
+    """Sizes and order, for caps that are met inside a layer, between layers, and never; tied embeddings and untied ones."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 1024}
+    sizes |= {"num_attention_heads": 8, "num_key_value_heads": 4}
+    models = [
+        sizes | {"num_hidden_layers": layers, "tie_word_embeddings": tied} for layers, tied in ((2, True), (3, False))
+    ]
+    caps = [0.02, 0.05, 0.1, 0.2, None]
+    command = [sys.executable, "-W", "ignore", "-c", REDUCER, json.dumps(models), json.dumps(caps)]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    shapes = [fsdp2_messages.shapes({"model_type": "llama"} | sizes) for sizes in models]
+    assert [[fsdp2_messages.buckets(one, bucket_cap_mib=cap) for cap in caps] for one in shapes] == found
+    assert len(found[0][0]) > len(found[0][2]) > len(found[0][-1])
+
+
+def test_a_step_of_ddp_reduces_each_gradient_once():
+    """One bucket below a MiB; bf16 gradients are half of the bytes."""
+    rows = fsdp2_messages.replicas(SHAPES, ranks=8).query("bytes > 8")
+    assert rows[["operation", "group", "bytes", "count"]].values.tolist() == [["all_reduce", "world", 591_104, 1]]
+    small = fsdp2_messages.replicas(SHAPES, ranks=8, bucket_cap_mib=0.05, gradient_bytes=2).query("bytes > 8")
+    assert (small.bytes * small["count"]).sum() == 2 * sum(map(math.prod, SHAPES.values())) == 295_552
+    assert small["count"].sum() > 1
+
+
+def test_a_parameter_without_a_place_in_the_order_is_refused():
+    """An expert's or a bias of another family: the message names it."""
+    with pytest.raises(ValueError, match=r"model.layers.0.mlp.experts.gate_up_proj"):
+        fsdp2_messages.buckets({"model.layers.0.mlp.experts.gate_up_proj": (4, 4)})
