@@ -16,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from course_lib import launch, recipes
+from course_lib import launch, recipes, stack
 from course_lib.common import files
 from course_lib.common.config import Fields
 from course_lib.runs import Run, checkpoints
@@ -365,6 +365,7 @@ def _scan_for_transformers() -> None:
 
     Source: transformers `models/nemotron_h/modeling_nemotron_h.py` @ 5.12.1, huggingface/transformers#47246.
     """
+    stack.prepare_imports()  # a patch of a module that is not imported yet waits in what this prepares
     mine, place = Patches(), "transformers.models.nemotron_h.modeling_nemotron_h"
 
     @mine.replaces(f"{place}.NemotronHMamba2Mixer.forward", why="mamba-ssm needs CUDA", late=place)
