@@ -61,6 +61,12 @@ _UNREAD = {
 Source: megatron-bridge training/initialize.py, data/loaders.py @ 0.6.2; megatron-core num_microbatches_calculator.py @ 0.19.2
 """
 
+_ONE_SPEC_FOR_ALL = ("default_layer_spec", "transformer_engine_layer_spec", "transformer_engine_full_layer_spec")
+"""Bridge's layer specifications that are one for all layers, so that `moe_layer_freq` is not read.
+
+Source: megatron-bridge 0.6.2 `models/gpt_provider.py`; Core's `get_gpt_decoder_block_spec` reads it.
+"""
+
 
 def check_fields(cfg: object) -> None:
     """A dataclass accepts `cfg.train.save_interval = 500` and YAML then drops it; catch that before a run."""
@@ -118,6 +124,12 @@ def refuse_wrong_values(cfg: ConfigContainer | dict) -> None:
                 wrong.append(
                     f"cfg.{name}.{field}={values[field]!r}: Bridge does not read it ({otherwise}): leave it out"
                 )
+        if name == "model" and _has_unread_frequency(values):
+            wrong.append(
+                f"cfg.model.moe_layer_freq={values['moe_layer_freq']!r}: this model's layer specification is one for all "
+                "layers, so every layer would have experts: set cfg.model.transformer_layer_spec to a function that "
+                "returns Core's get_gpt_decoder_block_spec, or leave the field at 1"
+            )
         if name == "dataset":
             wrong += [f"cfg.dataset.{place}: {reason}" for place, reason in _wrong_blends(values)]
     if wrong:
@@ -137,6 +149,14 @@ def _sections(cfg: ConfigContainer | dict) -> Iterator[tuple[str, type, dict]]:
     for field in dataclasses.fields(cfg):
         if dataclasses.is_dataclass(part := getattr(cfg, field.name)):
             yield field.name, type(part), vars(part)
+
+
+def _has_unread_frequency(model: dict) -> bool:
+    """Whether some layers shall have no experts, in a model whose layers are all made alike."""
+    spec, every = model.get("transformer_layer_spec"), model.get("moe_layer_freq")
+    path = str(spec.get("_target_")) if isinstance(spec, dict) else getattr(spec, "__name__", "")
+    alike = every in (None, 1) or (isinstance(every, list) and all(every))
+    return bool(model.get("num_moe_experts")) and not alike and path.rpartition(".")[2] in _ONE_SPEC_FOR_ALL
 
 
 @functools.cache

@@ -115,6 +115,28 @@ def test_a_file_is_held_to_the_same(bridge: Any, runs_directory: Path, tmp_path:
     assert [found.name for found in runs_directory.iterdir()] == ["run"]
 
 
+def test_experts_in_some_layers_want_a_specification_that_reads_it(bridge: Any, runs_directory: Path) -> None:
+    """Bridge's default makes all layers alike: `moe_layer_freq=[0, 1]` gave experts to both, without a word."""
+    from megatron.bridge.models.gpt_provider import default_layer_spec
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+    sparse = {"model__num_moe_experts": 4, "model__transformer_layer_spec": default_layer_spec}
+    cfg = config(**sparse, model__moe_layer_freq=[0, 1])
+    with pytest.raises(
+        launch.FieldError, match=r"moe_layer_freq=\[0, 1\].*every layer would have experts.*get_gpt_decoder"
+    ):
+        launch.prepare(cfg, ranks=8)
+    content = {"model": {"_target_": f"{type(cfg.model).__module__}.{type(cfg.model).__qualname__}"}}
+    content["model"] |= {"num_moe_experts": 4, "moe_layer_freq": 2}
+    content["model"]["transformer_layer_spec"] = {"_target_": "a.module.default_layer_spec", "_call_": False}
+    with pytest.raises(launch.FieldError, match="moe_layer_freq=2"):
+        field_values.refuse_wrong_values(content)
+    assert not runs_directory.exists()
+    cfg.model.transformer_layer_spec = get_gpt_decoder_block_spec
+    for right in (cfg, config(**sparse, model__moe_layer_freq=[1, 1]), config(**sparse)):
+        field_values.refuse_wrong_values(right)
+
+
 def test_a_run_is_counted_in_steps(bridge: Any, runs_directory: Path) -> None:
     """Bridge can count samples or epochs instead; the view and the run's record could not say how far it is."""
     with pytest.raises(
