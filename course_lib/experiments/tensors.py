@@ -120,7 +120,7 @@ def _states(chunks: list[Any], optimizer: Any) -> dict[str, int]:
 
 
 def _watch_one_forward(chunks: list[Any], found: dict[str, int]) -> None:
-    from megatron.core import parallel_state
+    from megatron.core.utils import unwrap_model
     from torch.profiler import ProfilerActivity, profile
 
     watched = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
@@ -142,7 +142,7 @@ def _watch_one_forward(chunks: list[Any], found: dict[str, int]) -> None:
             for record in records
             if record.name() == "[memory]" and (str(record.device_type()) == "DeviceType.CUDA") == on_gpu
         )
-        if not parallel_state.is_pipeline_last_stage():
+        if not getattr(unwrap_model(chunk), "post_process", True):
             found["activations_bytes"] -= output.nbytes  # freed as soon as the next stage has it
 
     handles += [chunks[0].register_forward_pre_hook(begin), chunks[0].register_forward_hook(end)]

@@ -65,9 +65,8 @@ class RouterLosses:
 
     def on_train_start(self, context: CallbackContext) -> None:
         from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-        from megatron.core.utils import unwrap_model
 
-        model = unwrap_model(context.model[0]).config
+        model = context.state.cfg.model
         if model.num_moe_experts:
             for name in ("load_balancing_loss", "seq_load_balancing_loss", "global_load_balancing_loss", "z_loss"):
                 get_moe_metrics_tracker().ensure_initialized(name, model.num_layers + (model.mtp_num_layers or 0))

@@ -290,7 +290,7 @@ ELSEWHERE = {
         15/check-plan 16/check-count 16/check-router 16/check-plan 16/check-sends 16/longer
         17/check-pattern 17/check-scan 17/check-memory
         17/check-card 17/check-cost 17/check-move 17/fallback 18/check-mend 18/check-score
-        18/check-writer 18/check-study 18/check-ray 18/check-scale 19/check-refused 19/check-crossing 19/check-roads
+        18/check-writer 18/check-study 18/check-ray 18/check-scale 19/check-crossing 19/check-roads
         20/check-text 20/check-walk 20/check-beta 20/check-numbers 20/check-plan""",
     "how a launch, a save or a resume ends, which is the same on every device": """07/check-silence 07/check-first
         07/check-habits 09/run-noise 10/recipe-format 10/check-full 10/check-traps 20/check-killed""",

@@ -48,7 +48,7 @@ IMPORTS = """from types import SimpleNamespace
 from course_lib.lesson import checks, quiz
 from course_lib.lesson.exercises import setup
 
-report = SimpleNamespace(lessons=[SimpleNamespace(runs=True)], findings=())"""
+report = SimpleNamespace(lessons=[SimpleNamespace(number="07", runs=True)], findings=())"""
 PREDICT = 'checks.predict("07", "sum", 4, "(a number)", guess=guess)'
 CHECK = 'checks.measured("sum", total, lesson="07")\nchecks.claim(total == 4, "two and two are four")'
 ATTEMPT = "answer = None  # yours\n\nchecks.attempt(answer, setup.lessons_that_run, report)"
