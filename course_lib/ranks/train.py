@@ -340,8 +340,8 @@ def _refuse_device_of_another_machine(path: Path, world: int) -> None:
     if said == "cpu" and stack.device(world) == "cuda":
         sys.exit(
             f"{path / 'launch.json'} was written where {world} ranks had no GPUs, so they would train on the CPU here, and "
-            "its config.yaml may name files of that machine: call launch.prepare on this node, or set COURSE_DEVICE=cpu if "
-            "you mean it"
+            "its config.yaml may name files of that machine: call launch.prepare on this node, or with device='cuda' where "
+            "you are, and carry the whole project here; or set COURSE_DEVICE=cpu if you mean the CPU"
         )
 
 
