@@ -22,7 +22,7 @@ import pytest
 from course_lib import launch, runs
 from course_lib.common.project import PROJECT
 from course_lib.experiments import hello
-from course_lib.launch import supervise
+from course_lib.launch import forkserver, supervise
 from course_lib.runs import failures
 from support import drills, small
 
@@ -306,6 +306,15 @@ def test_the_rank_that_began_it_is_named_although_nobody_watched(bridge, runs_di
     assert drills.ENDS[end][2] in outcome.cause and not outcome.provisional
 
 
+@pytest.fixture
+def own_server(monkeypatch):
+    """A server that nobody else's ranks come from: a lesson or another test that runs beside this one would lose its own."""
+    with tempfile.TemporaryDirectory(prefix="course-") as place:
+        monkeypatch.setattr(forkserver, "address", lambda imports: Path(place) / "own.socket")
+        yield
+        forkserver._lease_of.cache_clear()  # its last lease: it ends
+
+
 @pytest.mark.parametrize(
     ("victim", "cause"),
     [
@@ -314,7 +323,7 @@ def test_the_rank_that_began_it_is_named_although_nobody_watched(bridge, runs_di
     ],
     ids=["agent", "fork server"],
 )
-def test_a_killed_launcher_is_no_rank_s_fault(bridge, runs_directory, victim, cause):
+def test_a_killed_launcher_is_no_rank_s_fault(bridge, runs_directory, own_server, victim, cause):
     """Agent or fork server are killed: the outcome says so, names no rank, and says what to do; the next launch works."""
     watchers: list[psutil.Process] = []
 

@@ -50,8 +50,8 @@ def test_the_course_run_is_measured_in_the_shape_of_its_lesson():
     (shrunk,) = [call for call in calls if getattr(call.func, "attr", "") == "shrink"]
     assert {word.arg: ast.literal_eval(word.value) for word in shrunk.keywords} == bench_step.COURSE
     assert f"vocab_size = {bench_step.VOCAB_SIZE} " in cells["parameters"]
-    assert f"micro_batch_size = {bench_step.SEQUENCES // 4}\n" in cells["config-run"]
-    assert f"global_batch_size = {bench_step.SEQUENCES}\n" in cells["config-run"]
+    assert f"micro_batch_size = {bench_step.SEQUENCES // 4}\n" in cells["config-model"]
+    assert f"global_batch_size = {bench_step.SEQUENCES}\n" in cells["config-model"]
 
 
 def test_a_rank_that_fails_is_told_with_its_log(bridge, tmp_path):
