@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from course_lib.common.config import Fields
@@ -16,6 +16,7 @@ __all__ = [
     "feed_forward_sizes",
     "feed_forward_weights",
     "flops_per_token",
+    "has_experts",
     "layer_weights",
     "mixers",
     "parameter_count",
@@ -220,6 +221,11 @@ def stage_kinds(fields: Fields) -> list[list[str]]:
         for stage, each in enumerate(counts):
             found[stage].append("".join(islice(layers, each[chunk])))
     return found
+
+
+def has_experts(fields: Fields) -> bool:
+    """Whether a layer of any stage has experts; those of tokens predicted ahead left out."""
+    return "E" in "".join(chain(*stage_kinds(fields)))
 
 
 def _attention(fields: Fields) -> tuple[int, int]:

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from math import ceil, lcm
 from typing import TYPE_CHECKING, Any
 
 from course_lib.common.config import Fields
 from course_lib.planning import expert_messages
-from course_lib.planning.closed_forms import feed_forward_sizes, stage_kinds, state_space
+from course_lib.planning.closed_forms import feed_forward_sizes, has_experts, stage_kinds, state_space
 from course_lib.planning.layout import embedding_rows, stage_layers
 from course_lib.planning.layout.sizes import Layout, next_multiple
 from course_lib.planning.layout.stages import has_implicit_chunks, hybrid_pattern
@@ -140,7 +139,7 @@ def _refuse_what_is_not_counted(fields: Fields, layout: Layout) -> None:
         raise NotCounted(f"num_distributed_optimizer_instances={instances} divides the optimizer's state twice")
     if has_implicit_chunks(fields):
         raise NotCounted("the pipeline plan interleaves: set virtual_pipeline_model_parallel_size as well")
-    if "E" in "".join(chain(*stage_kinds(fields))) and (why := expert_messages.not_counted(fields, layout)):
+    if has_experts(fields) and (why := expert_messages.not_counted(fields, layout)):
         raise NotCounted(f"experts: {why}")
     defaults = {"add_bias_linear": True, "normalization": "LayerNorm"}
     for name, value in wanted.items():
@@ -263,9 +262,8 @@ def _update_rows(
     sharded = bool(fields.get("ddp", "use_distributed_optimizer", False))
     tied = bool(fields.model("share_embeddings_and_output_weights", True))
     buckets = [("dp-cp", dp, count) for count in _buckets(fields, layout, stage, sharded=sharded)]
-    stages = stage_kinds(fields)
-    chunks = stages[stage]
-    chained = "E" in "".join(chain(*stages)) and layout.expert_model_parallel_size > 1
+    chunks = stage_kinds(fields)[stage]
+    chained = has_experts(fields) and layout.expert_model_parallel_size > 1
     if chained:  # experts have an optimizer of their own, an empty one on a stage without them
         copies, each = layout.expert_data_parallel_size, sum(expert_messages.parameters(fields, layout).experts)
         buckets += [("expert-dp", copies, chunk.count("E") * each) for chunk in chunks if "E" in chunk]

@@ -9,10 +9,12 @@ Source: megatron-core transformer/moe/router_trace.py @ 0.19.2
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,17 +43,19 @@ def unrecorded(cfg: Any, device: str) -> str:
             f"moe_expert_capacity_factor={factor} drops choices, and NVIDIA's tracer leaves out every microbatch in which a "
             "token has fewer than its top-k experts: set it to None"
         )
-    granularity, modules = get("recompute_granularity"), get("recompute_modules", ())
-    if granularity == "full" or (granularity == "selective" and "moe" in modules):
-        return (
-            f"recompute_granularity={granularity!r} runs each router again in the backward pass, and NVIDIA's tracer counts "
-            "its tokens twice: set it to None, or leave 'moe' out of recompute_modules"
-        )
     if get("mtp_num_layers") or "/" in get("hybrid_layer_pattern", ""):
         return "layers that predict tokens ahead have routers of their own, which are not counted: set mtp_num_layers to None"
     if device == "cuda" and (graphs := get("cuda_graph_impl", "none")) != "none":
         return f"cuda_graph_impl={graphs!r} replays the routers without the hooks of NVIDIA's tracer: set it to 'none'"
     return ""
+
+
+def _note_in_forward(note: Callable, *choices: Any) -> None:
+    """Leave out a router that runs again inside of a backward pass, where its layer is recomputed: it chooses the same."""
+    import torch
+
+    if torch._C._current_autograd_node() is None:
+        note(*choices)
 
 
 class RouterLosses:
@@ -90,6 +94,7 @@ class Routers:
         for chunk in context.model:
             with tempfile.TemporaryDirectory() as folder:  # for the tracer's own file, which stays empty
                 tracer = RouterTracer(folder, max_steps=sys.maxsize, rank=self._rank, training_mode=True)
+            tracer._record = functools.partial(_note_in_forward, tracer._record)
             tracer.register_hooks(chunk)
             self.chunks.append((tracer, unwrap_model(chunk).decoder.layers))
 

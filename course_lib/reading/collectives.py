@@ -6,11 +6,10 @@ tensor of an all-reduce.  `messages.sent_bytes` turns them into what one rank ha
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import TYPE_CHECKING
 
 from course_lib.common.config import Fields
-from course_lib.planning.closed_forms import stage_kinds
+from course_lib.planning.closed_forms import has_experts
 from course_lib.planning.messages import KEY, expected
 from course_lib.reading import experts
 
@@ -63,7 +62,7 @@ def compare(run: Run, *, rank: int = 0, step: int | None = None) -> pd.DataFrame
     fields, ranks = Fields.of(run.config), run.launch["ranks"]
     if element_bytes == 4 and fields.model("moe_token_dispatcher_type") == "flex":  # as CPU ranks replace it
         fields = Fields(run.config, {"model.moe_token_dispatcher_type": "alltoall"})
-    routed = "E" in "".join(chain(*stage_kinds(fields))) and fields.model("moe_token_dispatcher_type") == "alltoall"
+    routed = has_experts(fields) and fields.model("moe_token_dispatcher_type") == "alltoall"
     arriving = experts.arriving(run, rank=rank, step=step) if routed else None
     planned = expected(fields, ranks=ranks, rank=rank, element_bytes=element_bytes, arriving=arriving)
     found = recorded(run, rank=rank, step=step)

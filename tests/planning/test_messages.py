@@ -100,6 +100,7 @@ HYBRIDS = {
     "M*M": (4, {"tensor": 2, "context": 2}, {}),
     "E*": (2, {"tensor": 2, "expert": 2}, {"model__moe_token_dispatcher_type": "allgather"}),
     "MEM*E": (4, {"expert": 4}, KEPT),
+    "EM*E": (4, {"expert": 2}, {"model__moe_token_dispatcher_type": "alltoall"}),
     "MEM*E*": (4, {"tensor": 2, "expert": 2}, KEPT),
     "ME|M*": (4, {"pipeline": 2, "expert": 2}, KEPT),
     "ME|M*E": (8, {"tensor": 2, "pipeline": 2, "expert": 2}, KEPT | SHARDED),

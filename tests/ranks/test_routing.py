@@ -29,6 +29,19 @@ def test_every_choice_of_a_step_is_counted_once(bridge, runs_directory):
     assert (experts.imbalance(load) >= 1).all(axis=None) and (experts.starved(load, share=9) == 8).all(axis=None)
 
 
+@pytest.mark.parametrize(
+    "again",
+    [
+        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+        {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+    ],
+)
+def test_a_router_that_runs_again_in_the_backward_pass_is_counted_once(bridge, runs_directory, again):
+    """Step for step, layer for layer and microbatch for microbatch the choices of a run that keeps everything."""
+    kept, recomputed = (launch.run(config(fields=more), ranks=1, record="router", show=None) for more in ({}, again))
+    assert len(kept.router) and recomputed.router.equals(kept.router)
+
+
 def test_layers_of_later_stages_keep_their_numbers(bridge, runs_directory):
     """A stage numbers its layers from 0, the model from 1."""
     run = launch.run(config(pipeline=2), ranks=2, record="router", show=None)
@@ -39,8 +52,6 @@ def test_layers_of_later_stages_keep_their_numbers(bridge, runs_directory):
     ("fields", "why"),
     [
         ({"moe_expert_capacity_factor": 1.0}, "moe_expert_capacity_factor=1.0 drops choices"),
-        ({"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}, "counts its tokens twice"),
-        ({"recompute_granularity": "selective", "recompute_modules": ["moe"]}, "counts its tokens twice"),
         ({"mtp_num_layers": 1}, "set mtp_num_layers to None"),
         ({"cuda_graph_impl": "local"}, "set it to 'none'"),
         ({"num_moe_experts": None}, "the model has no experts"),
