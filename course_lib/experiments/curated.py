@@ -53,7 +53,7 @@ def known(name: str) -> dict[str, Any]:
     import pandas as pd
 
     content = json.loads((DATA / f"{name}.json").read_text(encoding="utf-8"))
-    return content | {"table": pd.DataFrame(content["rows"]).fillna("")}
+    return content | {"table": pd.DataFrame(content["rows"]).astype(object).fillna("")}
 
 
 def write(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 from types import SimpleNamespace as Some
+from typing import Any
 
 import pandas as pd
 import pytest
 
-from course_lib.experiments import sweep
+from book.builder import curation as measuring
+from course_lib.experiments import executors, sweep
+from course_lib.experiments.curated import known
 from course_lib.text import planted
-from support.lesson_cells import falsify, gives, tagged
+from support.lesson_cells import cells, falsify, gives, tagged
 
 BIT = sweep.Change("text", "collected", "curated")
 
@@ -66,6 +70,11 @@ def lesson_18(folder):
     wrong = [
         {"outcome": Some(alive=alive, status="succeeded", peak_bytes=peak)} for alive, peak in ((1, 1), (0, 2**31))
     ]
+    ways = {"executor": ["none", "Ray Data", "Xenna, streaming"], "outcome": ["succeeded", "succeeded", "failed"]}
+    ended["measured"] = {"table": pd.DataFrame(ways).assign(**{"documents": 489, "peak GiB": 1.2})}
+    wrong += [{"measured": {"table": ended["measured"]["table"].assign(**change)}} for change in (
+        {"outcome": "succeeded"}, {"documents": [488, 489, 489]}, {"peak GiB": 2.1},
+    )]  # fmt: skip
     yield "check-ray", ended | {"curation": kept}, [*wrong, {"clean": Some(id=[1])}]
     published = [{"study": "scaling", "nodes": 1, "hours": 2.05}, {"study": "scaling", "nodes": 4, "hours": 0.5}]
     scale = {"published": {"rows": published}, "partitions": 20_000}
@@ -86,3 +95,38 @@ def test_a_claim_holds_on_right_facts_and_fails_on_wrong_ones(name, tmp_path):
 def test_every_check_cell_is_tried():
     """A new check cell needs facts here."""
     assert set(NAMES) == tagged("18", "check")
+
+
+def test_the_stages_that_were_measured_are_those_of_the_lesson(tmp_path):
+    """`data/curator_executors.json` holds what a program ran; the cells build their stages again, and both say the same."""
+    wanted = {"min_words", "short", "filters", "pipeline"}
+    nodes = [node for source, _ in cells("18").values() for node in ast.parse(source).body]
+    kept = [node for node in nodes if isinstance(node, ast.ImportFrom) and str(node.module).startswith("nemo_curator")]
+    for node in nodes:
+        names = {getattr(one, "id", "") for one in getattr(node, "targets", [])} | {getattr(node, "name", "")}
+        kept += [node] if names & wanted else []
+    (tmp_path / "mended").mkdir()
+    path = tmp_path / "mended" / "part-0.jsonl"
+    path.touch()
+    lesson: dict[str, Any] = {"work": tmp_path, "removal": tmp_path / "remove.parquet"}
+    exec(compile(ast.Module(kept, []), "lesson 18", "exec", dont_inherit=True), lesson)
+    measured = measuring.lesson_stages([str(path)], tmp_path, tmp_path / "out")
+    assert _said(lesson["pipeline"]("out")) == _said(measured)
+
+
+def _said(thing: Any) -> Any:
+    """A stage, with the filters in it, as names and values."""
+    if isinstance(thing, list):
+        return [_said(one) for one in thing]
+    if callable(thing):
+        return thing.__qualname__
+    if not hasattr(thing, "__dict__"):
+        return thing
+    return type(thing).__name__, {name: _said(value) for name, value in vars(thing).items() if name != "fs"}
+
+
+def test_every_executor_has_a_row():
+    """Seconds and memory of each, those that refuse with their reason."""
+    rows = {row["executor"]: row for row in known("curator_executors")["rows"]}
+    assert list(rows) == list(executors.EXECUTORS)
+    assert all(row["why"] or row["run s"] for row in rows.values())
