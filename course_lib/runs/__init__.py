@@ -286,6 +286,13 @@ def _changed_in_silence(run: Run) -> list[str]:
             f"the warm-up of {warmup} steps is cut to fit a schedule of {steps}: the learning rate rises faster than asked "
             "for and then falls at once; lower cfg.scheduler.lr_warmup_iters"
         )
+    ends, optimizer = scheduler.get("lr_decay_iters"), _section(run.config, "optimizer")
+    falls = scheduler.get("lr_decay_style") in ("cosine", "linear") and optimizer.get("min_lr") == 0
+    if falls and ends and ends < (train.get("train_iters") or 0):
+        found.append(
+            f"the learning rate is 0 from step {ends} on, so the other {train['train_iters'] - ends} steps change nothing; raise "
+            "cfg.scheduler.lr_decay_iters, or set cfg.optimizer.min_lr above 0"
+        )
     keeps_its_place = checkpoint.get("load_optim") is not False and not checkpoint.get("finetune")
     before, now = run.launch.get("global_batch_size_of_the_checkpoint"), train.get("global_batch_size")
     if keeps_its_place and before and now and before != now:

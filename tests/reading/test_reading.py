@@ -184,6 +184,10 @@ def test_what_a_schedule_becomes_in_silence_is_told(tmp_path):
     (one,) = warned("cut", train=train, scheduler={"lr_warmup_iters": 50})
     assert one.startswith("the warm-up of 50 steps is cut to fit a schedule of 3")
     assert warned("long", train=train, scheduler={"lr_warmup_iters": 50, "lr_decay_iters": 100}) == ()
+    short = {"scheduler": {"lr_decay_style": "cosine", "lr_decay_iters": 2}, "optimizer": {"min_lr": 0.0}}
+    (one,) = warned("idle", train=train, **short)
+    assert "0 from step 2 on" in one and "other 1 steps" in one
+    assert warned("floor", train=train, **short | {"optimizer": {"min_lr": 1e-5}}) == ()
     (one,) = warned("batch", before=8, train=train, checkpoint=load)
     assert one.startswith("the checkpoint was trained with a global batch of 8 and this run goes on with 16")
     assert warned("same", before=16, train=train, checkpoint=load) == ()
