@@ -52,6 +52,8 @@ def check_sums(dist, rank: int, size: int) -> None:
     work = dist.all_reduce(later := torch.ones(3), async_op=True)
     work.wait()
     assert later.tolist() == [size] * 3
+    future = dist.all_reduce(torch.ones(3), async_op=True).get_future()
+    assert future.wait()[0].tolist() == [size] * 3
 
 
 def rank_sums(_: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,10 @@ SAME_RANK = "of two stages the previous is the next: upstream's order gives one 
 
 
 class Done:
-    """The handle of a collective that had nothing to do, or has done it."""
+    """The handle of a collective that had nothing to do, or has done it, and the tensors that it filled."""
+
+    def __init__(self, filled: Sequence[torch.Tensor]) -> None:
+        self._filled = list(filled)
 
     def wait(self, *_: object) -> bool:
         """Return at once."""
@@ -29,6 +33,12 @@ class Done:
     def is_completed(self) -> bool:
         """True: it is."""
         return True
+
+    def get_future(self) -> torch.futures.Future[list[torch.Tensor]]:
+        """What DDP's hooks wait for."""
+        future: torch.futures.Future[list[torch.Tensor]] = torch.futures.Future()
+        future.set_result(self._filled)
+        return future
 
 
 @PATCHES.replaces(
@@ -113,7 +123,7 @@ def all_reduce(original, tensor, op=None, group=None, async_op=False):
     """An average is a sum of shares; nothing happens in a group of one."""
     op = _sum_of_shares(tensor, op, group)
     if group is not None and group.size() == 1:
-        return Done() if async_op else None
+        return Done([tensor]) if async_op else None
     return original(tensor, op, group, async_op)
 
 

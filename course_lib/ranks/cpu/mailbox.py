@@ -265,7 +265,7 @@ def reduce_scatter(original, group, outputs, inputs, /, *options):
                     sums.add_(received)
         if operation == ReduceOp.AVG:
             total.div_(size)
-    return Done()
+    return Done(outputs)
 
 
 @PATCHES.replaces(
@@ -286,7 +286,7 @@ def all_gather(_, group, outputs, inputs, /, *__):
                         pieces[rank][number].copy_(received)
         if shards[me].data_ptr() != mine.data_ptr():
             shards[me].copy_(mine)
-    return Done()
+    return Done(outputs)
 
 
 @PATCHES.replaces("torch.distributed.ProcessGroup.allreduce", why="gloo sends it through sockets")
@@ -310,7 +310,7 @@ def allreduce(original, group, tensors, options=None, /, *more, **named):
         combine(first, second, out=out)
         for shown in rest:
             combine(out, shown, out=out)
-    return Done()
+    return Done(tensors)
 
 
 @PATCHES.replaces(
