@@ -14,7 +14,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,7 @@ __all__ = [
     "moved",
     "note",
     "one_change",
+    "readings",
     "repeat",
     "seeded",
 ]
@@ -271,6 +272,25 @@ def compare(
     base = repeat(before, seeds=seeds, name="base", ranks=ranks)
     changed = repeat(after, seeds=seeds, name=name, ranks=ranks)
     return Comparison.of(change, [held_out(run) for run in base], [held_out(run) for run in changed])
+
+
+def readings(comparisons: Mapping[str, Comparison]) -> pd.DataFrame:
+    """The same runs read twice: each base run against each changed one, and only against that of its own seed.
+
+    Returns:
+        Two rows a comparison, `"NAME, crossed"` and `"NAME, paired"`: how many differences there are, how many are
+        worse, the lowest and the highest, and half the width of the 95% interval, nats per token.
+    """
+    import pandas as pd
+
+    rows: dict[str, list[float]] = {}
+    for name, one in comparisons.items():
+        crossed = [after - before for before in one.before for after in one.after]
+        paired = [after - before for before, after in zip(one.before, one.after, strict=True)]
+        for way, each, noise in (("crossed", crossed, one.noise), ("paired", paired, one.paired_noise)):
+            rows[f"{name}, {way}"] = [len(each), sum(loss > 0 for loss in each), min(each), max(each), noise]
+    columns = ["experiments", "worse", "lowest", "highest", "95% interval, +-"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
 
 
 def held_out(run: runs.Run) -> float:

@@ -28,12 +28,15 @@ __all__ = [
     "findings",
     "foreign_megatron",
     "helpers",
+    "importing",
     "imports",
+    "inside",
     "leptonai",
     "nccl",
     "one_installation",
     "packages",
     "places",
+    "source",
     "torch_has_cuda",
     "torch_has_gloo",
     "transformer_engine",
@@ -175,6 +178,23 @@ def places(module: str) -> list[Path]:
     folders = [Path(root, *rest) for root in roots]
     inits = [(folder, folder / "__init__.py") for folder in folders if folder.is_dir()]
     return [init if init.exists() else folder for folder, init in inits]
+
+
+def source(module: str, name: str) -> str:
+    """The text of a file of a package, read without importing anything: `source("nemo_automodel", "cli/app.py")`."""
+    return (places(module)[0].parent / name).read_text(encoding="utf-8")
+
+
+def inside(namespace: str) -> set[str]:
+    """The packages in the folders of a namespace package, whichever distribution brought each."""
+    roots = importlib.util.find_spec(namespace).submodule_search_locations
+    return {init.parent.name for root in roots for init in Path(root).glob("*/__init__.py")}
+
+
+def importing(module: str, other: str) -> int:
+    """How many files of a module import another one, by their text."""
+    texts = (file.read_text(encoding="utf-8", errors="replace") for file in places(module)[0].parent.rglob("*.py"))
+    return sum(f"from {other}" in text or f"import {other}" in text for text in texts)
 
 
 def foreign_megatron() -> Finding:

@@ -233,3 +233,13 @@ def test_another_engine_is_another_run(tmp_path: Path) -> None:
     with open(tmp_path / "ranks/cpu/kernels.py", "a") as file:
         file.write("# changed\n")
     assert sweep._engine(tmp_path) != sweep._engine()
+
+
+def test_the_same_runs_read_crossed_and_paired():
+    """Two seeds that lie far apart: crossed they contradict each other, paired both moved by a tenth."""
+    one = sweep.Comparison.of(sweep.Change("x", 1, 2), [5.0, 6.0], [5.1, 6.1])
+    table = sweep.readings({"x": one})
+    assert list(table.index) == ["x, crossed", "x, paired"]
+    assert table.loc["x, crossed"].tolist()[:2] == [4, 3] and table.loc["x, paired"].tolist()[:2] == [2, 2]
+    assert table.lowest.round(6).tolist() == [-0.9, 0.1] and table.highest.round(6).tolist() == [1.1, 0.1]
+    assert table["95% interval, +-"].tolist() == [one.noise, one.paired_noise]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections import Counter
@@ -70,23 +71,42 @@ def lesson_01():
         "what starts ranks": {"engine": "NeMo Run"},
     }  # fmt: skip
     tested = {box.distribution: box.tested for box in boxes}
-    yield "check-versions", {"stack_map": stack_map, "installation": Some(version=tested.get)}, {
+    table = Some(full=gives(None))
+    yield "check-versions", {"stack_map": stack_map, "installation": Some(version=tested.get), "tables": table}, {
         "nothing is installed": {"installation": Some(version=gives(None))},
     }  # fmt: skip
     shared = {"core", "training", "bridge", "energon"}
-    yield "check-namespace", {"homes": {"megatron.core": Path("one/megatron/core")}, "shared": shared}, {
-        "another package": {"shared": shared | {"nano"}},
-        "a core without its older loop": {"shared": shared - {"training"}},
+    yield "check-namespace", {"installation": Some(inside=gives(shared))}, {
+        "another package": {"installation": Some(inside=gives(shared | {"nano"}))},
+        "a core without its older loop": {"installation": Some(inside=gives(shared - {"training"}))},
     }  # fmt: skip
-    pairs = {"--lr": "optimizer.lr"}
-    known = {"pairs": pairs, "flags": {"--lr"}, "fields": {"optimizer.lr": 1}}
-    yield "check-flags", known, {"no such flag": {"flags": set()}, "no such field": {"fields": {}}}
-    own = {"registry": '"LlamaForCausalLM", "NemotronHForCausalLM", "Qwen3ForCausalLM"', "default": False}
-    yield (
-        "check-automodel",
-        own,
-        {"no own Llama": {"registry": ""}, "the Hub's model is the default": {"default": True}},
-    )
+    flags = ["tensor-model-parallel-size", "micro-batch-size", "lr", "lr-warmup-iters", "save-interval"]
+    sections = ["model", "train", "optimizer", "scheduler", "checkpoint"]
+    fields = {f"{section}.{flag.replace('-', '_')}": 1 for section, flag in zip(sections, flags, strict=True)}
+
+    def asked(flags, fields):
+        def arguments(parser):
+            for flag in flags:
+                parser.add_argument(f"--{flag}")
+            return parser
+
+        bridge = Some(offline=contextlib.nullcontext, flatten=gives(fields))
+        return {"add_megatron_arguments": arguments, "llama32_1b_pretrain_config": gives(None), "recipes": bridge}
+
+    yield "check-flags", asked(flags, fields), {
+        "no such flag": asked([], fields),
+        "no such field": asked(flags, {}),
+    }  # fmt: skip
+
+    def automodel(*models, default="force_hf: bool = False"):
+        texts = {"registry.py": "".join(f'"{model}ForCausalLM"' for model in models), "auto_model.py": default}
+        return {"installation": Some(source=lambda package, name: texts[name.split("/")[-1]])}
+
+    models = ("Llama", "NemotronH", "Qwen3")
+    yield "check-automodel", automodel(*models), {
+        "no model of its own": automodel(),
+        "the Hub's model is the default": automodel(*models, default="force_hf: bool = True"),
+    }  # fmt: skip
     proofs = {
         box.name: Some(file="installed.py" if box.distribution else "course_lib/recipes/blueprint.py") for box in boxes
     }
@@ -94,9 +114,13 @@ def lesson_01():
     yield "check-roles", {"proofs": proofs, "installed": installed}, {
         "Core shown by the course": {"proofs": proofs | {"Megatron-LM": Some(file="course_lib/stack/__init__.py")}},
     }  # fmt: skip
-    yield "check-dependency", {"imports": {"megatron.bridge": 600, "megatron.core": 3}}, {
-        "Bridge hardly needs Core": {"imports": {"megatron.bridge": 90, "megatron.core": 1}},
-        "each needs the other": {"imports": {"megatron.bridge": 600, "megatron.core": 60}},
+
+    def imports(down, up):
+        return {"installation": Some(importing=lambda module, other: down if module == "megatron.bridge" else up)}
+
+    yield "check-dependency", imports(600, 3), {
+        "Bridge hardly needs Core": imports(90, 1),
+        "each needs the other": imports(600, 60),
     }  # fmt: skip
     fewer = [question for question in questions if question.answer != "NeMo Run"]
     yield "check-questions", {"stack_map": stack_map, "Counter": Counter}, {

@@ -189,3 +189,17 @@ def test_one_gpu_does_not_excuse_other_versions(monkeypatch) -> None:
         found = {finding.name: finding for finding in doctor.report(imports=False).findings}
         status[count] = found["version of torch"].status
     assert status == {1: "fail", 8: "warn"}
+
+
+def test_what_fills_a_namespace_and_who_imports_whom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two folders fill one namespace; a file that names the other in any import counts, one without does not."""
+    written = {"one/space/a/__init__.py": "import space.b", "one/space/a/c.py": "from space.b import d\n# x",
+               "one/space/a/e.py": "import os", "two/space/b/__init__.py": "", "two/space/notes/f.py": ""}  # fmt: skip
+    for name, text in written.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    for root in ("one", "two"):
+        monkeypatch.syspath_prepend(tmp_path / root)
+    assert installation.inside("space") == {"a", "b"}
+    assert installation.importing("space.a", "space.b") == 2 and installation.importing("space.b", "space.a") == 0
+    assert installation.source("space.a", "e.py") == "import os"
