@@ -14,6 +14,8 @@ RECOMPUTED = "model.recompute_num_layers"
 STAGES = "model.pipeline_model_parallel_size"
 TENSOR = "model.tensor_model_parallel_size"
 CONTEXT = "model.context_parallel_size"
+SEQUENCE = "model.sequence_parallel"
+AGAIN = "model.recompute_granularity"
 
 Planner = Callable[..., Any]
 """`memory.plan`: a plan of a configuration, with its `total_bytes`."""
@@ -42,20 +44,25 @@ def bytes_of_a_parameter(answer: float, copies: int, gradient_bytes: int) -> Ver
     )
 
 
-def smallest_cut(answer: Any, plan: Planner, limit_gib: float) -> Verdict:
+def smallest_cut(answer: Any, plan: Planner, before: Any, limit_gib: float) -> Verdict:
     """Which configuration has the smallest tensor-parallel size that fits, without a pipeline and without recomputation?
 
     Args:
         answer: A configuration.
         plan: What plans it.
+        before: The one whose layout was to be changed.
         limit_gib: What a plan may use of the GPU.
     """
     tensor = _cut(answer)
+    mine, theirs = config.flatten(answer), config.flatten(before)
+    layout = (TENSOR, STAGES, CONTEXT, SEQUENCE, AGAIN)
+    if other := sorted(name for name in theirs if name not in layout and mine.get(name) != theirs[name]):
+        return wrong(f"{', '.join(other[:3])} changed as well: the same model and the same training were asked for.")
     if config.value(answer, STAGES) != 1 or config.value(answer, CONTEXT) != 1:
         return wrong("The exercise is about TP alone: PP and CP are 1.")
-    if config.value(answer, "model.recompute_granularity"):
+    if config.value(answer, AGAIN):
         return wrong("Recomputation makes room as well, and costs a forward pass: here it is off.")
-    if tensor > 1 and not config.value(answer, "model.sequence_parallel"):
+    if tensor > 1 and not config.value(answer, SEQUENCE):
         return wrong(
             "Without sequence parallelism the tensors between the matrix products are kept whole on every rank."
         )
@@ -63,7 +70,7 @@ def smallest_cut(answer: Any, plan: Planner, limit_gib: float) -> Verdict:
     if needed > limit_gib:
         return wrong(f"{needed:.1f} GiB planned at TP={tensor}, and {limit_gib:.1f} GiB may be used.")
     if tensor > 1:
-        half = config.changed(answer, {TENSOR: tensor // 2, "model.sequence_parallel": tensor > 2})
+        half = config.changed(answer, {TENSOR: tensor // 2, SEQUENCE: tensor > 2})
         if plan(half, ranks=RANKS).total_bytes / GiB <= limit_gib:
             return wrong(f"TP={tensor} fits, and so does TP={tensor // 2}, whose layers wait for fewer messages.")
     return right(f"{needed:.1f} of {limit_gib:.1f} GiB at TP={tensor}, and half of it does not fit.")

@@ -1,66 +1,71 @@
-"""Lesson 10: where a decay ends, a run that was made longer, and a tracker that names a torn checkpoint."""
+"""Lesson 10: the last step of a run, a batch that is doubled on resume, and a tracker that names a torn checkpoint."""
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from course_lib import runs
-from course_lib.lesson.verdicts import Unfit, Verdict, own_run, right, wrong
+from course_lib.common import config
+from course_lib.lesson.verdicts import Unfit, Verdict, own_run, right, value, wrong
 from course_lib.runs import checkpoints
 
+BATCH = "train.global_batch_size"
 
-def end_of_the_decay(answer: tuple[str, int], cfg: Any, more: int) -> Verdict:
-    """Which field of the scheduler keeps the learning rates of a run that is made longer, and with which value?
+
+def last_step(answer: int, cfg: Any, save_interval: int) -> Verdict:
+    """With which step ends a run that doubles its batch at this one, and reads as many sequences as were planned?
 
     Args:
-        answer: A field of `cfg.scheduler`, and its value.
-        cfg: The configuration of the shorter run.
-        more: Steps by which it is made longer.
+        answer: The step.
+        cfg: The configuration with the smaller batch.
+        save_interval: Step of the checkpoint.
     """
-    if isinstance(answer, str) or not hasattr(answer, "__len__") or len(answer) != 2:
-        raise Unfit('a pair is asked for, a field of `cfg.scheduler` and its value, such as `("lr_warmup_iters", 2)`')
-    field, steps = answer
     planned = cfg.train.train_iters
-    if field == "train_iters":
-        return wrong("That is a field of `cfg.train`, and the one that moves the end of the decay along.")
-    if field == "lr_warmup_iters":
-        return wrong("The warm-up lies behind a run that resumes; which field says where the decay ends?")
-    if field != "lr_decay_iters":
-        return wrong("Which field of the scheduler says where the decay of the learning rate ends?")
-    if steps == planned + more:
-        return wrong(
-            "That is where it ends by itself, with the longer `train_iters`; the rates of the steps before then change."
-        )
-    if steps != planned:
-        return wrong(f"The first {planned} steps must get the rates that they had: where did their decay end?")
-    return right("the decay ends where it did, and the additional steps get the lowest rate.")
+    left = planned - save_interval
+    return value(
+        answer,
+        save_interval + left // 2,
+        why="the steps before the checkpoint are done, and half as many of the others read the same sequences.",
+        otherwise="How many sequences are left at the checkpoint, and how many does a step read from there on?",
+        hints=[
+            (planned, "With twice the batch and as many steps the rest of the run reads twice as many sequences."),
+            (planned // 2, "The steps before the checkpoint were taken with the small batch: only the rest is halved."),
+            (left // 2, "So many steps are left; a run that resumes goes on counting."),
+        ],
+    )
 
 
-def longer_run(answer: runs.Run | str, whole: runs.Run, more: int, save_interval: int) -> Verdict:
-    """Which run goes on from the first save of `whole`, repeats its steps, and takes so many more?
+def doubled_batch(answer: runs.Run | str, whole: runs.Run, save_interval: int) -> Verdict:
+    """Which run goes on from the first save of `whole` with twice the batch, its sequences and its learning rates?
 
     Args:
         answer: A run that loaded the checkpoint.
         whole: The run that saved it.
-        more: Steps that it takes beyond the end of `whole`.
         save_interval: Step of the checkpoint.
     """
     run = own_run(answer)
-    first, last = int(run.metrics.step.min()), int(run.metrics.step.max())
-    end = int(whole.metrics.step.max())
+    batch, before = (config.value(one.config, BATCH) for one in (run, whole))
+    if batch != 2 * before:
+        return wrong(f"A step of that run reads {batch} sequences, and {2 * before} were asked for.")
+    first, last, end = int(run.metrics.step.min()), int(run.metrics.step.max()), int(whole.metrics.step.max())
     if first != save_interval + 1:
         return wrong(f"It begins with step {first}, and the checkpoint is of step {save_interval}: was it loaded?")
-    if last != end + more:
-        return wrong(f"It ends with step {last}, and {end} + {more} were asked for.")
-    distance = runs.difference(run, whole)
-    bound = 0.0 if whole.launch["device"] == "cpu" else runs.GPU_ROUNDING
-    if not distance <= bound:
-        hint = "a longer run has other learning rates, unless the end of the decay is set."
-        return wrong(f"Up to step {end}, losses or gradient norms differ by {distance:.1e} of their size: {hint}")
-    return right(f"steps {first} to {end} are those of the shorter run, and {more} more follow at the lowest rate.")
+    read = save_interval * before + (last - save_interval) * batch
+    if read != end * before:
+        return wrong(f"By its end {read} sequences are read, and {end * before} were planned: see exercise 1.")
+    theirs = whole.metrics.set_index("step").learning_rate
+    for step, rate in run.metrics.set_index("step").learning_rate.items():
+        as_far = save_interval + 2 * (step - save_interval)
+        if not math.isclose(rate, theirs[as_far], rel_tol=1e-6):
+            return wrong(
+                f"After step {step} the learning rate is {rate:.3g}, and after as many sequences it was "
+                f"{theirs[as_far]:.3g}: `cfg.scheduler` counts its warm-up and its decay in steps, Megatron in sequences."
+            )
+    return right(f"{last - first + 1} steps read the rest, and the rate falls with the sequences as before.")
 
 
 def misled(source: Path, folder: Path) -> Path:

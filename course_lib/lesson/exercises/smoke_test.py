@@ -46,7 +46,7 @@ def same_losses(answer: runs.Run | str, before: runs.Run, tensor_parallel_size: 
 
 
 def legal_layout(answer: Any, before: Any, ranks: int) -> Verdict:
-    """Which configuration of the same model may start on these ranks?
+    """Which configuration of the same model may start on these ranks, as a pipeline?
 
     Args:
         answer: The configuration, mended.
@@ -59,6 +59,8 @@ def legal_layout(answer: Any, before: Any, ranks: int) -> Verdict:
         sizes = layout.require(answer, ranks)
     except layout.LayoutError as error:
         return wrong(str(error))
+    if sizes.pipeline_model_parallel_size == 1:
+        return wrong("It may start, and without the pipeline that your colleague wants to try: PP has to be above 1.")
     mine, theirs = config.flatten(answer), config.flatten(before)
     other = sorted(field for field in theirs if mine.get(field) != theirs[field] and field not in (STAGES, BATCH))
     if other:

@@ -1,18 +1,22 @@
-"""Lesson 05: tokens against tokens, a vocabulary that needs no padding, and a loss that rises without a word."""
+"""Lesson 05: tokens against tokens, a vocabulary that needs no padding, and files whose ids name other pieces of text."""
 
 from __future__ import annotations
 
-import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from course_lib.lesson.verdicts import Unfit, Verdict, right, value, wrong
 from course_lib.planning.layout.rules import padded_vocab_size
+from course_lib.text import indexed, microscope, tokenizers
 
 if TYPE_CHECKING:
     import pandas as pd
 
 IDS, TENSOR_PARALLEL_SIZE = 1000, 8
 """Of the exercise "no row for nothing"."""
+NEMOTRON_IDS = 131_072
 
 
 def nemotron_tokens(answer: float, table: pd.DataFrame) -> Verdict:
@@ -52,20 +56,51 @@ def no_row_for_nothing(answer: Any) -> Verdict:
     )
 
 
-def rise_of_the_loss(answer: float, ids: int, rows: int) -> Verdict:
-    """By how many nats per token does the loss rise when a checkpoint of `ids` rows is loaded into `rows`?"""
-    return value(
-        answer,
-        math.log(rows / ids),
-        atol=5e-4,
-        why="ln(rows / ids): the softmax is shared by the new rows, whose logits are zero, like those of a young model.",
-        otherwise="Compare the losses of two even guesses, one among all rows and one among all ids.",
-        hints=[
-            (
-                math.log(rows),
-                "That is the loss of an even guess among all rows; asked is by how much it is above the other.",
-            ),
-            (rows - ids, "That is how many rows were added; what does the softmax make of them?"),
-            (math.log2(rows / ids), "That is in bits; a loss here is in nats, with the natural logarithm."),
-        ],
-    )
+def files_of_a_colleague(texts: Sequence[str], prefix: Path, end: int) -> microscope.Index:
+    """Token files whose ids are the Tekken file's own numbers: no special id lies in front of them.
+
+    Args:
+        texts: The documents.
+        prefix: Where the files go, a path without suffix.
+        end: The id that closes a document; it is right.
+    """
+    indexed.write(tokenizers.tekken_ranks(texts), prefix, vocab_size=NEMOTRON_IDS, end_of_document=end)
+    return microscope.read(prefix)
+
+
+def ids_of_the_text(answer: str | Path, here: Sequence[Sequence[int]], end: int) -> Verdict:
+    """Which files hold the ids that Nemotron's tokenizer gives these texts?
+
+    Args:
+        answer: The prefix of the files.
+        here: The ids of each text.
+        end: The id that closes a document.
+    """
+    import numpy as np
+
+    if not isinstance(answer, str | os.PathLike):
+        raise Unfit("the prefix of the files that you wrote is asked for, a path without suffix")
+    try:
+        found = microscope.read(Path(answer))
+    except microscope.ForeignFile as error:
+        return wrong(f"These files cannot be read: {error}")
+    if len(found.lengths) != len(here):
+        return wrong(f"{len(found.lengths):,} documents, and the colleague's files have {len(here):,}.")
+    for number, ids in enumerate(here):
+        mine, theirs = microscope.document(found, number).astype(int), np.array([*ids, end])
+        if len(mine) == len(theirs) + 1:
+            return wrong(f"Document {number} has an id too many: `indexed.write` closes each document itself.")
+        if mine[-1] != end:
+            return wrong(
+                f"Document {number} ends with id {mine[-1]}, and {end} closes a document: that id is a special one "
+                "already, and stays."
+            )
+        if len(mine) != len(theirs):
+            return wrong(f"Document {number} has {len(mine):,} ids, and its text {len(theirs):,}.")
+        if (away := theirs[:-1] - mine[:-1]).any():
+            same = " in each of them" if (away == away[0]).all() else ""
+            return wrong(
+                f"Document {number}: its ids are not those of its text; the first is off by {abs(away[0]):,}{same}. "
+                "What stands in front of the first piece of text in Nemotron's vocabulary?"
+            )
+    return right(f"{len(here):,} documents decode to their text, and each is closed once.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace as Some
 from typing import Any
@@ -13,39 +14,33 @@ from support import tried
 from support.tried import Tried
 
 
-def end_of_the_decay(folder: Path) -> Tried:
-    """The field that moves the end, the end where it lies by itself, and the warm-up."""
+def last_step(folder: Path) -> Tried:
+    """As many steps as before, half of all, and those that are left."""
     cfg = Some(train=Some(train_iters=24))
-    wrong = [
-        (("train_iters", 30), "field of `cfg.train`"),
-        (("lr_decay_iters", 30), "by itself"),
-        (("lr_warmup_iters", 0), "warm-up lies behind"),
-        (("lr_decay_iters", 18), "where did their decay end"),
-    ]
-    return Tried(("lr_decay_iters", 24), wrong, [cfg, 6])
+    wrong = [(24, "twice as many sequences"), (12, "only the rest is halved"), (9, "goes on counting"), (3, "are left")]
+    return Tried(15, wrong, [cfg, 6])
 
 
-def longer_run(folder: Path) -> Tried:
-    """A run from the beginning, one that is too short, and one whose decay moved."""
+def doubled_batch(folder: Path) -> Tried:
+    """The old batch, a run from the beginning, one that reads too much, and one whose decay was counted in steps."""
 
-    def run(name: str, first: int, last: int, *, shift: float = 0.0) -> Any:
+    def run(name: str, first: int, last: int, *, batch: int = 16, rate: Callable[[int], float]) -> Any:
         steps = range(first, last + 1)
-        found = tried.run(folder, name, losses=[7 - step / 10 + (step > 6) * shift for step in steps])
-        file = found.path / "metrics.jsonl"
-        lines = file.read_text().splitlines()
-        moved = [
-            line.replace(f'"step": {number}', f'"step": {step}', 1)
-            for number, (step, line) in enumerate(zip(steps, lines, strict=True), 1)
-        ]
-        file.write_text("\n".join(moved) + "\n")
-        return found
+        cfg = {"train": {"global_batch_size": batch}}
+        losses = [7 - step / 10 for step in steps]
+        return tried.run(folder, name, losses=losses, config=cfg, step=[*steps], learning_rate=[*map(rate, steps)])
 
+    def by_sequences(step: int) -> float:
+        return 1e-3 - 1e-5 * (48 + 16 * (step - 6))
+
+    whole = run("whole", 1, 24, batch=8, rate=lambda step: 1e-3 - 1e-5 * 8 * step)
     wrong = [
-        (run("anew", 1, 12), "begins with step 1"),
-        (run("short", 4, 9), "ends with step 9"),
-        (run("decay", 4, 12, shift=1e-3), "other learning rates"),
+        (run("small", 7, 24, batch=8, rate=by_sequences), "16 were asked for"),
+        (run("anew", 1, 15, rate=by_sequences), "begins with step 1"),
+        (run("long", 7, 24, rate=by_sequences), "336 sequences are read, and 192"),
+        (run("decay", 7, 15, rate=lambda step: 1e-3 - 1e-5 * 8 * step), "After step 7 the learning rate"),
     ]
-    return Tried(run("yours", 4, 12), wrong, [run("whole", 1, 9), 3, 3])
+    return Tried(run("yours", 7, 15, rate=by_sequences), wrong, [whole, 6])
 
 
 def tracker_that_works(folder: Path) -> Tried:

@@ -31,7 +31,7 @@ def same_losses(folder: Path) -> Tried:
 
 
 def legal_layout(folder: Path) -> Tried:
-    """Nothing mended, the batch forgotten, and a model that was cut to fit."""
+    """Nothing mended, the batch forgotten, the pipeline given up, and a model that was cut to fit."""
 
     def cfg(stages: int, batch: int, layers: int = 4) -> dict[str, Any]:
         model = {"num_layers": layers, "hidden_size": 128, "num_attention_heads": 8, "tensor_model_parallel_size": 2}
@@ -41,6 +41,7 @@ def legal_layout(folder: Path) -> Tried:
     wrong = [
         (cfg(3, 18), "PP=3 does not divide"),
         (cfg(2, 18), "18 samples a step"),
+        (cfg(1, 16), "without the pipeline"),
         (cfg(2, 16, layers=6), "model.num_layers changed"),
     ]
     return Tried(cfg(2, 16), wrong, [cfg(1, 16), 8])

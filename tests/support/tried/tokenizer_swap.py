@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from types import SimpleNamespace as Some
 
 import pandas as pd
 
+from course_lib.lesson.exercises import tokenizer_swap
+from course_lib.text import indexed
 from support.tried import Tried
 
 
@@ -32,12 +33,20 @@ def no_row_for_nothing(folder: Path) -> Tried:
     return Tried(cfg(), wrong)
 
 
-def rise_of_the_loss(folder: Path) -> Tried:
-    """The loss itself, the rows, and bits."""
-    rise = math.log(512 / 384)
+def ids_of_the_text(folder: Path) -> Tried:
+    """Nothing mended, the end moved along, off by one, the end doubled, and a document lost."""
+    here, end = [[1010, 1020], [1030]], 2
+
+    def files(name: str, *documents: list[int], closed_by: int = end) -> Path:
+        vocab_size = tokenizer_swap.NEMOTRON_IDS
+        return indexed.write(documents, folder / name, vocab_size=vocab_size, end_of_document=closed_by).prefix
+
     wrong = [
-        (math.log(512), "by how much it is above"),
-        (128, "how many rows were added"),
-        (rise / math.log(2), "in bits"),
+        (files("same", [10, 20], [30]), "off by 1,000 in each of them"),
+        (files("moved", *here, closed_by=1002), "ends with id 1002"),
+        (files("one", [1009, 1019], [1029]), "off by 1 in each"),
+        (files("twice", [1010, 1020, end], [1030, end]), "an id too many"),
+        (files("fewer", here[0]), "1 documents"),
+        (files("shorter", [1010], [1030]), "2 ids, and its text 3"),
     ]
-    return Tried(rise, wrong, [384, 512])
+    return Tried(files("yours", *here), wrong, [here, end])
