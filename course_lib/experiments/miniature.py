@@ -30,6 +30,7 @@ __all__ = [
     "aligned",
     "attempts",
     "blends",
+    "checklist",
     "curated",
     "exported",
     "killing",
@@ -37,6 +38,8 @@ __all__ = [
     "prefix",
     "raw",
     "read",
+    "scheduled",
+    "settings",
     "size",
     "tokens",
     "trained",
@@ -125,6 +128,41 @@ def read(folder: Path, *splits: str) -> list[tasks.Pair]:
     """The pairs of some splits, in the order of their files."""
     lines = [line for split in splits for line in (folder / f"{JSONL[split]}.jsonl").read_text().splitlines()]
     return [tasks.Pair(**json.loads(line)) for line in lines]
+
+
+def scheduled(cfg: ConfigContainer, steps: int, rate: float, *, saves: int, seed: int) -> ConfigContainer:
+    """The configuration with so many steps, this peak rate that ends at 0, and its last save kept; it is changed in place."""
+    cfg.train.train_iters, cfg.rng.seed = steps, seed
+    cfg.optimizer.lr, cfg.optimizer.min_lr = rate, 0.0
+    cfg.scheduler.lr_warmup_iters = max(1, steps // 10)
+    cfg.validation.eval_interval, cfg.validation.eval_iters = steps, 2
+    cfg.logger.log_interval = 1
+    cfg.checkpoint.save_interval, cfg.checkpoint.most_recent_k = saves, 1
+    return cfg
+
+
+def settings(cfg: ConfigContainer) -> dict[str, Any]:
+    """What a training stage depends on besides its inputs, for `lineage.Store.stage`."""
+    return {
+        "steps": cfg.train.train_iters,
+        "seed": cfg.rng.seed,
+        "rate": cfg.optimizer.lr,
+        "saves": cfg.checkpoint.save_interval,
+        "pattern": cfg.model.hybrid_layer_pattern,
+    }
+
+
+def checklist(todo: Mapping[str, bool], plan: Mapping[str, float]) -> str:
+    """A line for each thing to be done, with a box that is open or crossed, and one for each planned number.
+
+    Example:
+        >>> print(checklist({"it fits": True, "the corpus is long": False}, {"days": 2}))
+        [x] it fits
+        [ ] the corpus is long
+        days: 2.00
+    """
+    lines = [f"[{'x' if done else ' '}] {what}" for what, done in todo.items()]
+    return "\n".join([*lines, *(f"{what}: {value:,.2f}" for what, value in plan.items())])
 
 
 def trained(

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from course_lib import stack
+from course_lib import runs, stack
 from course_lib.common.project import DATA
 from course_lib.experiments import export, preferences
 from course_lib.text import docstrings
@@ -54,11 +54,13 @@ __all__ = [
     "merged",
     "paired",
     "proportion",
+    "read",
     "sample",
     "seeds",
     "seeds_of_rungs",
     "visible_difference",
     "word_f1",
+    "write",
 ]
 
 LEVEL = 0.95
@@ -367,6 +369,18 @@ def judged(models: Mapping[str, Path], pairs: Sequence[Pair], *, seed: int = 1) 
             "passes": proportion([docstrings.passes(answer) for answer in answers]),
         }
     return found
+
+
+def write(found: Mapping[str, Mapping[str, Interval]], place: Path) -> Path:
+    """Keep what `judged` found, for `read`; returns the file."""
+    runs.write_json(place, {name: {what: vars(one) for what, one in each.items()} for name, each in found.items()})
+    return place
+
+
+def read(place: Path) -> dict[str, dict[str, Interval]]:
+    """What `write` kept."""
+    found = json.loads(place.read_text(encoding="utf-8"))
+    return {name: {what: Interval(**one) for what, one in each.items()} for name, each in found.items()}
 
 
 def word_f1(answer: str, truth: str) -> float:

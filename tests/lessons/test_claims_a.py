@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace as Some
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -54,11 +55,17 @@ def blended(which, *_):
     which[:] = [0, 1, 0, 1]
 
 
+def building(count, *, rooms=3):
+    """A museum with so many exhibits, of whose three layers so many have one."""
+    layers = ("data", "model", "checkpoint")
+    shown = {str(number): Some(layer=layers[number % rooms], sources=(1,)) for number in range(count)}
+    return Some(LAYERS=layers, exhibits=gives(shown), Visit=gives(None))
+
+
 def lesson_a():
     """Facts of lesson A, a room after the other."""
-    shown = {"x": Some(sources=(1,))}
-    plan = {"count": 17, "museum": Some(exhibits=gives(shown)), "shelf": {"data": ["x"]}}
-    yield "check-plan", plan, [{"count": 14}, {"shelf": {"data": []}}]
+    plan = {"plots": MagicMock(), "shelves": MagicMock(), "tempfile": MagicMock(), "Path": Path}
+    yield "plan", plan | {"museum": building(15)}, [{"museum": building(14)}, {"museum": building(15, rooms=2)}]
     packages = {
         "place": Some(glob=gives([Path("helpers_cpp.so")])), "torch": torch,
         "helpers": Some(build_blending_indices=blended),
@@ -137,8 +144,12 @@ def lesson_a():
             {"marker": Some(unlink=gives(None), exists=gives(True))},
         ],
     )
-    end = {"visit": Some(cases={"x": 1, "y": 2}), "museum": Some(exhibits=gives({"x": 1, "y": 2})), "silent": ["x"]}
-    yield "check-exit", end, [{"silent": []}]
+    two = {"x": 1, "y": 2}
+    end = {
+        "visit": Some(cases=two, silent=["x"]), "museum": Some(exhibits=gives(two), sources=gives(None)),
+        "tables": Some(full=gives(None)),
+    }  # fmt: skip
+    yield "exit", end, [{"visit": Some(cases=two, silent=[])}, {"visit": Some(cases={"x": 1}, silent=["x"])}]
 
 
 CELLS = {cell: (facts, wrong) for cell, facts, wrong in lesson_a()}

@@ -289,17 +289,17 @@ ELSEWHERE = {
         17/check-pattern 17/check-scan 17/check-memory
         17/check-card 17/check-cost 17/check-move 17/fallback 18/check-mend 18/check-score
         18/check-writer 18/check-study 18/check-ray 18/check-scale 19/check-crossing 19/check-roads
-        20/check-text 20/check-walk 20/check-beta 20/check-numbers 20/check-plan""",
+        20/tokens 20/changed 20/check-beta 20/numbers 20/write-plan""",
     "how a launch, a save or a resume ends, which is the same on every device": """07/check-silence 07/check-first
-        07/check-habits 09/run-noise 10/recipe-format 10/check-full 10/check-traps 20/check-killed""",
+        07/check-habits 09/run-noise 10/recipe-format 10/check-full 10/check-traps 20/killed""",
     "one run held against itself, or against a bound far away": """03/check-real-text 04/check 08/check-baselines
         08/check-log 08/check-sick 08/check-leak 10/check-hub 10/check-rows
-        12/state-check 12/check-interleave 12/check-node 20/check-run""",
+        12/state-check 12/check-interleave 12/check-node 20/run""",
     "bytes by the device that their predict cell asks for, and tokens that are counted": "13/check-run",
     "models of transformers on the CPU, wherever ranks trained them, against bounds far away": """13/check-learned
         13/check-merged 14/check-template 14/check-margins 14/check-mend
         14/check-gamed 14/check-seeds 15/check-export 15/check-hand 15/check-order
-        15/check-paired 15/check-ladder 15/check-leak 15/check-bytes 15/check-seeds 19/check-start 20/check-judge""",
+        15/check-paired 15/check-ladder 15/check-leak 15/check-bytes 15/check-seeds 19/check-start 20/figure""",
     "routers and paired seeds, whose bounds are far from what rounding moves": "16/check-load 16/check-pay 18/check-pays",
     "verdicts that figure-all takes together": "09/run-learning-rate 09/run-init 09/run-length 09/run-shape",
 }
