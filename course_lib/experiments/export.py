@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -342,21 +343,22 @@ def _logits(built: Any, ids: list[int]) -> torch.Tensor:
 def loaded(folder: Path) -> Any:
     """The model of a Hugging Face folder in fp32 on the CPU, read without a progress bar.
 
-    From then on Nemotron-H's Mamba layers are computed by the scan of the CPU ranks in this process.
+    From then on Nemotron-H's Mamba layers are computed by the scan of the CPU ranks in this process, so that transformers'
+    warning of its own scan, for want of kernels, is not true of them.
     """
     _scan_for_transformers()
+    import torch
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+    from transformers.utils import logging as bars
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
     try:
-        import torch
-
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        with stack.quietly("transformers.models.nemotron_h.modeling_nemotron_h", below=logging.ERROR):
+            return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     finally:
         if shown:
-            logging.enable_progress_bar()
+            bars.enable_progress_bar()
 
 
 @functools.cache

@@ -297,8 +297,9 @@ def _finite(reward: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def _printing() -> tuple[type, type]:
-    """The callbacks that print each row: the live view takes their place."""
+def _printing() -> tuple[type, ...]:
+    """The callbacks that print each row, in a notebook as a table below a bar: the live view takes their place."""
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
+    from transformers.utils.notebook import NotebookProgressCallback
 
-    return PrinterCallback, ProgressCallback
+    return PrinterCallback, ProgressCallback, NotebookProgressCallback

@@ -1,6 +1,7 @@
 """Preference pairs have one fault each, and whatever a trainer does in the block is a run that tells how it ended."""
 
 import asyncio
+import importlib
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -88,6 +89,25 @@ def test_a_trainer_s_run_reads_like_any_other():
     assert run.metrics.tokens.tolist() == [100, 100]
     assert run.config["trainer"] == {"beta": 0.1} and run.config["model"]["hidden_size"] == 128
     assert trainer.callbacks == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "trainer_callback.PrinterCallback",
+        "trainer_callback.ProgressCallback",
+        "utils.notebook.NotebookProgressCallback",
+    ],
+)
+def test_a_trainer_prints_nothing_beside_the_live_view(name):
+    """In a notebook transformers draws a bar and a table of its own, which would stay in the page; later they are back."""
+    module, _, kind = name.rpartition(".")
+    trainer = Trainer()
+    trainer.add_callback(getattr(importlib.import_module(f"transformers.{module}"), kind)())
+    theirs = list(trainer.callbacks)
+    with preferences.recorded(trainer, name="dpo", show=None):
+        assert len(trainer.callbacks) == 1 and trainer.callbacks != theirs
+    assert trainer.callbacks == theirs
 
 
 def test_a_small_model_trains_in_one_thread():
