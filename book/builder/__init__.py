@@ -98,6 +98,10 @@ def _stage(book: Path, pages: list[Path]) -> Path:
     wanted = {name: facts.fill(_linked(text, pages), root=book.parent) for name, text in texts.items()}
     wanted["_toc.yml"] = _contents(wanted["_toc.yml"], pages)
     whole = whole_path.parts(yaml.safe_load(wanted["_toc.yml"]), [notebooks.describe(page) for page in pages])
+    head = whole_path.picture(whole, folder="lessons/")
+    for page in book.glob("*.md"):
+        title, _, rest = wanted[page.name].partition("\n")
+        wanted[page.name] = f"{title}\n\n{head}\n{rest}"
     wanted |= {f"lessons/{path.name}": _page(path, project=book.parent, whole=whole) for path in pages}
     old = {
         path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file() and not path.is_symlink()

@@ -1,4 +1,4 @@
-"""The whole path at the head of each lesson's page: the parts with their lessons, and where the reader stands.
+"""The whole path at the head of each page: the parts with their lessons, and where the reader stands.
 
 It is a list of links that the style sheet draws as a row of steps, so it needs no file of its own, follows the theme, and
 is read aloud as what it is.
@@ -41,22 +41,23 @@ def parts(contents: Mapping[str, Any], lessons: Sequence[Lesson]) -> list[Part]:
     return found
 
 
-def picture(whole: Sequence[Part], here: str) -> str:
-    """The path as HTML without an empty line, for the page of one lesson.
+def picture(whole: Sequence[Part], here: str = "", *, folder: str = "") -> str:
+    """The path as HTML without an empty line, for one page.
 
     Args:
         whole: What `parts` returns.
-        here: The number of the page's lesson.
+        here: The number of the page's lesson; a page beside the lessons has none.
+        folder: Where the lessons lie as seen from the page, with its slash.
     """
     shown = []
     for part in whole:
-        steps = "".join(_step(lesson, here) for lesson in part.lessons)
+        steps = "".join(_step(lesson, here, folder) for lesson in part.lessons)
         shown.append(f"<li><span>{html.escape(part.caption)}</span><ol>{steps}</ol></li>")
     return f'<nav class="course-path" aria-label="The whole path"><ol>{"".join(shown)}</ol></nav>'
 
 
-def _step(lesson: Lesson, here: str) -> str:
+def _step(lesson: Lesson, here: str, folder: str) -> str:
     number, current = lesson.number.upper(), ' aria-current="page"' if lesson.number == here else ""
     said = html.escape(f"{number} {lesson.title}")
-    address = f"{lesson.path.stem}.html"
+    address = f"{folder}{lesson.path.stem}.html"
     return f'<li><a href="{address}" title="{said}" aria-label="Lesson {said}"{current}>{number}</a></li>'

@@ -1,4 +1,4 @@
-"""The whole path at the head of a lesson: from the table of contents, with one place marked, and words for each step."""
+"""The whole path at the head of a page: from the table of contents, with one place marked, and words for each step."""
 
 from __future__ import annotations
 
@@ -46,6 +46,10 @@ def test_a_page_shows_where_it_stands() -> None:
     assert [link["aria-label"] for link in links.found if "aria-current" in link] == ["Lesson 03 Title 03 <b>"]
     assert links.found[2]["aria-label"] == "Lesson A Title a <b>" and "<b>" not in picture
     assert "\n" not in picture, "an empty line would end the HTML of a Markdown cell"
+    links = Links()
+    links.feed(whole_path.picture(whole, folder="lessons/"))
+    assert [link["href"] for link in links.found] == ["lessons/00_x.html", "lessons/03_x.html", "lessons/a_x.html"]
+    assert not any("aria-current" in link for link in links.found), "a page beside the lessons is no step"
 
 
 def test_parts_without_a_lesson_are_left_out() -> None:
