@@ -59,7 +59,7 @@ def memory_by_step(run: Run, *, ax: Axes, highlight: int | None = None, title: s
     sentences = [f"At the end the ranks hold between {last.min():.3g} and {last.max():.3g} {unit}"]
     plots.finish(ax, x="step", y=f"memory ({unit})", title=title, sentences=sentences)
     ax.set_ylim(bottom=0)
-    ax.legend()
+    ax.legend(loc="lower right" if highlight is None else "best")
     return ax
 
 

@@ -89,9 +89,10 @@ def trend(imbalances: Mapping[str, pd.Series], *, ax: Axes, most: float, title: 
         sentences.append(f"{name} ends at {one.iloc[-1]:.2g} after at most {one.max():.2g}")
     ax.axhline(most, color=INK, linewidth=1.5, dashes=[6, 3])
     ax.axhline(1, color=INK, linewidth=1.5, dashes=[2, 2])
-    ax.text(0, most, "all tokens to the same experts", va="bottom", fontsize=8)
-    ax.text(0, 1, "balance", va="top", fontsize=8)
+    beside = {"textcoords": "offset points", "fontsize": 8}  # of the line, not on it
+    ax.annotate("all tokens to the same experts", (0, most), (0, 3), va="bottom", **beside)
+    ax.annotate("balance", (0, 1), (0, -4), va="top", **beside)
     finish(ax, x="step", y="busiest expert, times the mean", title=title, sentences=sentences)
-    ax.set_ylim(0, most * 1.12)
+    ax.set_ylim(0, most * 1.15)
     ax.legend(loc="best")
     return ax

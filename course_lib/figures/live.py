@@ -237,7 +237,7 @@ class Panels:
             size = (self.width_inches, self.height_inches)
             # Fixed margins: a layout engine would lay out the text again whenever an axis grows (0.3 s against 0.1 s).
             self.figure = Figure(figsize=size, dpi=plots.CSS_PIXELS_PER_INCH)
-            self.figure.subplots_adjust(left=0.1, right=0.965, bottom=0.2, top=0.88, wspace=0.5)
+            self.figure.subplots_adjust(left=0.085, right=0.975, bottom=0.2, top=0.88, wspace=0.6)
             self.canvas = FigureCanvasAgg(self.figure)
             self.axes = self.figure.subplots(1, 3)
             loss, memory, rate = self.axes

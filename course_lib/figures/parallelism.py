@@ -108,7 +108,7 @@ def schedule(rows: pd.DataFrame, *, ax: Axes, title: str = "") -> Axes:
         )
     span, stages = rows.end.max() - rows.begin.min(), rows.stage.nunique()
     for row in rows.itertuples():
-        if row.end - row.begin > 0.02 * span:
+        if row.end - row.begin > 0.035 * span:  # room for two digits
             ax.text(
                 (row.begin + row.end) * 5e2,
                 row.stage,
@@ -163,7 +163,8 @@ def plans(planned: Mapping[str, Plan], *, gpu: Gpu, ax: Axes, title: str = "", r
             ax.barh(row, total, height=0.72, fill=False, edgecolor="#E0403A", linewidth=2.5, hatch="/")
         note = f" {total:.1f}" + ("" if fits else " does not fit")
         crossing = fits and total + 0.07 * right > limit  # the note would stand across the line
-        ax.text(limit if crossing else total, row, note, va="center", color=INK if fits else "#E0403A", fontsize=9)
+        place = limit + 0.005 * right if crossing else total
+        ax.text(place, row, note, va="center", color=INK if fits else "#E0403A", fontsize=9)
     ax.axvline(limit, color=INK, linewidth=1.5, dashes=[6, 3])
     if room:
         ax.axvspan(limit, gib(room.total_bytes), color=INK, alpha=0.15, linewidth=0)

@@ -16,15 +16,24 @@ __all__ = ["gains", "shares"]
 
 
 def shares(table: pd.DataFrame, *, ax: Axes, title: str) -> Axes:
-    """Draw a square for each filter and kind, darker the larger the share that the filter takes of the kind.
+    """Draw a square for each filter and kind, fuller the larger the share that the filter takes of the kind.
+
+    Squares are blue over whatever is behind, so that a dark page stays dark; words are white from a twentieth on.
 
     Args:
         table: One row a filter, one column a kind, shares from 0 to 1.
     """
-    ax.imshow(table, cmap="Blues", vmin=0, vmax=1.8, aspect="auto")  # words stay readable on the darkest
-    for row, shares in enumerate(table.to_numpy()):
-        for column, share in enumerate(shares):
-            ax.text(column, row, f"{share:.0%}", ha="center", va="center", color="#000000")
+    import numpy as np
+
+    values = table.to_numpy(dtype=float)
+    look = {"color": plots.COLOURS["blue"], "linewidth": 0}
+    for (row, column), share in np.ndenumerate(values):
+        full = share >= 0.05
+        alpha = 0.8 + 0.2 * share if full else 2 * share
+        ax.bar(column, 1, width=1, bottom=row - 0.5, alpha=alpha, **look)
+        words = "white" if full else plots.INK
+        ax.text(column, row, f"{share:.0%}", ha="center", va="center", color=words)
+    ax.set(xlim=(-0.5, values.shape[1] - 0.5), ylim=(len(table) - 0.5, -0.5))
     ax.set_xticks(range(len(table.columns)), [name.replace(" ", "\n") for name in table.columns])
     ax.set_yticks(range(len(table)), table.index)
     ax.grid(visible=False)

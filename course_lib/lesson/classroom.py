@@ -93,7 +93,14 @@ def draw(together: DataFrame, *, axes: Sequence[Axes]) -> None:
         f"lesson {lesson.upper()}: guesses are off by a factor of {middle:.2g}" for lesson, middle in middles.items()
     ]
     title = "By how many times guesses are off (line: median)"
-    plots.finish(left, x="factor, 1 is exact", y="lesson", title=title, sentences=said, whole_x=False)
+    plots.finish(
+        left,
+        x=f"factor: 1 is exact, {ledger.AT_MOST:g} is that or more",
+        y="lesson",
+        title=title,
+        sentences=said,
+        whole_x=False,
+    )
     said = [
         f"lesson {lesson.upper()}: {share:.0%} of the tried exercises are right" for lesson, share in shares.items()
     ]

@@ -113,6 +113,9 @@ def test_the_path_shows_the_place(page, site: str, theme: str) -> None:
     )
     assert abs(sum(words) - sum(behind)) > 250, "as dark as what is behind it"
     page.screenshot(path=str(_shot(f"book_path_{theme}.png")))
+    page.goto(f"{site}/troubleshooting.html")
+    page.locator(".course-path a").first.click()
+    assert page.url.endswith("/lessons/07_small.html"), "a page beside the lessons shows the path, too"
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -180,6 +183,14 @@ def test_a_table_of_words_fits_a_phone(page, site: str, name: str) -> None:
     page.goto(f"{site}/{name}.html")
     beyond = "tables => tables.map(table => table.scrollWidth - table.parentElement.clientWidth)"
     assert max(page.locator("table.table").evaluate_all(beyond)) <= 0
+
+
+def test_a_figure_on_a_phone_keeps_its_words_readable(page, site: str) -> None:
+    """It is not shrunk to the width of the screen: it moves sideways in its own frame, and the page does not."""
+    page.set_viewport_size({"width": 390, "height": 800})
+    page.goto(f"{site}/lessons/07_small.html")
+    figure = page.locator("div.cell_output > a.image-reference").first
+    assert figure.locator("img").bounding_box()["width"] > 500 and figure.bounding_box()["width"] <= 390
 
 
 def test_a_wide_table_fits(page, site: str) -> None:
