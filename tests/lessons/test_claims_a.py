@@ -64,6 +64,7 @@ def building(count, *, rooms=3):
 
 def lesson_a():
     """Facts of lesson A, a room after the other."""
+    quiet = Some(quietly=gives(nullcontext()))
     plan = {"plots": MagicMock(), "shelves": MagicMock(), "tempfile": MagicMock(), "Path": Path}
     yield "plan", plan | {"museum": building(15)}, [{"museum": building(14)}, {"museum": building(15, rooms=2)}]
     packages = {
@@ -88,7 +89,7 @@ def lesson_a():
         "field_values": Some(FieldError=ValueError, check_fields=check_fields),
         "allocation": hybrid(5), "cfg_small": Some(model=Some(hybrid_layer_pattern="", finalize=gives(None))),
         "cfg_experts": Some(model=Some()), "layout": Some(require=gives(Some(tensor_model_parallel_size=2))),
-        "schedule": steps[0], "saved": {}, "stack": Some(quietly=nullcontext),
+        "schedule": steps[0], "saved": {}, "stack": quiet,
     }  # fmt: skip
     wrong = [
         {"cfg": recipe(saves=Deaf())},
@@ -128,7 +129,8 @@ def lesson_a():
     yield "mends-model", model, [{"state_spaces": transposed}, {"squares": gives(np.full(4, 4.0))}]
     last = Some(step=10, path="saves/iter_0000010")
     saves = {
-        "saves": "saves", "like": "model", "cfg": Some(model=Some(hidden_size=64)), "recipes": Some(offline=nullcontext),
+        "saves": "saves", "like": "model", "stack": quiet,
+        "cfg": Some(model=Some(hidden_size=64)), "recipes": Some(offline=nullcontext),
         "checkpoints": Some(latest=gives(last), WrongCheckpoint=ValueError, require=raises("names specimens._run")),
         "AutoBridge": Some(from_auto_config=gives(Some(hf_pretrained=Some(hidden_size=64)))),
         "marker": Some(unlink=gives(None), exists=gives(False)), "theirs": "bad",
