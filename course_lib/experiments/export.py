@@ -207,10 +207,8 @@ def _in_one_cpu_rank(rows: int | None) -> Patches:
     Args:
         rows: Of the embedding, those that pad it included; one rank alone would pad to others.
     """
-    mine, why = (
-        Patches(),
-        "a CPU rank has no Transformer Engine, and one rank pads the vocabulary to fewer rows than many",
-    )
+    mine = Patches()
+    why = "a CPU rank has no Transformer Engine, and one rank pads the vocabulary to fewer rows than many"
 
     def fitted(provider: Any) -> Any:
         devices.apply(SimpleNamespace(model=provider))

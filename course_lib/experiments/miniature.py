@@ -244,10 +244,8 @@ def aligned(start: Path, rows: Path, folder: Path, *, seed: int, **dpo: Any) -> 
     preferences.quiet()
     some = preferences.preferences(read(rows, "train"), seed=seed)
     tokenizer = AutoTokenizer.from_pretrained(start, padding_side="left")
-    tokenizer.pad_token, tokenizer.chat_template = (
-        tokenizer.eos_token,
-        None,
-    )  # the prompts end with the separator already
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.chat_template = None  # the prompts end with the separator already
     common = {"output_dir": str(folder / "trl"), "save_strategy": "no", "report_to": "none", "seed": seed}
     common |= {
         "use_cpu": True,

@@ -61,11 +61,9 @@ def beside_the_plan(cfg: Any, run: Run) -> dict[str, tuple[int, int]]:
     from course_lib.stack import devices
 
     ranks, in_ranks = len(read(run)), devices.applied(cfg, run.launch["device"])
-    states, kept, held = (
-        memory.states(in_ranks, ranks=ranks)[0],
-        memory.activations(in_ranks, ranks=ranks),
-        read(run).loc[0],
-    )
+    states = memory.states(in_ranks, ranks=ranks)[0]
+    kept = memory.activations(in_ranks, ranks=ranks)
+    held = read(run).loc[0]
     return {
         "weights": (states.weights_bytes, int(held.weights_bytes)),
         "gradients": (states.gradients_bytes, int(held.gradients_bytes)),

@@ -196,10 +196,8 @@ def sent_bytes(cfg: Any, *, ranks: int) -> dict[str, float]:
         again = (rows.phase == "forward") & rows.group.isin(["tp", *EXPERTS])
         rows = rows.assign(count=rows["count"].where(~again, rows["count"] * 2))
     sent = messages.by_group(rows).sent_bytes
-    model, microbatches = (
-        cfg.model,
-        cfg.train.global_batch_size / (cfg.train.micro_batch_size * layout.data_parallel_size),
-    )
+    model = cfg.model
+    microbatches = cfg.train.global_batch_size / (cfg.train.micro_batch_size * layout.data_parallel_size)
     groups, channels = model.num_query_groups or model.num_attention_heads, Fields.of(cfg).head_channels
     keys = plain.model.seq_length * cfg.train.micro_batch_size * 2 * groups * channels * formats.weights
     return {

@@ -305,86 +305,114 @@ def run(
     Raises:
         ValueError: If `only` names a check that does not exist.
     """
-    began = time.monotonic()
     if unknown := sorted(set(only) - {check.name for check in checks}):
         raise ValueError(f"no check is named {', '.join(unknown)}: choose from {', '.join(c.name for c in checks)}")
     out.mkdir(parents=True, exist_ok=True)
-    kept = (_read_json(out / "report.json") or {}) if only else {}
-    report: dict[str, Any] = {
-        "schema": 1,
-        "device": DRY_DEVICE if dry else "unknown",
-        "date": time.strftime("%Y-%m-%d"),
-        "command": shlex.join(["python", "-m", f"{__package__}.check", *sys.argv[1:]]),
-        "budget_seconds": budget_seconds if math.isfinite(budget_seconds) else None,
-        "machine": kept.get("machine", {}),
-        "checks": dict(kept.get("checks", {})),
-    }
     place = work or Path(tempfile.mkdtemp(prefix="course-gpu-check-"))
     place.mkdir(parents=True, exist_ok=True)
-    results = report["checks"]
-
-    def left() -> float:
-        return budget_seconds - (time.monotonic() - began)
-
-    def write() -> None:
-        report["seconds"] = round(time.monotonic() - began, 1)
-        if not dry and results.get("machine", {}).get("notes"):
-            report["machine"] = results["machine"]["notes"]
-            report["device"] = report["machine"].get("gpu") or "none"
-        files.write_text(out / "report.json", json.dumps(report, indent=1, default=str))
-        files.write_text(out / "report.txt", as_text(report))
-
-    def begin(check: Check) -> _Begun | None:
-        about = {"settles": check.settles, "limit_seconds": check.limit_seconds, "rows": [], "notes": {}}
-        if reason := why_not(check, left_seconds=left(), dry=dry, told=results.get("imports", {}).get("notes", {})):
-            results[check.name] = about | {"status": "skipped", "reason": reason}
-            say(f"{check.name}: skipped, {reason}")
-            return None
-        results[check.name] = about | {"status": "running"}
-        limit = float(check.limit_seconds) * (DRY_PATIENCE if dry else 1)
-        return _Begun(check, Context(check.name, dry, place, laptop, limit, dict(results)), processes)
-
-    def following() -> _Begun | None:
-        """The next check that can begin; those that cannot are skipped by name."""
-        while queue:
-            if (one := begin(queue.pop(0))) is not None:
-                return one
-        return None
-
-    def finish(one: _Begun) -> None:
-        name = one.check.name
-        one.context.limit_seconds = min(one.context.limit_seconds, max(1.0, left() - GRACE_SECONDS))
-        write()
-        if reason := why_not(one.check, left_seconds=left(), dry=dry):
-            one.kill()
-            results[name] |= {"status": "skipped", "reason": reason}
-        else:
-            results[name] |= one.finish()
-            _keep_log(one.log, out, name)
-        write()
-        seconds, reason = results[name].get("seconds", 0.0), results[name].get("reason")
-        say(f"{name}: {results[name]['status']} after {seconds:.0f} s" + (f", {_first_line(reason)}" if reason else ""))
-
     queue = [check for check in checks if not only or check.name in only]
-    now = ahead = None
-    with _environment(place, dry=dry):
-        processes = multiprocessing.get_context("forkserver")
-        processes.set_forkserver_preload([_PRELOAD])
+    kept = (_read_json(out / "report.json") or {}) if only else {}
+    try:
+        with _environment(place, dry=dry):
+            return _Session(
+                queue, kept, out=out, place=place, dry=dry, budget=budget_seconds, laptop=laptop, say=say
+            ).run()
+    finally:
+        if work is None:
+            shutil.rmtree(place, ignore_errors=True)
+
+
+class _Session:
+    """One after the other, and the report after each event."""
+
+    def __init__(
+        self,
+        queue: list[Check],
+        kept: dict[str, Any],
+        *,
+        out: Path,
+        place: Path,
+        dry: bool,
+        budget: float,
+        laptop: Path | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self.queue, self.out, self.place, self.dry, self.laptop, self.say = queue, out, place, dry, laptop, say
+        self.began, self.budget_seconds = time.monotonic(), budget
+        self.results: dict[str, Any] = dict(kept.get("checks", {}))
+        self.report: dict[str, Any] = {
+            "schema": 1,
+            "device": DRY_DEVICE if dry else "unknown",
+            "date": time.strftime("%Y-%m-%d"),
+            "command": shlex.join(["python", "-m", f"{__package__}.check", *sys.argv[1:]]),
+            "budget_seconds": budget if math.isfinite(budget) else None,
+            "machine": kept.get("machine", {}),
+            "checks": self.results,
+        }
+        self.processes = multiprocessing.get_context("forkserver")
+        self.processes.set_forkserver_preload([_PRELOAD])
+
+    def run(self) -> dict[str, Any]:
+        """All of the queue; whatever is under way when this is ended from outside is ended too, and says so."""
+        now = ahead = None
         try:
-            now = following()
+            now = self.begin_next()
             while now is not None:
-                ahead = None if dry else following()  # it imports what it needs while the other has the GPU
-                finish(now)
-                now, ahead = ahead or following(), None
+                ahead = None if self.dry else self.begin_next()  # it imports what it needs while the other has the GPU
+                self.finish(now)
+                now, ahead = ahead or self.begin_next(), None
         finally:
             for one in (now, ahead):
-                if one is not None and results[one.check.name]["status"] == "running":
+                if one is not None and self.results[one.check.name]["status"] == "running":
                     one.kill()
-                    results[one.check.name] |= {"status": "failed", "reason": "it was ended from outside"}
-            write()
-            if work is None:
-                shutil.rmtree(place, ignore_errors=True)
-    return report
+                    self.results[one.check.name] |= {"status": "failed", "reason": "it was ended from outside"}
+            self.write()
+        return self.report
+
+    def left(self) -> float:
+        """Seconds of the budget."""
+        return self.budget_seconds - (time.monotonic() - self.began)
+
+    def write(self) -> None:
+        """Both files as they are now."""
+        self.report["seconds"] = round(time.monotonic() - self.began, 1)
+        if not self.dry and self.results.get("machine", {}).get("notes"):
+            self.report["machine"] = self.results["machine"]["notes"]
+            self.report["device"] = self.report["machine"].get("gpu") or "none"
+        files.write_text(self.out / "report.json", json.dumps(self.report, indent=1, default=str))
+        files.write_text(self.out / "report.txt", as_text(self.report))
+
+    def begin_next(self) -> _Begun | None:
+        """The next check that can begin; those that cannot are skipped by name."""
+        while self.queue:
+            check = self.queue.pop(0)
+            about = {"settles": check.settles, "limit_seconds": check.limit_seconds, "rows": [], "notes": {}}
+            told = self.results.get("imports", {}).get("notes", {})
+            if reason := why_not(check, left_seconds=self.left(), dry=self.dry, told=told):
+                self.results[check.name] = about | {"status": "skipped", "reason": reason}
+                self.say(f"{check.name}: skipped, {reason}")
+                continue
+            self.results[check.name] = about | {"status": "running"}
+            limit = float(check.limit_seconds) * (DRY_PATIENCE if self.dry else 1)
+            context = Context(check.name, self.dry, self.place, self.laptop, limit, dict(self.results))
+            return _Begun(check, context, self.processes)
+        return None
+
+    def finish(self, one: _Begun) -> None:
+        """Its turn, unless the budget has run out since it began."""
+        name = one.check.name
+        one.context.limit_seconds = min(one.context.limit_seconds, max(1.0, self.left() - GRACE_SECONDS))
+        self.write()
+        if reason := why_not(one.check, left_seconds=self.left(), dry=self.dry):
+            one.kill()
+            self.results[name] |= {"status": "skipped", "reason": reason}
+        else:
+            self.results[name] |= one.finish()
+            _keep_log(one.log, self.out, name)
+        self.write()
+        seconds, reason = self.results[name].get("seconds", 0.0), self.results[name].get("reason")
+        words = f", {_first_line(reason)}" if reason else ""
+        self.say(f"{name}: {self.results[name]['status']} after {seconds:.0f} s{words}")
 
 
 def why_not(
@@ -475,9 +503,8 @@ def as_text(report: dict[str, Any]) -> str:
 
 
 def _row_as_text(row: dict[str, Any]) -> str:
-    expected, measured = (
-        "-" if row[key] is None else units.format_number(row[key]) for key in ("expected", "measured")
-    )  # fmt: skip
+    expected = "-" if row["expected"] is None else units.format_number(row["expected"])
+    measured = "-" if row["measured"] is None else units.format_number(row["measured"])
     verdict = {None: "", True: "holds", False: "DOES NOT HOLD"}[row["holds"]]
     bound = "" if row["tolerance"] is None else f"within {units.format_number(row['tolerance'])}"
     words = f"   {row['quantity']:<44} {expected:>12} expected {measured:>12} measured {row['unit']:<10}"

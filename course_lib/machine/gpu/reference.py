@@ -35,11 +35,9 @@ def shrink(cfg: Any) -> None:
 
 def few_steps(cfg: Any, *, steps: int, global_batch_size: int, micro_batch_size: int) -> None:
     """A short run, every step in the log, nothing saved and no evaluation."""
-    cfg.train.train_iters, cfg.train.global_batch_size, cfg.train.micro_batch_size = (
-        steps,
-        global_batch_size,
-        micro_batch_size,
-    )
+    cfg.train.train_iters = steps
+    cfg.train.global_batch_size = global_batch_size
+    cfg.train.micro_batch_size = micro_batch_size
     cfg.scheduler.lr_warmup_iters, cfg.scheduler.lr_decay_iters = 2, None
     cfg.validation.eval_interval, cfg.validation.eval_iters = 1000, 0
     cfg.logger.log_interval, cfg.logger.tensorboard_dir = 1, None

@@ -99,10 +99,8 @@ def _hybrid(fields: Fields, pattern: str) -> list[list[int]]:
         message = f"{fields.model('num_layers')} layers, but the pattern {pattern} has {layers}"
         raise LayoutError(Refusal("model.num_layers", message, changes=({"model.num_layers": layers},)))
     if chunks := fields.model("virtual_pipeline_model_parallel_size"):
-        field, message = (
-            "model.virtual_pipeline_model_parallel_size",
-            f"VPP={chunks}, but Bridge interleaves no hybrid model",
-        )
+        field = "model.virtual_pipeline_model_parallel_size"
+        message = f"VPP={chunks}, but Bridge interleaves no hybrid model"
         raise LayoutError(Refusal(field, message, changes=({field: None},)))
     for change in (PLAN, COUNTED):
         for field in change:
