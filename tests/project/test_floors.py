@@ -20,27 +20,6 @@ ROOMS = [
     *("planning", "launch", "experiments", "reading", "machine/gpu", "machine", "lesson/exercises"),
 ]
 """From the ground up; the command `course` stands above them all."""
-HEAVY = {"torch", "megatron", "pandas", "matplotlib", "transformers", "numpy", "ipywidgets", "IPython", "nemo_run"}
-HEAVY |= {
-    "datasets",
-    "lm_eval",
-    "mlflow",
-    "nemo_automodel",
-    "nemo_curator",
-    "nemo_gym",
-    "papermill",
-    "peft",
-    "ray",
-    "trl",
-}
-TENSORS = {
-    "stack/te_layers.py": "classes of torch, which ranks and the planner take when they have imported it",
-    "stack/state_space.py": "classes of torch, which ranks and the planner take when they have imported it",
-    "experiments/by_hand.py": "its lesson writes collectives in torch",
-    "experiments/by_hand_ranks.py": "what those ranks execute",
-    "experiments/state_spaces.py": "its lesson writes a recurrence in torch",
-}
-"""Modules outside `ranks/` that are about tensors and nothing else, so whoever imports them has torch already."""
 FILES = sorted(LIBRARY.rglob("*.py"))
 
 
@@ -79,20 +58,6 @@ def upwards(path: Path, source: str) -> list[str]:
     return found
 
 
-def heavy(path: Path, source: str) -> list[str]:
-    """The packages that take their time and are imported at the top of a module that a kernel imports."""
-    if room(path).startswith("ranks") or name_of(path) in TENSORS:
-        return []
-    found = []
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            names = [name for _, name in imports(ast.Module([node], []))]
-            found += [f"line {node.lineno}: {name}" for name in names if name.split(".")[0] in HEAVY]
-            ours = {".".join(name.split(".")[1:]).replace(".", "/") + ".py" for name in names}
-            found += [f"line {node.lineno}: {name} imports torch" for name in sorted(ours & set(TENSORS))]
-    return found
-
-
 def name_of(path: Path) -> str:
     """A path as a test's id."""
     return path.relative_to(LIBRARY).as_posix()
@@ -117,28 +82,6 @@ def test_a_broken_floor_is_found(place: str, line: str, words: str) -> None:
     """The rule fails on an import upwards, inside a function too."""
     (problem,) = upwards(LIBRARY / place, f"def f():\n    {line}\n")
     assert words in problem
-
-
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_a_kernel_imports_heavy_packages_where_it_uses_them(path: Path) -> None:
-    """`import course_lib.launch` stays quick: torch, Megatron and their kind are imported inside functions."""
-    assert heavy(path, path.read_text(encoding="utf-8")) == []
-
-
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ("import torch.distributed as dist", "torch.distributed"),
-        ("from megatron.core import utils", "megatron.core.utils"),
-        ("from course_lib.stack import te_layers", "te_layers.py imports torch"),
-    ],
-)
-def test_a_heavy_import_is_found(line: str, words: str) -> None:
-    """The rule fails on a package and on a module of tensors; inside a function, and for a rank, both are right."""
-    (problem,) = heavy(LIBRARY / "launch/__init__.py", line)
-    assert words in problem
-    assert heavy(LIBRARY / "launch/__init__.py", f"def f():\n    {line}\n") == []
-    assert heavy(LIBRARY / "ranks/train.py", line) == []
 
 
 def test_the_readme_shows_the_rooms_that_there_are() -> None:
