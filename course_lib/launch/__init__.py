@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from course_lib import runs, stack
-from course_lib.common.config import ConfigError
+from course_lib.common.config import ConfigError, changed
 from course_lib.common.project import variable
 from course_lib.launch import forkserver, supervise, torchrun
 from course_lib.launch.supervise import RunFailed, RunInterrupted
 from course_lib.launch.torchrun import command, settings, start_process
 from course_lib.ranks import routing, train
-from course_lib.runs import checkpoints, config_file, field_values, foreign_code, writer
+from course_lib.runs import checkpoints, config_file, field_values, finalize, foreign_code, writer
 from course_lib.runs.field_values import FieldError
 from course_lib.stack import devices
 from course_lib.text import microscope, tokenizers
@@ -112,8 +112,8 @@ def run(
         FieldError: If `cfg` carries an attribute that is no field of Bridge's, such as `cfg.train.save_interval`, or a
             value that a field cannot have, such as 0 steps.
         NoTokenizer: If the tokenizer is not on this machine; ranks do not ask the Hub.
-        ConfigError: If a file is no YAML or holds an access token, or a rank finds that it does not fit Bridge; or if the
-            ranks cannot train the model, with the reason and what would run instead.
+        ConfigError: If a file is no YAML, holds an access token or does not fit Bridge; if the ranks cannot train the model,
+            with the reason and what would run instead; or if Bridge's own checks refuse it, with what they accept.
         NoCheckpoint: If there is nothing to load where `load` points; Bridge would start from random weights.
         WrongCheckpoint: If it is torn, of another model, or would run code on being read; nothing was started.
         ForeignFile: If data is cut, of another tokenizer, or newer than the index that Megatron keeps for it.
@@ -249,6 +249,7 @@ def prepare(
         )
     source = checkpoints.root(load).absolute() if load else None  # whoever starts it may stand elsewhere
     if isinstance(cfg, (str, Path)):
+        stack.prepare_imports()
         content = config_file.read_file(Path(cfg))
         foreign_code.refuse(content, Path(cfg))
         devices.refuse_what_cannot_train(content, device)
@@ -274,10 +275,14 @@ def prepare(
     with runs.removed_on_error(path):
         if isinstance(cfg, (str, Path)):
             config_file.write_content(content, path, places)
+            written = train.read_config(path / "config.yaml")
         else:
             config_file.write_config(cfg, path, places)
             content = runs.Run(path).config
             foreign_code.refuse(content, path / "config.yaml")
+            written = changed(cfg, {f"checkpoint.{field}": place for field, place in places.items()})
+        checkpoints.refuse_without_state(written)
+        finalize.refuse(written, ranks=ranks, device=device)
         launcher = launcher or _launcher_for(device)
         about = _launch_record(content, path, ranks, device, launcher, target, plan, record)
         before = checkpoints.global_batch_size(resumed) if resumed else None

@@ -269,6 +269,29 @@ def refuse(cfg: Any, *, load: Run | Path | None, ranks: int) -> Checkpoint | Non
     return resumed
 
 
+def refuse_without_state(cfg: Any) -> None:
+    """Refuse a run that would save or load a model whose state Megatron Core cannot collect: it would stop at its first save.
+
+    In stages, a model that predicts ahead has an output layer of its own on the last one, which tying expects to be absent.
+
+    Raises:
+        ConfigError: What meets, and which one to change.
+
+    Source: megatron-core models/common/language_module/language_module.py @ 0.19.2 `tie_embeddings_and_output_weights_state_dict`
+    """
+    fields = Fields.of(cfg)
+    if not any(fields.get("checkpoint", name) for name in ("save", "load", "pretrained_checkpoint")):
+        return
+    ahead = fields.model("mtp_num_layers", 0) or fields.model("hybrid_layer_pattern", "").count("/")
+    stages = fields.model("pipeline_model_parallel_size", 1)
+    if ahead and stages > 1 and fields.model("share_embeddings_and_output_weights", False):
+        raise ConfigError(
+            f"Megatron Core neither saves nor loads a model with mtp_num_layers={ahead}, tied embeddings and PP={stages}: "
+            "set cfg.model.pipeline_model_parallel_size = 1, or cfg.model.share_embeddings_and_output_weights = False for a "
+            "model with an output layer of its own, or cfg.model.mtp_num_layers = None; or train without save= and load="
+        )
+
+
 def global_batch_size(checkpoint: Checkpoint) -> int | None:
     """That of the run which saved it; `None` if the checkpoint is Megatron-LM's own, which keeps it elsewhere."""
     return Fields(_run_config(checkpoint.path)).get("train", "global_batch_size")

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from course_lib import launch, runs
+from course_lib.common.config import changed
 from course_lib.experiments import generate
 from course_lib.ranks import train
 from course_lib.runs import checkpoints, failures
@@ -394,3 +395,23 @@ def test_watch_is_called_while_the_run_goes_on(bridge, runs_directory):
     with pytest.raises(launch.RunFailed, match="rank 1 was killed"):
         launch.run(config(train_iters=2000), ranks=2, name="watched", show=None, watch=kill_at_first_sight)
     assert seen[0] is None and not Path(runs_directory / "watched" / "checkpoints").exists()
+
+
+def test_a_model_whose_state_cannot_be_collected_is_refused_before_it_trains(bridge, runs_directory) -> None:
+    """Tokens ahead, tied embeddings and two stages stop in Core at the first save, hours into a run; any two of them pass."""
+    wrong = {"model.mtp_num_layers": 1, "model.pipeline_model_parallel_size": 2}
+    wrong["model.share_embeddings_and_output_weights"] = True
+    right = {"model.mtp_num_layers": None, "model.pipeline_model_parallel_size": 1}
+    right["model.share_embeddings_and_output_weights"] = False
+    cfg = changed(small.config(tp=1), wrong)
+    with pytest.raises(launch.ConfigError, match=r"mtp_num_layers=1, tied embeddings and PP=2: set cfg\.model"):
+        launch.prepare(cfg, ranks=2, save=True)
+    assert not list(runs_directory.glob("*"))
+    launch.prepare(cfg, ranks=2)
+    for place in ("load", "pretrained_checkpoint"):
+        with pytest.raises(launch.ConfigError, match="tied embeddings"):
+            checkpoints.refuse_without_state(
+                changed(cfg, {"checkpoint.save": None, f"checkpoint.{place}": "somewhere"})
+            )
+    for field, value in right.items():
+        launch.prepare(changed(cfg, {field: value}), ranks=2, save=True)
