@@ -54,6 +54,8 @@ OVERLAP = {"model__overlap_p2p_comm": True, "model__batch_p2p_comm": False}
 SHAPES = {"model__variable_seq_lengths": True}
 COUNTED = {"model__account_for_embedding_in_pipeline_split": True}
 ENDS = {"model__num_layers_in_first_pipeline_stage": 1, "model__num_layers_in_last_pipeline_stage": 2}
+SEEDED = "support.drills:seeds_its_stream"
+FULL = {"model__recompute_granularity": "full", "model__recompute_method": "uniform", "model__recompute_num_layers": 1}
 
 
 def plan(text: str) -> dict[str, Any]:
@@ -129,6 +131,46 @@ def test_every_layout_trains_the_same_model(started, runs_directory, ranks, kind
     run = launch.run(config(kind, **layout(text), **more), ranks=ranks, load=start, show=None)
     assert run.metrics.step.tolist() == [2, 3] == alone.metrics.step.tolist()
     assert runs.difference(run, alone) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("ranks", "text", "more"),
+    [(1, "", FULL), (2, "TP2 SP", FULL), (2, "PP2", FULL), (2, "TP2", {"model__recompute_granularity": "selective"})],
+)
+def test_what_is_computed_again_drops_what_it_dropped(bridge, runs_directory, ranks, text, more):
+    """With dropout, a run that computes layers again has the bits of one that keeps them, and not those without dropout."""
+    dropping = layout(text) | {"model__hidden_dropout": 0.1, "model__attention_dropout": 0.1, "model__num_layers": 2}
+    kept, again = (launch.run(config("dense", 2, **dropping, **each), ranks=ranks, show=None) for each in ({}, more))
+    for name in ("loss", "grad_norm"):
+        assert kept.metrics[name].tolist() == again.metrics[name].tolist()
+
+
+def test_tensor_parallel_ranks_drop_the_same_of_what_they_share(started, runs_directory):
+    """Hidden dropout without sequence parallelism is drawn alike on every TP rank: it trains as one rank does.
+
+    Attention's dropout is not compared: each rank has heads of its own, and by Megatron's design a stream of its own.
+    """
+    start, undropped = started("dense")
+    hidden = {"model__hidden_dropout": 0.1}
+    alone, shared = (
+        launch.run(config("dense", **layout(text), **hidden), ranks=ranks, load=start, show=None, target=SEEDED)
+        for ranks, text in ((1, ""), (2, "TP2"))
+    )
+    assert runs.difference(shared, alone) < 1e-5 < runs.difference(undropped, alone)
+
+
+def test_a_balance_over_all_ranks_is_a_matter_of_data_parallelism(started, runs_directory):
+    """Megatron Core counts `global_aux_loss` over what all ranks compute at once, and the mean over DP then divides it by DP.
+
+    So two copies at twice the coefficient are one rank with two sequences at once, experts dealt out or not.
+    """
+    start, _ = started("experts")
+    balance = {"model__moe_router_load_balancing_type": "global_aux_loss"}
+    one, two = ({"model__moe_aux_loss_coeff": weight} | balance for weight in (0.5, 1.0))
+    alone = launch.run(config("experts", train__micro_batch_size=2, **one), ranks=1, load=start, show=None)
+    for text, weighted, same in (("EP1", two, True), ("EP2", two, True), ("EP2", one, False)):
+        run = launch.run(config("experts", **layout(text), **weighted), ranks=2, load=start, show=None)
+        assert (runs.difference(run, alone) < 1e-5) == same
 
 
 def test_a_hybrid_goes_on_where_it_was(started, runs_directory):

@@ -42,6 +42,24 @@ def _train(
     train.rank_main(run_directory, cfg, callbacks=[_AtStep(step, action)] if mine else [])
 
 
+class _Seeds:
+    """Begins the GPU's random stream anew when the training begins."""
+
+    def on_train_start(self, context: object) -> None:
+        import torch
+
+        torch.cuda.manual_seed(7)
+
+
+def seeds_its_stream(run_directory: str, cfg: object = None) -> None:
+    """Train from one random state in every layout: before the first step, fused functions are warmed up with random numbers,
+    as many as a rank's share is wide.
+
+    Source: megatron-bridge training/initialize.py @ 0.6.2 `_warmup_jit_function`
+    """
+    train.rank_main(run_directory, cfg, callbacks=[_Seeds()])
+
+
 def own_layer_spec(config: object) -> object:
     """A learner's own layers, here the ones that CPU ranks have anyway; it says that it was asked."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
