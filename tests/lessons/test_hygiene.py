@@ -181,7 +181,11 @@ HEAVY = {
 # to print its source, after they imported torch.)
 IN_RANKS_ONLY = {"ranks", "by_hand", "by_hand_ranks"}
 IN_RANKS_ONLY |= {"preload"}  # of the GPU check: the process that its checks are forked from
-IN_RANKS_ONLY |= {"state_space", "state_spaces", "te_layers"}  # tensors, which a lesson imports after `prepare_imports()`
+IN_RANKS_ONLY |= {
+    "state_space",
+    "state_spaces",
+    "te_layers",
+}  # tensors, which a lesson imports after `prepare_imports()`
 
 
 def module_name(path: Path) -> str:
