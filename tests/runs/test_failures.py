@@ -470,6 +470,26 @@ def test_who_sent_sigkill_is_said_as_far_as_it_is_known(tmp_path, monkeypatch):
         assert words in outcome.cause and "fewer ranks" in outcome.hint
 
 
+@pytest.mark.parametrize(("seconds", "found"), [(-60, set()), (60, {4242})])
+def test_the_kernels_log_counts_from_the_runs_start(tmp_path, monkeypatch, seconds, found):
+    """A process that was killed for memory before the run began explains nothing of it."""
+    log, asked = tmp_path / "kmsg", os.open
+    microseconds = int((time.monotonic() + seconds) * 1e6)
+    log.write_text(f"3,900,{microseconds},-;Out of memory: Killed process 4242 (python) total-vm:1kB\n")
+    monkeypatch.setattr(failures.os, "open", lambda path, flags: asked(log if path == "/dev/kmsg" else path, flags))
+    assert failures._killed_for_memory(time.time()) == found
+
+
+def test_a_save_that_failed_is_told_by_the_rank_that_could_not_write(tmp_path):
+    """Core's exception loses the reason, which stands in a log; without one the exception itself is told."""
+    lost, full = "CheckpointException", "Local worker 0 encountered an error: [Errno 28] No space left on device"
+    for name, said, words in (("a", full, "rank 0 could not write its part"), ("b", "", f"rank 0 raised {lost}")):
+        run = ended(tmp_path / name, world=1, r0=type(lost, (RuntimeError,), {})("ranks:[0]"))
+        (run.path / "logs").mkdir()
+        (run.path / "logs" / "rank_0.log").write_text(said)
+        assert failures.settle(run.path, dead={}).cause.startswith(words)
+
+
 def test_a_provisional_verdict_gives_way_and_another_stands(tmp_path):
     """What a rank wrote is replaced by whoever knows more; the launcher's word is the last."""
     ended(tmp_path, **LOST)

@@ -59,6 +59,7 @@ INFINITE, NAN = math.inf, math.nan
         ("dataset.blend", (["a", "b"], [-1, 2]), r"blend: the weights \[-1, 2\] share nothing out"),
         ("dataset.blend", (["a", "b"], [0, 0]), r"the weights \[0, 0\] share nothing out"),
         ("dataset.blend", (["a", "b"], [NAN, 1]), "share nothing out"),
+        ("dataset.blend", (["a", "b"], [INFINITE, 1]), "share nothing out"),
         ("dataset.blend", (["a", "b"], [1]), "1 weights for 2 prefixes"),
         ("dataset.blend_per_split", [(["a", "b"], [1]), None, None], "1 weights for 2 prefixes"),
         ("logger.log_interval", 0, "at least 1"),
@@ -95,11 +96,22 @@ def test_a_value_that_makes_no_sense_is_refused(
         ("model.virtual_pipeline_model_parallel_size", None),
         ("dataset.blend", (["a", "b"], None)),
         ("dataset.blend", (["a", "b"], [0.7, 0.3])),
+        ("dataset.blend", (["a", "b"], [0, 1])),
     ],
 )
 def test_a_value_that_upstream_gives_a_meaning_passes(bridge: Any, field: str, value: object) -> None:
     """Zero for none, a negative default, a base that recipes write with a point."""
     field_values.refuse_wrong_values(config(**{field.replace(".", "__"): value}))
+
+
+def test_a_size_that_one_model_of_a_family_lacks_may_be_absent_and_not_0(bridge: Any) -> None:
+    """DeepSeek V2 Lite has no `q_lora_rank`, whose default is a number; 0 is no size where there is one."""
+    from megatron.bridge.models.mla_provider import MLAModelProvider
+
+    kind = f"{MLAModelProvider.__module__}.{MLAModelProvider.__qualname__}"
+    field_values.refuse_wrong_values({"model": {"_target_": kind, "q_lora_rank": None}})
+    with pytest.raises(launch.FieldError, match="q_lora_rank=0: give a whole number of at least 1"):
+        field_values.refuse_wrong_values({"model": {"_target_": kind, "q_lora_rank": 0}})
 
 
 def test_a_file_is_held_to_the_same(bridge: Any, runs_directory: Path, tmp_path: Path) -> None:
