@@ -4,8 +4,9 @@ import os
 
 import pytest
 
-from course_lib import launch
+from course_lib import launch, stack
 from course_lib.common.config import changed, flatten
+from course_lib.runs import finalize
 from support import small, sparse
 
 pytestmark = pytest.mark.usefixtures("bridge", "runs_directory")
@@ -84,3 +85,13 @@ def test_what_passes_is_left_as_it_was() -> None:
     launch.prepare(cfg, ranks=2)
     assert flatten(cfg) == before and dict(os.environ) == variables
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_where_ranks_have_gpus_the_kernel_leaves_them_alone(monkeypatch) -> None:
+    """With Transformer Engine there, a run is checked as GPU ranks have it; which GPU it is, its ranks look themselves."""
+    monkeypatch.setattr(stack, "missing_modules", list)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda *_: pytest.fail("the kernel asked for a GPU"))
+    fused = ("moe_permute_fusion", "moe_router_fusion", "apply_rope_fusion", "gradient_accumulation_fusion")
+    flex = {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "deepep"} | dict.fromkeys(fused, False)
+    cfg = changed(sparse.config(fields=flex), {"comm_overlap": None, "optimizer.use_precision_aware_optimizer": False})
+    finalize.refuse(cfg, ranks=2, device="cuda")
