@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from course_lib import stack
 from course_lib.runs import checkpoints
 
-__all__ = ["checkpoint_with_code", "corpus", "hollow_package", "interrupted_save", "samples", "tokenizer"]
+__all__ = ["checkpoint_with_code", "corpus", "hollow_package", "interrupted_save", "overheard", "samples", "tokenizer"]
 
 LENGTH = 33  # ids of a document
 SEQUENCE = 16  # tokens of a sample
@@ -30,6 +35,30 @@ def tokenizer() -> Any:
 
     words = Tokenizer(models.WordLevel({"museum": 0, "failure": 1}, unk_token="museum"))
     return PreTrainedTokenizerFast(tokenizer_object=words)
+
+
+@contextmanager
+def overheard(shows: Callable[[str], object]) -> Iterator[None]:
+    """Hand the errors that `make` writes in the block to `shows`, line by line, when the block ends.
+
+    What a child process writes reaches a notebook late, and may be printed below the next cell.
+    """
+    with tempfile.TemporaryFile() as heard:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        kept = {number: os.dup(number) for number in (1, 2)}
+        try:
+            for number in kept:
+                os.dup2(heard.fileno(), number)
+            yield
+        finally:
+            for number, before in kept.items():
+                os.dup2(before, number)
+                os.close(before)
+            heard.seek(0)
+            for line in heard.read().decode().splitlines():
+                if "***" in line:
+                    shows(line)
 
 
 def hollow_package(folder: Path, name: str) -> Path:
