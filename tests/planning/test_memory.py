@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -499,3 +500,10 @@ def test_what_cannot_be_planned_says_what_to_set(llama: Any) -> None:
     for planned in (memory.states, messages.expected):
         with pytest.raises(ValueError, match="interleaves: set virtual_pipeline"):
             planned(interleaved, ranks=8)
+
+
+@pytest.mark.parametrize(("stored", "dropped", "weight_bytes"), [(0, 0, 4), (0, 1, 2), (1, 0, 2), (1, 1, 1)])
+def test_a_weight_multiplied_in_eight_bits_has_its_copies(stored: int, dropped: int, weight_bytes: int) -> None:
+    """Two bytes or one, and beside them one byte for each pass: both are copies of a bf16 weight, one of a stored fp8 one."""
+    model = SimpleNamespace(fp8_param=bool(stored), disable_parameter_transpose_cache=bool(dropped))
+    assert memory._eight_bit_weight_bytes(model) == weight_bytes
