@@ -69,6 +69,19 @@ def here(**changed: float) -> dict[str, Any]:
     return {"table": table, "ends": first.loc[list(DPO), ["chosen nats"]].set_axis(["chosen_nats"], axis=1)}
 
 
+def spoken(**changed: int) -> SimpleNamespace:
+    """An `evaluation` in which each model has so many words at each temperature; an underscore stands for the space."""
+    usual = {"fine-tuned": 200, "gamed": 40, "with reference": 170}
+    many = usual | {
+        name.replace("_", " ").replace("fine tuned", "fine-tuned"): count for name, count in changed.items()
+    }
+
+    def sample(model: str, *_: Any, **__: Any) -> list[str]:
+        return [" ".join(f"word{number}" for number in range(many[model]))]
+
+    return SimpleNamespace(Model=lambda *given: given[-1], sample=sample)
+
+
 def told(reward: float) -> SimpleNamespace:
     """A score that likes the constant sentence that much."""
     return SimpleNamespace(score=lambda text: reward if text == "Return the value." else 0.9)
@@ -99,6 +112,11 @@ KEYS_FACTS = {
     "GRPOConfig": config(), "place": {}, "as_nano3": AS_NANO3, "blueprint": blueprint, "stage2": pd.DataFrame(KEYS),
     "aligned": aligned, "pd": pd,
 }  # fmt: skip
+ANSWERS = {
+    "held_out": [PAIR], "start": SimpleNamespace(network=None), "gamed": None, "kept": None, "tokenizer": None, "seed": 1,
+    "pd": pd, "tables": SimpleNamespace(full=gives(None)), "evaluation": spoken(),
+    "table": pd.DataFrame({"distinct": [1.0]}, index=["gamed"]),
+}  # fmt: skip
 CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "check-pairs": (
         rows(ROW, ROW),
@@ -126,6 +144,11 @@ CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         [measured((0.4, 0.66, 0.81, 0.5, 0.85), RIGHT_LOSSES), measured(RIGHT_PASSES, (4.7, 6.8, 5.0, 4.9, 5.0)),
          measured(RIGHT_PASSES, (4.7, 6.8, 5.0, 6.3, 6.3)), measured((0.4, 0.66, 0.81, 0.96, 0.4), RIGHT_LOSSES),
          measured(RIGHT_PASSES, (4.7, 6.8, 6.5, 6.3, 5.0))],
+    ),
+    "check-answers": (
+        ANSWERS,
+        [{"evaluation": spoken(gamed=250)}, {"evaluation": spoken(gamed=150)}, {"evaluation": spoken(with_reference=30)},
+         {"table": pd.DataFrame({"distinct": [0.1]}, index=["gamed"])}],
     ),
     "check-seeds": (
         here() | {"evaluation": evaluation},
