@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +234,8 @@ def _watched(path: Path, *, record: bool) -> type:
 
         def run_train_validation_loop(self) -> None:
             recorder.kinds |= _groups(self)
+            if record:
+                _reduce_in_python(self.model_parts)
             mine.begin()
             super().run_train_validation_loop()
             mine.stage("done")
@@ -261,6 +263,16 @@ def _watched(path: Path, *, record: bool) -> type:
             super().log_train_metrics(log_data)
 
     return Watched
+
+
+def _reduce_in_python(parts: Iterable[Any]) -> None:
+    """DDP's reducer calls gloo from C++, where no recorder sees it; torch's own hook sends the same through Python."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+    from torch.nn.parallel import DistributedDataParallel
+
+    for part in parts:
+        if isinstance(part, DistributedDataParallel):
+            part.register_comm_hook(None, allreduce_hook)
 
 
 def _groups(recipe: Any) -> dict[str, str]:

@@ -86,12 +86,13 @@ def lesson_19():
     more = form.assign(count=2)
     across = Some(recorded=gives(form), compare=gives(pd.DataFrame({"expected": [1], "recorded": [1]})))
     sent = {
+        "copies": bridge, "shapes": {}, "fsdp2_messages": Some(replicas=gives(form)),
         "across": bridge, "bridge": bridge, "bound": 1e-5, "form": form, "messages": messages, "collectives": across,
         "eight": eight, "sent": form, "runs": runs, "stack": stack,
     }  # fmt: skip
     unlike = Some(recorded=gives(form), compare=gives(pd.DataFrame({"expected": [1], "recorded": [2]})))
-    wrong = [{"across": trained(7.0, 6.0)}, {"form": more}, {"collectives": unlike}]
-    yield "check-sent", sent, wrong
+    wrong = [{"across": trained(7.0, 6.0)}, {"copies": trained(7.0, 6.0)}, {"form": more}, {"collectives": unlike}]
+    yield "check-sent", sent, [*wrong, {"fsdp2_messages": Some(replicas=gives(more))}]
 
     crossing = {"planned": [10.0, 1000.0], "tokens": [1, 100], "flat": 70.0, "whole": {}}
     crossing["fsdp2_messages"] = Some(units=gives([10]))

@@ -1,4 +1,4 @@
-"""The closed forms of FSDP2 and DDP against what eight ranks recorded of FSDP2, DDP's own reducer, and arithmetic by hand."""
+"""The closed forms of FSDP2 and DDP against what eight ranks recorded, DDP's own reducer, and arithmetic by hand."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_buckets_are_those_of_the_reducer():
 
 
 def test_a_step_of_ddp_reduces_each_gradient_once():
-    """One bucket below a MiB; bf16 gradients are half of the bytes."""
+    """One bucket below a MiB, as eight ranks recorded it on 2026-11-27; bf16 gradients are half of the bytes."""
     rows = fsdp2_messages.replicas(SHAPES, ranks=8).query("bytes > 8")
     assert rows[["operation", "group", "bytes", "count"]].values.tolist() == [["all_reduce", "world", 591_104, 1]]
     small = fsdp2_messages.replicas(SHAPES, ranks=8, bucket_cap_mib=0.05, gradient_bytes=2).query("bytes > 8")
