@@ -23,7 +23,7 @@ from course_lib.experiments import sweep
 from course_lib.text import corpus, indexed, tokenizers
 
 FILE = DATA / "experts_pay.json"
-SEEDS, RANKS, BATCH, EXPERTS, TOP_K, VOCABULARY = (1, 2, 3), 2, 32, 16, 2, 1024
+SEEDS, RANKS, BATCH, EXPERTS, TOP_K, VOCABULARY = (1, 2, 3), 1, 32, 16, 2, 1024
 REFERENCE, LIBRARY = "language reference", "standard library"
 HELD_OUT_TOKENS = 65_536
 """At most so many are evaluated."""
@@ -32,8 +32,8 @@ ROWS = (
     {"text": REFERENCE, "steps": 200, "length": 64, "hidden": 64},
     {"text": LIBRARY, "steps": 200, "length": 64, "hidden": 64},
     {"text": LIBRARY, "steps": 800, "length": 64, "hidden": 64},
-    {"text": LIBRARY, "steps": 200, "length": 256, "hidden": 64},
-    {"text": LIBRARY, "steps": 400, "length": 64, "hidden": 128},
+    {"text": LIBRARY, "steps": 100, "length": 256, "hidden": 64},
+    {"text": LIBRARY, "steps": 200, "length": 64, "hidden": 128},
 )
 
 
@@ -81,6 +81,7 @@ def pair(row: Mapping[str, Any], text: Mapping[str, indexed.Written]) -> tuple[A
     cfg.train.train_iters = row["steps"]
     cfg.train.micro_batch_size, cfg.train.global_batch_size = BATCH // RANKS, BATCH
     cfg.optimizer.lr, cfg.optimizer.min_lr, cfg.scheduler.lr_warmup_iters = 4e-3, 0.0, 3
+    cfg.scheduler.lr_decay_iters = max(cfg.scheduler.lr_decay_iters, row["steps"])  # beyond it the rate is 0
     cfg.validation.eval_interval = row["steps"] + 1
     cfg.validation.eval_iters = min(text["validation"].tokens, HELD_OUT_TOKENS) // (BATCH * length)
     cfg.logger.log_interval = 10

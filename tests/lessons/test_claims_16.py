@@ -147,12 +147,14 @@ def pays():
             {"differences": [-0.1, -0.2, 0.1]},
         ],
     )
-    rows = pd.DataFrame({"steps": [3, 9], "difference": [0.1, -0.1], "paired_noise": [0.05, 0.2]})
-    rows = rows.assign(dense=5.0, sparse=5.0)
-    shown = {"tables": Some(published=gives(rows), full=gives(None))}
-    ahead = {"tables": Some(published=gives(rows.assign(paired_noise=0.01)), full=gives(None))}
-    behind = {"tables": Some(published=gives(rows.assign(difference=0.3)), full=gives(None))}
-    yield "longer", shown, [ahead, behind]
+    rows = pd.DataFrame({"steps": [30, 200, 200], "difference": [0.1, -0.1, -0.2], "paired_noise": [0.05, 0.2, 0.1]})
+    rows = rows.assign(text="standard library", hidden=[64, 64, 128], dense=[[5.0], [4.0], [4.3]], sparse=4.0)
+
+    def shows(**changed):
+        return {"tables": Some(published=gives(rows.assign(**changed)), full=gives(None))}
+
+    wrong = [shows(paired_noise=0.3), shows(difference=[0.1, 0.3, -0.2]), shows(dense=[[5.0], [4.0], [3.9]])]
+    yield "longer", shows(), wrong
 
 
 CELLS = {cell: (facts, wrong) for cell, facts, wrong in lesson()}
