@@ -8,6 +8,7 @@ import re
 import pytest
 
 from course_lib import runs
+from course_lib.experiments import stages
 from course_lib.lesson import notebooks
 from support import executed_lessons
 
@@ -46,6 +47,13 @@ def test_no_cell_reads_a_path_that_depends_on_where_it_runs():
         for cell in json.loads(lesson.path.read_text(encoding="utf-8"))["cells"]:
             source = "".join(cell["source"]) if cell["cell_type"] == "code" else ""
             assert not re.search(r"""["']\.\.?/""", source), (lesson.number, cell["id"])
+
+
+def test_the_base_of_lessons_13_to_15_is_trained_once():
+    """Before them, and no lesson's own seconds: whoever asks for it with the same seed finds this run."""
+    base = stages.base(seed=1)
+    assert stages.base(seed=1).path == base.path
+    assert base.outcome.status == "succeeded" and base.metrics.loss.iloc[-1] < base.metrics.loss.iloc[0] - 1
 
 
 @pytest.mark.parametrize("number", PROJECT_LESSONS)
