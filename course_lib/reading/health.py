@@ -89,7 +89,8 @@ def symptoms(run: Run, *, vocab_size: int | None) -> pd.DataFrame:
         One row a sign, indexed by its name: `measured`, `limit`, `unit`, `where`, `verdict`.
 
     Raises:
-        ValueError: If the run has no step, or too few to see memory grow.
+        ValueError: If the run has no step, or too few to see memory grow; or if `vocab_size` is given and the run's
+            configuration does not say how its first weights were drawn, as another trainer's.
     """
     import pandas as pd
 
@@ -107,7 +108,12 @@ def symptoms(run: Run, *, vocab_size: int | None) -> pd.DataFrame:
     unusable = int((metrics["skipped"].astype(bool) | broken).sum())
     rows = []
     if vocab_size is not None:
-        model = run.config["model"]
+        model = run.config.get("model", {})
+        if absent := {"hidden_size", "init_method_std"} - set(model):
+            raise ValueError(
+                f"the configuration of run {run.name!r} has no model.{' and no model.'.join(sorted(absent))}, so nobody knows "
+                "the loss of its fresh weights: give vocab_size=None"
+            )
         expected = baselines.first_loss(vocab_size, model["hidden_size"], model["init_method_std"])
         start = abs(losses.iloc[0] - expected)
         rows.append((f"first loss away from {expected:.2f}", start, START_NATS, "nats/token", "step 1"))

@@ -48,7 +48,9 @@ def lesson_19():
 
     bridge = trained(7.0, 6.5)
     run = {"bridge": bridge, "alone": bridge, "eight": bridge, "steps": 2, "runs": runs, "tolerance": 1e-5}
+    run["health"] = Some(symptoms=gives(pd.DataFrame({"verdict": ["ok", "ok"]})))
     wrong = [{"alone": trained(7.0, 6.4)}, {"eight": trained(7.0, 6.5, norm=1.1)}, {"steps": 3}, {"tolerance": 0.0}]
+    wrong.append({"health": Some(symptoms=gives(pd.DataFrame({"verdict": ["ok", "look"]})))})
     yield "check-run", run, wrong
 
     full = table(("all_gather", 400, 1), ("reduce_scatter", 400, 1))

@@ -52,6 +52,8 @@ def test_every_reader_reads_it(runs_directory, monkeypatch, capsys):
     assert len(run.memory) == STEPS + 1 and len(run.steps) == STEPS and run.validation.loss.item() == 1.5
     signs = health.symptoms(run, vocab_size=None)
     assert (signs.verdict == "ok").all() and "first loss" not in " ".join(signs.index)
+    with pytest.raises(ValueError, match="has no model.hidden_size and no model.init_method_std.*vocab_size=None"):
+        health.symptoms(run, vocab_size=100)
     assert "loss 0.800 nats/token" in capsys.readouterr().err
     assert "from 1.9 at step 1 to 0.8 nats per token" in plots.loss(run).get_label()
 
