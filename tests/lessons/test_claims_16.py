@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from types import SimpleNamespace as Some
 
@@ -21,7 +22,8 @@ def trained(*losses):
 
 def table(equal=True):
     """A comparison with the closed form."""
-    return pd.DataFrame({"group": ["ep"], "expected": [2], "recorded": [2 if equal else 3]})
+    row = {"phase": "forward", "operation": "all_to_all", "group": "ep", "bytes": 8, "why": "tokens"}
+    return pd.DataFrame([row | {"expected": 2, "recorded": 2 if equal else 3}])
 
 
 def load(*rows):
@@ -32,29 +34,30 @@ def load(*rows):
 
 def lesson():
     """Facts of lesson 16, and for each cell what may be wrong with them."""
-    nano = Some(num_moe_experts=16)
-    count = {"held": Some(expert_parameters=80), "sparse_layers": 4, "nano": nano, "expert": 10}
-    yield (
-        "check-count",
-        count | {"active": 3.58e9, "published_active": 3.6},
-        [{"expert": 11}, {"published_active": 3.2}],
-    )
+    yield from counts()
     logits = torch.tensor([[2.0, 1.0, 0.5, 0.0], [0.0, 1.0, 0.9, 3.0]])
     score = logits.sigmoid()
     own = torch.tensor([[True, True, False, False], [False, True, False, True]])
     moved = torch.tensor([[True, False, True, False], [False, False, True, True]])
     weights = {name: (score * mask) / (score * mask).sum(1, keepdim=True) for name, mask in
                {"softmax": own, "sigmoid": own, "sigmoid, bias": moved}.items()}  # fmt: skip
-    router = {"torch": torch, "logits": logits, "weights": weights}
-    router |= {"chosen": {"softmax": own, "sigmoid": own, "sigmoid, bias": moved}}
+    chosen = {"softmax": own, "sigmoid": own, "sigmoid, bias": moved}
+
+    def routing(weights=weights, chosen=chosen):
+        def route(_logits, _top_k, *, score_function, expert_bias=None):
+            name = score_function if expert_bias is None else f"{score_function}, bias"
+            return weights[name], chosen[name]
+
+        return {"moe_utils": Some(topk_routing_with_score_function=route)}
+
     counted = (score + torch.tensor([0.0, 0.0, 0.5, 0.0])) * moved
     by_bias = weights | {"sigmoid, bias": counted / counted.sum(1, keepdim=True)}
     wrong = [
-        {"weights": {name: one * 2 for name, one in weights.items()}},
-        {"chosen": router["chosen"] | {"sigmoid, bias": own}},
-        {"weights": by_bias},
+        routing(weights={name: one * 2 for name, one in weights.items()}),
+        routing(chosen=chosen | {"sigmoid, bias": own}),
+        routing(weights=by_bias),
     ]
-    yield "check-router", router, wrong
+    yield "check-router", {"torch": torch, "top_k": 2, **routing()}, wrong
     even, one = load([4, 4, 4, 4], [4, 4, 4, 4]), load([16, 0, 0, 0], [16, 0, 0, 0])
     names = ("no balancing", "auxiliary loss", "bias")
     busy = {"no balancing": 4.0, "auxiliary loss": 2.0, "bias": 2.0}
@@ -65,36 +68,13 @@ def lesson():
     spread = {"loads": loads["loads"] | {"no balancing": even}}
     facts = {"pd": pd, "tokens_a_step": 8, "top_k": 2, "steps": 1, "num_experts": 4, **loads}
     yield "check-load", facts, [lost, spread, *collapsed]
-    cfg = Some(train=Some(micro_batch_size=2), model=Some(seq_length=4))
-    sent = {
-        "stack": Some(device=gives("cpu")),
-        "tables_sent": [table()] * 8,
-        "arrived": [[16, 10]] * 4 + [[16, 22]] * 4,
-        "cfg": cfg,
-        "top_k": 2,
-    }
-    yield "check-send", sent, [{"tables_sent": [table(False)] * 8}, {"arrived": [[16, 10]] * 8}]
-    gathered = {
-        "runs": runs,
-        "run_sent": trained(3.0, 2.0),
-        "run_gather": trained(3.0, 2.0),
-        "top_k": 2,
-        "stack": Some(device=gives("cpu")),
-        "collectives": Some(compare=gives(table())),
-        "traffic": {"allgather": 390, "alltoall": 100},
-    }
-    wrong = [
-        {"run_gather": trained(3.0, 2.1)},
-        {"collectives": Some(compare=gives(table(False)))},
-        {"traffic": {"allgather": 100, "alltoall": 100}},
-    ]
-    yield "check-gather", gathered, wrong
-    products = pd.DataFrame({"one by one": [32], "grouped": [2]})
-    recipe = Some(model=Some(moe_grouped_gemm=True))
-    grouped = {"products": products, "local": 16, "ungrouped": True, "recipe": recipe}
-    grouped |= {"stack": Some(device=gives("cpu"))}
-    wrong = [{"local": 8}, {"ungrouped": False}, {"recipe": Some(model=Some(moe_grouped_gemm=False))}]
-    yield "check-grouped", grouped, wrong
+    yield from sent()
+    nano = Some(num_moe_experts=32, expert_model_parallel_size=2)
+    grouped = {"nano": nano, "sparse_layers": 1, "pd": pd, "steps": 1, "loads": {"no balancing": one}}
+    grouped |= {"recipe": Some(model=Some(moe_grouped_gemm=True)), "stack": Some(device=gives("cpu"))}
+    changed = pd.DataFrame(index=["model.moe_grouped_gemm"])
+    wrong = [{"launch": Some(differences=gives(changed[:0]))}, {"recipe": Some(model=Some(moe_grouped_gemm=False))}]
+    yield "check-grouped", grouped | {"launch": Some(differences=gives(changed))}, wrong
     yield from pays()
     parts = ["weights", "gradients", "optimizer", "GiB planned"]
     planned = pd.DataFrame({"8 GPUs": [11, 11, 44, 85], "16 GPUs": [11, 11, 22, 63]}, index=parts)
@@ -107,6 +87,52 @@ def lesson():
     ]
     yield "check-plan", plan, wrong
     yield from sends()
+
+
+def counts():
+    """A model of four sparse layers of sixteen experts of ten weights, on eight ranks; a token visits six."""
+    nano = Some(num_moe_experts=16, moe_router_topk=6, moe_ffn_hidden_size=1, hybrid_layer_pattern="EEEE")
+    cfg = Some(tokenizer=Some(), model=nano)
+    recipe = "nemotron_3_nano_pretrain_8gpu_h100_bf16_config"
+    held = Some(expert_parameters=80, parameters=3_580_000_000 - 640 + 400 + 80)
+    facts = {
+        "recipes": Some(offline=contextlib.nullcontext),
+        "nemotron_3_nano": Some(**{recipe: gives(cfg)}),
+        "closed_forms": Some(feed_forward_weights=gives(10)),
+        "memory": Some(states=gives([held])),
+        "published_active": 3.6,
+    }
+    wrong = [{"closed_forms": Some(feed_forward_weights=gives(11))}, {"published_active": 3.2}]
+    yield "check-count", facts, wrong
+
+
+def sent():
+    """Messages of eight ranks in both forms, and where the choices arrived."""
+    small = {"train": Some(micro_batch_size=2), "model": Some(seq_length=4), "scheduler": Some()}
+    arrived = [[16, 10]] * 4 + [[16, 22]] * 4
+
+    def messages_of(*, equal=True, gather=390, arrived=arrived):
+        def recorded(run):
+            return pd.DataFrame({"group": ["ep"], "bytes": [gather if run is gathering else 100]})
+
+        compared = Some(compare=gives(table(equal)), recorded=recorded)
+        return {"collectives": compared, "experts": Some(arriving=lambda _run, rank: arrived[rank])}
+
+    gathering = trained(3.0, 2.0)
+    facts = {
+        "copy": copy,
+        "cfg": Some(**small),
+        "top_k": 2,
+        "stack": Some(device=gives("cpu")),
+        "launch": Some(run=gives(gathering)),
+        "tables": Some(full=gives(None)),
+        **messages_of(),
+    }
+    yield "check-send", facts, [messages_of(equal=False), messages_of(arrived=[[16, 10]] * 8)]
+    more = {"runs": runs, "units": units, "cfg_sent": Some(**small), "run_sent": trained(3.0, 2.0)}
+    more["messages"] = Some(by_group=lambda rows: Some(sent_bytes=rows.bytes))
+    wrong = [{"run_sent": trained(3.0, 2.1)}, messages_of(equal=False), messages_of(gather=100)]
+    yield "check-gather", facts | more, wrong
 
 
 def sends():
@@ -175,5 +201,5 @@ def test_on_gpus_the_dispatchers_may_differ_by_the_sums_of_bf16():
     """There the messages of the experts alone are in the form, and losses of two dispatchers are not equal in fp32."""
     gathered, wrong = CELLS["check-gather"]
     falsify(
-        "16", "check-gather", gathered | {"stack": Some(device=gives("cuda")), "run_gather": trained(3.0, 2.01)}, wrong
+        "16", "check-gather", gathered | {"stack": Some(device=gives("cuda")), "run_sent": trained(3.0, 2.01)}, wrong
     )

@@ -298,7 +298,7 @@ ELSEWHERE = {
     "bytes by the device that their predict cell asks for, and tokens that are counted": "13/check-run",
     "models of transformers on the CPU, wherever ranks trained them, against bounds far away": """13/check-learned
         13/check-merged 14/check-template 14/check-margins 14/check-mend
-        14/check-gamed 14/check-seeds 15/check-export 15/check-hand 15/check-order
+        14/check-answers 14/check-gamed 14/check-seeds 15/check-export 15/check-hand 15/check-order
         15/check-paired 15/check-ladder 15/check-leak 15/check-bytes 15/check-seeds 19/check-start 20/figure""",
     "routers and paired seeds, whose bounds are far from what rounding moves": "16/check-load 16/check-pay 18/check-pays",
     "verdicts that figure-all takes together": "09/run-learning-rate 09/run-init 09/run-length 09/run-shape",
