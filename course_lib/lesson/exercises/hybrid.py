@@ -24,7 +24,7 @@ def equal_cache(answer: float, kept: Mapping[str, int]) -> Verdict:
         otherwise="The states have one size; keys and values have a size for each token: divide the one by the other.",
         hints=[
             (kept["state"], "Those are the bytes of the states; the question asks for tokens."),
-            (1 / tokens, "You divided the other way round: that is what one token is of the states."),
+            (1 / tokens, "You divided the other way round: that is one token's share of the states."),
             (tokens / 2, "Keys and values are both in `a token` already."),
         ],
         rtol=0.01,
@@ -35,7 +35,7 @@ def shared_sequence(answer: Any, alone: runs.Run, tolerance: float) -> Verdict:
     """A run of yours, from the same checkpoint, in which two ranks share each sequence."""
     run = own_run(answer)
     if run.launch["layout"]["context_parallel_size"] != 2:
-        return wrong("In that run each rank has whole sequences: it is CP=2 that two ranks share one with.")
+        return wrong("In that run each rank has whole sequences: with CP=2 two ranks share each.")
     apart = runs.difference(run, alone)
     if not len(run.metrics.step) or run.metrics.step.iloc[0] == 1:
         return wrong("That run began with fresh weights: give `load=` the run that saved the checkpoint.")

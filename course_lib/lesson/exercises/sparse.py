@@ -52,7 +52,7 @@ def same_first_load(answer: object, run: Run) -> Verdict:
     if not (load.loc[(1, 1)] == experts.load(run).loc[(1, 1)]).all():
         return wrong("Its first layer sent tokens elsewhere: keep the seed, the text, the batch and the sizes of cfg.")
     return right(
-        "routers, attention and embedding draw their first weights from a stream that does not know of experts."
+        "routers, attention and embedding draw their first weights from random numbers that are the same at any EP."
     )
 
 
