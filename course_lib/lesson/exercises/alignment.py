@@ -54,7 +54,8 @@ def gentler_run(answer: object, alone: runs.Run) -> Verdict:
         )
     if share <= LEAST_RIGHT:
         return wrong(
-            f"Its chosen answers lose only {mine:.1f} nats, and {share:.0%} of the pairs are the right way round."
+            f"Its chosen answers lose only {mine:.1f} nats, and {share:.0%} of the pairs are the right way round: more than "
+            f"{LEAST_RIGHT:.0%} are asked for."
         )
     return right(f"chosen answers lose {mine:.1f} nats, and {share:.0%} of the pairs are the right way round.")
 
