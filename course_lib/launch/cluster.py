@@ -37,6 +37,7 @@ __all__ = [
     "free_port",
     "inside",
     "prepare_nemo_run",
+    "pyxis",
     "quiet",
     "rank_errors",
     "run_agents",
@@ -197,6 +198,19 @@ def inside(path: Path) -> str:
     return os.fspath(path.relative_to(PROJECT) if path.is_relative_to(PROJECT) else path)
 
 
+def pyxis(image: str) -> str:
+    """An image's name as Slurm's container plugin reads it: with `/` after the registry it would ask Docker Hub.
+
+    Example:
+        >>> pyxis("nvcr.io/nvidia/nemo:26.06"), pyxis("ubuntu:24.04"), pyxis("./nemo.sqsh")
+        ('nvcr.io#nvidia/nemo:26.06', 'ubuntu:24.04', './nemo.sqsh')
+
+    Source: NVIDIA/enroot src/docker.sh @ 067079e.
+    """
+    registry, _, rest = image.partition("/")
+    return f"{registry}#{rest}" if rest and "." in registry.strip(".") else image
+
+
 def sbatch(
     config: str, *, nodes: int = 1, gpus_per_node: int = 8, account: str, partition: str, image: str, minutes: int = 60
 ) -> str:
@@ -229,7 +243,7 @@ head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 20000))  # two jobs on one node must not meet
 
 # on each node: the tested versions over the container's, then one agent
-srun --container-image={shlex.quote(image)} --container-mounts="$PWD:$PWD" --container-workdir="$PWD" bash -c "
+srun --container-image={shlex.quote(pyxis(image))} --container-mounts="$PWD:$PWD" --container-workdir="$PWD" bash -c "
   {stack.over_container()} &&
   exec torchrun --nnodes={nodes} --nproc-per-node={gpus_per_node} \\
     --rdzv-backend=c10d --rdzv-id=$SLURM_JOB_ID --rdzv-endpoint=$head_node:$port \\

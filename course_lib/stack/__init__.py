@@ -354,9 +354,12 @@ class _Absent(type):
 def over_container(*names: str) -> str:
     """The command that installs tested versions over those of NVIDIA's container, and nothing that fits its torch.
 
+    The container's `python` is that of an environment without a `pip` of its own, and the `pip` on its path installs beside
+    it, for the system's Python.  Source: Megatron-Bridge docker/Dockerfile.fw_base @ 0316315.
+
     Example:
         >>> over_container("megatron-core").rpartition("==")[0]
-        'pip install --no-deps megatron-core'
+        'python -m pip install --no-deps megatron-core'
     """
     names = names or tuple(name for name in TESTED if name != "torch")
-    return " ".join(["pip install --no-deps", *(f"{name}=={TESTED[name]}" for name in names)])
+    return " ".join(["python -m pip install --no-deps", *(f"{name}=={TESTED[name]}" for name in names)])

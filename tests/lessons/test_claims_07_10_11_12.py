@@ -68,16 +68,16 @@ SCRIPT = """#SBATCH --nodes=1
 #SBATCH --time=01:00:00
 export NCCL_DEBUG=WARN
 export PYTHONPATH=/shared/course/packages:/shared/course
-srun --nodes=1 pip install --no-deps megatron-core==0.19.2 --target /shared/course/packages
-srun --container-image nvcr.io/nvidia/nemo:26.06 --container-mounts /shared/course:/shared/course \\
+srun --nodes=1 python -m pip install --no-deps megatron-core==0.19.2 --target /shared/course/packages
+srun --container-image nvcr.io#nvidia/nemo:26.06 --container-mounts /shared/course:/shared/course \\
   torchrun --nproc-per-node 8 -m course_lib.ranks.train /shared/course/runs/smoke/config.yaml
 """
 WORDS = (
-    *("nodes=1", "--container-image", "/shared/course:", "--nproc-per-node 8", "NCCL_DEBUG=WARN"),
+    *("nodes=1", "--container-image nvcr.io#", "/shared/course:", "--nproc-per-node 8", "NCCL_DEBUG=WARN"),
     *(
         "export PYTHONPATH=/shared/course/packages:/shared/course",
         "course_lib.ranks.train",
-        "pip install --no-deps megatron-core==0.19.2",
+        "python -m pip install --no-deps megatron-core==0.19.2",
     ),
 )
 

@@ -83,11 +83,19 @@ def test_tomorrow_leads_from_a_text_to_a_model(executed: Any, tmp_path: Path, mo
     cfg.validation.eval_interval = 2
     launch.run(cfg, ranks=2, name="mine", save=True, show=None)
     (load,) = re.findall(r"`load=(Path\(.*?\))`", TOMORROW)
-    last = mine.splitlines()[-1].replace("save=True", f"save=True, load={load}")
-    resumed = eval(last.partition(" = ")[2], {**prepared, "cfg": cfg})  # noqa: S307
+    (call,) = re.findall(r"^run = (.*)$", mine, flags=re.MULTILINE)
+    resumed = eval(call.replace("save=True", f"save=True, load={load}"), {**prepared, "cfg": cfg})  # noqa: S307
     assert resumed.path.name == "mine-2"
     done = executed(exported)["done"]
     assert (tmp_path / "my_model" / "tokenizer.json").is_file() and (done.folder / "model.safetensors").is_file()
+
+
+def test_the_copy_to_the_node_leaves_out_nothing_of_the_course() -> None:
+    """rsync takes a name without a slash at any depth: `runs` alone would leave out `course_lib/runs`."""
+    (there,) = re.findall(r"^rsync (.*) NODE:course/$", TOMORROW, flags=re.MULTILINE)
+    names = re.findall(r"--exclude (\S+)", there)
+    assert set(names) == {"/.venv", "/.tools", "/runs"}
+    assert (PROJECT / "course_lib" / "runs").is_dir()
 
 
 def test_tomorrows_commands_and_numbers_are_those_of_the_course(bridge: Any) -> None:
@@ -123,6 +131,27 @@ def test_the_first_losses_of_the_plan_are_the_formulas() -> None:
     """3B and 8B stand in the row of their step as the data has them."""
     first = plan.read()["first_losses"]
     assert f"first losses {first['3B']:.2f} and {first['8B']:.2f}" in PLAN
+
+
+def test_checkpoints_and_hours_of_the_plan_follow_from_the_models(bridge: Any) -> None:
+    """14 bytes a parameter on the disk, and twice the seconds of the ceiling for the layouts that the page decides for."""
+    from megatron.bridge.recipes import llama
+
+    layouts = {"llama32_1b": {}, "llama32_3b": {}, "llama3_8b": {"tp": 2, "sequence_parallel": True}}
+    saved, hours = [], []
+    for name, sizes in layouts.items():
+        with recipes.offline():
+            cfg = getattr(llama, f"{name}_pretrain_config")()
+        cfg.tokenizer.vocab_size = 128_256
+        cfg.train.global_batch_size = 128
+        cfg.model.context_parallel_size = 1
+        saved.append(14 * closed_forms.parameter_count(cfg.model, vocab_size=128_256) / GB)
+        laid_out = memory.with_layout(cfg, **sizes)
+        best = ceiling.of(laid_out, ranks=8, gpu=ceiling.gpus()["H100 SXM 80GB"], vocab_size=128_256)
+        hours.append(2 * 2000 * 128 * 8192 / 8 / best.tokens_per_second_per_gpu / 3600)
+    assert "17, 45 and 112 GB" in PLAN and [round(size) for size in saved] == [17, 45, 112]
+    one, three, eight = (f"{each:.1f}" for each in hours)
+    assert f"{one}, {three} and {eight} hours" in PLAN
 
 
 def test_nemotrons_lines_prepare_what_nvidia_ran(executed: Any) -> None:
