@@ -88,6 +88,8 @@ def test_tomorrow_leads_from_a_text_to_a_model(executed: Any, tmp_path: Path, mo
     (call,) = re.findall(r"^run = (.*)$", mine, flags=re.MULTILINE)
     resumed = eval(call.replace("save=True", f"save=True, load={load}"), {**prepared, "cfg": cfg})  # noqa: S307
     assert resumed.path.name == "mine-2"
+    (look,) = re.findall(r"^\.venv/bin/python -c '(.*?)'$", TOMORROW, flags=re.DOTALL | re.MULTILINE)
+    executed(look.replace("first", "mine"))  # what it prints is of a run that trained
     done = executed(exported)["done"]
     assert (tmp_path / "my_model" / "tokenizer.json").is_file() and (done.folder / "model.safetensors").is_file()
 
