@@ -12,7 +12,7 @@ from course_lib.lesson import museum, notebooks
 PAGE = (PROJECT / "book" / "troubleshooting.md").read_text(encoding="utf-8")
 SHOWN_BY = re.compile(r"\(([^()]+)\) \|$")
 KNOWN = {"drill", "test", "doctor", "run once by hand", "read in Megatron-Bridge, pull request 4385"}
-KNOWN |= {"read in nvidia-docker, issues 1243 and 1642"}
+KNOWN |= {"read in nvidia-docker, issue 1243"}
 KNOWN |= {f"lesson {lesson.number.upper()}" for lesson in notebooks.listing()}
 SILENT = {"no-such-field", "tiny-weight", "no-answer", "chunk-border", "code-in-metadata"}
 """Exhibits that print nothing by themselves: what they show is said in other words on the page."""
