@@ -8,9 +8,11 @@ import reprlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 from course_lib import runs
+from course_lib.text import microscope
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,20 @@ def own_run(answer: object) -> runs.Run:
     if run.outcome.status != "succeeded":
         raise Unfit(f"the run {run.name} {run.outcome.status}: {run.outcome.cause} {run.outcome.hint}".strip())
     return run
+
+
+def own_files(answer: object) -> microscope.Index:
+    """The index of the `.bin` and `.idx` that a learner wrote and gives as an answer by their prefix.
+
+    Raises:
+        Unfit: It is no prefix, or Megatron could not read these files.
+    """
+    if not isinstance(answer, str | os.PathLike):
+        raise Unfit("the prefix of the files that you wrote is asked for, a path without suffix")
+    try:
+        return microscope.read(Path(answer))
+    except microscope.ForeignFile as error:
+        raise Unfit(f"these files cannot be read: {error}") from error
 
 
 def of(answer: Any, judge: Judge, *facts: Any) -> Verdict:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from course_lib.lesson.verdicts import Unfit, Verdict, right, value, wrong
+from course_lib.lesson.verdicts import Unfit, Verdict, own_files, right, value, wrong
 from course_lib.planning.layout.rules import padded_vocab_size
 from course_lib.text import indexed, microscope, tokenizers
 
@@ -78,12 +77,7 @@ def ids_of_the_text(answer: str | Path, here: Sequence[Sequence[int]], end: int)
     """
     import numpy as np
 
-    if not isinstance(answer, str | os.PathLike):
-        raise Unfit("the prefix of the files that you wrote is asked for, a path without suffix")
-    try:
-        found = microscope.read(Path(answer))
-    except microscope.ForeignFile as error:
-        return wrong(f"These files cannot be read: {error}")
+    found = own_files(answer)
     if len(found.lengths) != len(here):
         return wrong(f"{len(found.lengths):,} documents, and the colleague's files have {len(here):,}.")
     for number, ids in enumerate(here):

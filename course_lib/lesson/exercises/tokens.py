@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from course_lib.lesson.verdicts import Unfit, Verdict, right, value, wrong
+from course_lib.lesson.verdicts import Unfit, Verdict, own_files, right, value, wrong
 from course_lib.text import microscope
 
 
@@ -74,12 +73,7 @@ def rescued(answer: str | Path, torn: Path, index: microscope.Index) -> Verdict:
     """
     import numpy as np
 
-    if not isinstance(answer, str | os.PathLike):
-        raise Unfit("the prefix of the files that you wrote is asked for, a path without suffix")
-    try:
-        found = microscope.read(Path(answer))
-    except microscope.ForeignFile as error:
-        return wrong(f"These files cannot be read: {error}")
+    found = own_files(answer)
     item = np.dtype(index.type_name).itemsize
     whole = int((index.pointers + item * index.lengths <= Path(f"{torn}.bin").stat().st_size).sum())
     if len(found.lengths) > whole:
