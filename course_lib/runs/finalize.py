@@ -78,13 +78,14 @@ def _refusal(cfg: ConfigContainer, ranks: int, device: str) -> Exception | None:
 
 @contextmanager
 def _variables_kept() -> Iterator[None]:
-    """Take out again what the configuration adds to this process's environment."""
-    before = set(os.environ)
+    """This process's environment is afterwards what it was: the configuration adds variables and replaces some."""
+    before = dict(os.environ)
     try:
         yield
     finally:
-        for name in set(os.environ) - before:
+        for name in set(os.environ) - set(before):
             del os.environ[name]
+        os.environ.update(before)
 
 
 def _elsewhere(ranks: int, device: str) -> Patches:
