@@ -5,10 +5,23 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["DATA", "LIBRARY", "PROJECT", "RUNS", "VARIABLES", "Variable", "refusal", "untested_allowed", "variable"]
+__all__ = [
+    "DATA",
+    "LIBRARY",
+    "PROJECT",
+    "RUNS",
+    "VARIABLES",
+    "Variable",
+    "environment_kept",
+    "refusal",
+    "untested_allowed",
+    "variable",
+]
 
 PROJECT = Path(__file__).resolve().parents[2]
 LIBRARY = PROJECT / "course_lib"
@@ -113,3 +126,24 @@ def refusal(name: str, value: str) -> str | None:
 def untested_allowed() -> bool:
     """Whether `COURSE_ALLOW_UNTESTED` lets ranks start where the course promises nothing."""
     return variable("COURSE_ALLOW_UNTESTED") == "1"
+
+
+@contextmanager
+def environment_kept(wanted: Mapping[str, str] | None = None) -> Iterator[None]:
+    """This process's environment is afterwards what it was; inside it is `wanted`, or at first as before.
+
+    Variables that stay are never away: other threads of a kernel read them meanwhile.
+    """
+    before = dict(os.environ)
+    try:
+        if wanted is not None:
+            _replace_environment(wanted)
+        yield
+    finally:
+        _replace_environment(before)
+
+
+def _replace_environment(wanted: Mapping[str, str]) -> None:
+    for name in os.environ.keys() - wanted.keys():
+        del os.environ[name]
+    os.environ.update(wanted)

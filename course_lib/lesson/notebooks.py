@@ -13,14 +13,13 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from course_lib.common import screen
-from course_lib.common.project import PROJECT
+from course_lib.common.project import PROJECT, environment_kept
 
 SCREEN_LINES = 15  # of an error message: what still fits on one screen with the rest
 GUESS = re.compile(r"(?m)^(guess\w*) = None\b")
@@ -127,10 +126,11 @@ def execute(
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.stem}.{os.getpid()}.partial.ipynb")
     failed = target.with_name(f"{target.stem}.failed.ipynb")
+    ledger = target.parent / ".ledger.json"  # a headless run makes no predictions of yours
     start = time.monotonic()
     progress = _Progress(source)
     try:
-        with _kernel_environment(ledger=target.parent / ".ledger.json"):
+        with environment_kept({"COURSE_LEDGER": os.fspath(ledger), **kernel_environment()}):
             papermill.execute_notebook(
                 lesson,
                 partial,
@@ -221,25 +221,6 @@ def kernel_environment(given: Mapping[str, str] = os.environ) -> dict[str, str]:
     kept = {name: value for name, value in given.items() if name != "PYTHONDONTWRITEBYTECODE"}
     path = [os.path.join(sys.prefix, "share", "jupyter"), given.get("JUPYTER_PATH", "")]
     return kept | {"JUPYTER_PATH": os.pathsep.join(filter(None, path))}
-
-
-@contextmanager
-def _kernel_environment(*, ledger: Path) -> Iterator[None]:
-    """Set what the kernel inherits, and put this process's environment back.
-
-    A headless run makes no predictions of yours, so it keeps a ledger of its own.
-    """
-    before = dict(os.environ)
-    try:
-        _replace_environment({"COURSE_LEDGER": os.fspath(ledger), **kernel_environment()})
-        yield
-    finally:
-        _replace_environment(before)
-
-
-def _replace_environment(wanted: Mapping[str, str]) -> None:
-    os.environ.clear()
-    os.environ.update(wanted)
 
 
 class _Progress:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-import os
 import re
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from course_lib import stack
 from course_lib.common.config import ConfigError, changed, value
+from course_lib.common.project import environment_kept
 from course_lib.stack import devices, patches
 from course_lib.stack.patches import Patches
 
@@ -66,7 +65,7 @@ def _refusal(cfg: ConfigContainer, ranks: int, device: str) -> Exception | None:
     mine = devices.applied(cfg, device)
     try:
         with (
-            _variables_kept(),
+            environment_kept(),
             stack.quietly("megatron", "root", below=logging.CRITICAL, messages=("",)),
             patches.applied(_elsewhere(ranks, device)),
         ):
@@ -74,18 +73,6 @@ def _refusal(cfg: ConfigContainer, ranks: int, device: str) -> Exception | None:
     except Exception as error:
         return error
     return None
-
-
-@contextmanager
-def _variables_kept() -> Iterator[None]:
-    """This process's environment is afterwards what it was: the configuration adds variables and replaces some."""
-    before = dict(os.environ)
-    try:
-        yield
-    finally:
-        for name in set(os.environ) - set(before):
-            del os.environ[name]
-        os.environ.update(before)
 
 
 def _elsewhere(ranks: int, device: str) -> Patches:

@@ -88,3 +88,18 @@ def test_the_doctor_shows_what_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows.keys() == project.VARIABLES.keys()
     assert rows["COURSE_THREADS"]["now"] == "3"
     assert all(row["now"] == os.environ.get(name, "") and row["meaning"] for name, row in rows.items())
+
+
+def test_an_environment_is_afterwards_what_it_was(monkeypatch) -> None:
+    """Variables that are added, replaced and taken out inside; after an error as well, and with an environment of its own."""
+    monkeypatch.setenv("KEPT", "before")
+    monkeypatch.setenv("TAKEN", "before")
+    monkeypatch.delenv("ADDED", raising=False)
+    before = dict(os.environ)
+    for wanted in (None, {"ADDED": "at first"}):
+        with pytest.raises(RuntimeError), project.environment_kept(wanted):
+            assert dict(os.environ) == (before if wanted is None else wanted)
+            os.environ |= {"KEPT": "inside", "ADDED": "inside"}
+            os.environ.pop("TAKEN", None)
+            raise RuntimeError
+        assert dict(os.environ) == before

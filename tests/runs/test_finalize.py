@@ -76,11 +76,13 @@ def test_a_field_of_experts_is_named_with_its_fix(runs_directory) -> None:
     launch.prepare(sparse.config(fields={"moe_router_topk": 1, "moe_router_pre_softmax": True}), ranks=2)
 
 
-def test_what_passes_is_left_as_it_was() -> None:
+def test_what_passes_is_left_as_it_was(monkeypatch) -> None:
     """The checks set fields, variables and switches of torch: on a copy, in no process but a rank."""
     import torch
 
-    cfg = changed(small.config(tp=1), {"model.deterministic_mode": True, "env_vars": {"NCCL_ALGO": "Ring"}})
+    monkeypatch.setenv("MY_CACHE", "mine")  # one that is replaced, where NCCL_ALGO is added
+    variables = {"NCCL_ALGO": "Ring", "MY_CACHE": "the ranks'"}
+    cfg = changed(small.config(tp=1), {"model.deterministic_mode": True, "env_vars": variables})
     before, variables = flatten(cfg), dict(os.environ)
     launch.prepare(cfg, ranks=2)
     assert flatten(cfg) == before and dict(os.environ) == variables

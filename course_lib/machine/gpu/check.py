@@ -25,7 +25,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -33,6 +33,7 @@ from typing import Any
 
 from course_lib import stack
 from course_lib.common import files, units
+from course_lib.common.project import environment_kept
 
 DRY_DEVICE = "cpu (dry)"
 GATE = "COURSE_GPU_GATE"
@@ -42,6 +43,9 @@ _JOBS = f"{__package__}.jobs"
 _PRELOAD = f"{__package__}.preload"
 BROKEN = "NO"
 """How a note of the check `imports` begins for what does not import."""
+
+_LEFT_OUT = ("TORCHDYNAMO_DISABLE", "PYTHONDONTWRITEBYTECODE")
+"""Variables of this process that would make a check another one: without its compiler, or with slow imports."""
 
 DRY_PATIENCE = 5
 """A dry run may share two cores with others: its limits are so many times longer."""
@@ -313,7 +317,7 @@ def run(
     queue = [check for check in checks if not only or check.name in only]
     kept = (_read_json(out / "report.json") or {}) if only else {}
     try:
-        with _environment(place, dry=dry):
+        with environment_kept(_environment(place, dry=dry)):
             return _Session(
                 queue, kept, out=out, place=place, dry=dry, budget=budget_seconds, laptop=laptop, say=say
             ).run()
@@ -436,31 +440,20 @@ def why_not(
     return None
 
 
-@contextlib.contextmanager
-def _environment(place: Path, *, dry: bool) -> Iterator[None]:
-    """What every process of a check finds in its environment; restored afterwards.
+def _environment(place: Path, *, dry: bool) -> dict[str, str]:
+    """What every process of a check finds in its environment.
 
     Caches go to a folder that can be written whatever HOME is, and no process asks a network.
     """
-    before = dict(os.environ)
+    kept = {name: value for name, value in os.environ.items() if name not in _LEFT_OUT}
     places = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor", "XDG_CACHE_HOME": "cache"}
     places |= {"COURSE_RUNS": "runs", "HF_HOME": "huggingface", "MPLCONFIGDIR": "matplotlib", "CUDA_CACHE_PATH": "cuda"}
     places |= {"TRITON_HOME": "triton-home", "TORCH_EXTENSIONS_DIR": "extensions"}
-    os.environ |= {name: str(place / folder) for name, folder in places.items()}
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "COURSE_DEVICE": "cpu" if dry else "cuda"}
-    os.environ["PYTHONWARNINGS"] = (
-        "ignore::RuntimeWarning:runpy"  # processes import this module a second time, by design
-    )
-    os.environ["COURSE_ALLOW_UNTESTED"] = "1"  # a node's torch may be another; the report says which
-    for name in ("TORCHDYNAMO_DISABLE", "PYTHONDONTWRITEBYTECODE"):
-        os.environ.pop(name, None)
-    if not dry:
-        os.environ |= {"NVTE_FRAMEWORK": "pytorch", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ |= before
+    wanted = {name: str(place / folder) for name, folder in places.items()}
+    wanted |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "COURSE_DEVICE": "cpu" if dry else "cuda"}
+    wanted["PYTHONWARNINGS"] = "ignore::RuntimeWarning:runpy"  # processes import this module a second time, by design
+    wanted["COURSE_ALLOW_UNTESTED"] = "1"  # a node's torch may be another; the report says which
+    return kept | wanted | ({} if dry else {"NVTE_FRAMEWORK": "pytorch", "CUDA_DEVICE_MAX_CONNECTIONS": "1"})
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
