@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import tempfile
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from course_lib import stack
 from course_lib.runs import checkpoints
@@ -39,26 +38,21 @@ def tokenizer() -> Any:
 
 @contextmanager
 def overheard(shows: Callable[[str], object]) -> Iterator[None]:
-    """Hand the errors that `make` writes in the block to `shows`, line by line, when the block ends.
+    """Hand the errors of `make` to `shows`, line by line, where the block starts it by `subprocess.run`.
 
-    What a child process writes reaches a notebook late, and may be printed below the next cell.
+    What a child process writes of itself reaches a notebook late, and may be printed below the next cell.
     """
-    with tempfile.TemporaryFile() as heard:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        kept = {number: os.dup(number) for number in (1, 2)}
-        try:
-            for number in kept:
-                os.dup2(heard.fileno(), number)
-            yield
-        finally:
-            for number, before in kept.items():
-                os.dup2(before, number)
-                os.close(before)
-            heard.seek(0)
-            for line in heard.read().decode().splitlines():
-                if "***" in line:
-                    shows(line)
+
+    def run(*command: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+        done = start(*command, **options, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for line in done.stdout.splitlines():
+            if "***" in line:
+                shows(line)
+        return done
+
+    start = subprocess.run
+    with mock.patch.object(subprocess, "run", run):
+        yield
 
 
 def hollow_package(folder: Path, name: str) -> Path:

@@ -131,37 +131,38 @@ def cache(cfg: Any) -> dict[str, int]:
     return {"state": state, "a token": token}
 
 
-def fallback(length: int, *, chunk: int = 16) -> pd.DataFrame:
-    """Nemotron-H's mixer of transformers without CUDA, and the definition with the same weights, token by token.
+def fallback(length: int, *, chunk: int = 16) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The scan in transformers' Nemotron-H layer without CUDA.
 
     Returns:
-        Columns `token`, from 0, and `difference`: the largest one of a token, as a share of the largest output.
+        What `recurrence` takes, as the layer computes it from random tokens, and what the layer's scan gave
+        [1, length, heads, head size].
     """
-    import pandas as pd
     from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHConfig, NemotronHMamba2Mixer
 
     torch.manual_seed(1)
     sizes = {"hidden_size": 64, "mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 2}
     config = NemotronHConfig(**sizes, chunk_size=chunk, use_mamba_kernels=False, time_step_min=0.0)
     mixer, tokens = NemotronHMamba2Mixer(config, layer_idx=0), torch.randn(1, length, 64)
+    scanned = []
+    mixer.norm.register_forward_pre_hook(lambda _, given: scanned.append(given[0]))
     with torch.no_grad():
         mixer.dt_bias.copy_(torch.linspace(-5.0, -3.0, 8))
-        right, theirs = _by_definition(mixer, tokens), mixer.torch_forward(tokens)
-    apart = (theirs - right).abs().amax((0, 2)) / right.abs().max()
-    return pd.DataFrame({"token": range(length), "difference": apart.tolist()})
+        mixer.D.zero_()  # what goes around the scan
+        mixer.torch_forward(tokens)
+        return _scanned(mixer, tokens), scanned[0].unflatten(-1, (8, 16))
 
 
-def _by_definition(mixer: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """What the layer should give: its own projections, convolution and norm around the recurrence."""
+def _scanned(mixer: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the layer scans: its own projection and convolution of the tokens."""
     heads, groups = mixer.num_heads, mixer.n_groups
-    z, mixed, dt = mixer.in_proj(tokens).split([mixer.intermediate_size, mixer.conv_dim, heads], -1)
+    _, mixed, dt = mixer.in_proj(tokens).split([mixer.intermediate_size, mixer.conv_dim, heads], -1)
     mixed = state_space.convolution(mixed, mixer.conv1d.weight[:, 0], mixer.conv1d.bias)
     written = groups * mixer.ssm_state_size
     x, B, C = mixed.split([mixer.intermediate_size, written, written], -1)
-    x = x.unflatten(-1, (heads, -1))
     B, C = (part.unflatten(-1, (groups, -1)).repeat_interleave(heads // groups, 2) for part in (B, C))
-    y = recurrence(x, functional.softplus(dt + mixer.dt_bias), -mixer.A_log.exp(), B, C)
-    return mixer.out_proj(mixer.norm((y + mixer.D[:, None] * x).flatten(2), z))
+    dt = functional.softplus(dt + mixer.dt_bias)
+    return {"x": x.unflatten(-1, (heads, -1)), "dt": dt, "A": -mixer.A_log.exp(), "B": B, "C": C}
 
 
 @dataclass(frozen=True)

@@ -61,13 +61,6 @@ def lesson_17():
     wrong = [{"baselines": Some(first_loss=gives(11.9))}, {"plan": Some(states=Some(parameters=6))}, {"planned": 71.0}]
     wrong.append({"by_part": {"mamba": 2 * kept}})
     yield "check-card", card, wrong
-    apart = pd.DataFrame({"difference": [1e-8] * 4 + [0.01] * 4})
-
-    def compared(found):
-        return {"chunk": 4, "state_spaces": Some(fallback=gives(found))}
-
-    right = pd.DataFrame({"difference": [1e-8] * 8})
-    yield "fallback", compared(apart), [compared(right), compared(apart + 0.01)]
 
 
 CELLS = {cell: (facts, wrong) for cell, facts, wrong in lesson_17()}

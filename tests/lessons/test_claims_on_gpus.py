@@ -287,7 +287,7 @@ ELSEWHERE = {
         13/check-config 13/check-gpus 14/check-pairs 14/check-keys 14/check-gameable 15/check-nano3
         15/check-plan 16/check-count 16/check-router 16/check-plan 16/check-sends 16/longer
         17/check-pattern 17/check-scan 17/check-memory
-        17/check-card 17/check-cost 17/check-move 17/fallback 18/check-mend 18/check-score
+        17/check-card 17/check-cost 17/check-move 18/check-mend 18/check-score
         18/check-writer 18/check-study 18/check-ray 18/check-scale 19/check-crossing 19/check-roads
         20/tokens 20/changed 20/check-beta 20/numbers 20/write-plan""",
     "how a launch, a save or a resume ends, which is the same on every device": """07/check-silence 07/check-first

@@ -1,4 +1,4 @@
-"""Lesson 17: a cache against a state, a hybrid over a shared sequence, and states that are added along the wrong axis."""
+"""Lesson 17: where a scan begins to be wrong, a hybrid over a shared sequence, and states that are added along the wrong axis."""
 
 from __future__ import annotations
 
@@ -9,25 +9,37 @@ from course_lib import runs
 from course_lib.lesson.verdicts import Unfit, Verdict, own_run, right, value, wrong
 
 if TYPE_CHECKING:
+    import torch
+
     from course_lib.experiments.state_spaces import Chunks
 
-__all__ = ["equal_cache", "handed_on", "shared_sequence"]
+__all__ = ["first_wrong", "handed_on", "shared_sequence"]
 
 
-def equal_cache(answer: float, kept: Mapping[str, int]) -> Verdict:
-    """From how many tokens on do keys and values hold more than the states?"""
-    tokens = kept["state"] / kept["a token"]
+ROUNDING = 1e-4
+"""Sums of fp32 in another order stay below it, as a share of the largest output."""
+
+
+def first_wrong(answer: int, given: Mapping[str, torch.Tensor], theirs: torch.Tensor) -> Verdict:
+    """Which is the first token whose output is not what the recurrence makes of the same inputs?"""
+    from course_lib.experiments import state_spaces
+
+    definition = state_spaces.recurrence(**given)
+    apart = (theirs - definition).abs().amax((0, 2, 3)) / definition.abs().max()
+    wrong_ones = (apart > ROUNDING).nonzero().flatten().tolist()
+    first = wrong_ones[0]
+    before, there = apart[:first].max(), apart[first]
     return value(
         answer,
-        tokens,
-        why="that many tokens of keys and values are as large as the states, which never grow.",
-        otherwise="The states have one size; keys and values have a size for each token: divide the one by the other.",
+        first,
+        why=f"before it the two agree to {before:.0e} of the largest output, and it is off by {there:.1e} of it.",
+        otherwise="Take the largest difference of each token, over heads and channels, and look where it jumps.",
         hints=[
-            (kept["state"], "Those are the bytes of the states; the question asks for tokens."),
-            (1 / tokens, "You divided the other way round: that is one token's share of the states."),
-            (tokens / 2, "Keys and values are both in `a token` already."),
+            (first + 1, "Tokens are counted from 0 here."),
+            (int(apart.nonzero()[0]), "That difference is of the seventh digit: the same sums in another order."),
+            (int(apart.argmax()), "There it is largest; it was wrong before."),
+            (len(wrong_ones), "That is how many tokens are wrong; the question asks for the first."),
         ],
-        rtol=0.01,
     )
 
 
