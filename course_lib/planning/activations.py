@@ -6,6 +6,7 @@ experts are run with **balanced routing**: each expert gets equally many tokens,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -41,7 +42,8 @@ class Activations:
 
     Attributes:
         per_microbatch_bytes: Kept tensors of one micro-batch, all layers of the stage, without the loss.
-        loss_bytes: Kept tensors of the output layer's logits and the loss, and the logits' second copy while both live.
+        loss_bytes: Kept tensors of the output layer's logits and the loss, the logits' second copy while both live, and
+            what waits for the output layer's weight gradient where `defer_embedding_wgrad_compute` puts it off.
         in_flight: Micro-batches whose activations live at once (a fraction with an interleaved pipeline).
         recomputed_bytes: What recomputation brings back while a layer, or several together, go backward.
         by_part: Kept bytes of one micro-batch by part of the model: ``embedding``, ``attention``, ``mamba``, ``mlp``
@@ -122,9 +124,10 @@ def _brought_back(plain: dict[str, dict[str, int]], kept: dict[str, dict[str, in
 
 
 def as_a_gpu_has_it(cfg: Any) -> Any:
-    """A copy of a configuration after Bridge's own start: number formats spread over its sections, one optimizer setting.
+    """A copy of a configuration after Bridge's own start: number formats and overlaps spread over its sections, one
+    optimizer setting.
 
-    Source: megatron-bridge 0.6.2 ``training/config.py`` ``runtime_config_update``.
+    Source: megatron-bridge 0.6.2 ``training/config.py`` ``runtime_config_update``, ``training/comm_overlap.py``.
     """
     from megatron.bridge.training.mixed_precision import get_mixed_precision_config
 
@@ -133,6 +136,9 @@ def as_a_gpu_has_it(cfg: Any) -> Any:
         mixed = changed(get_mixed_precision_config(cfg.mixed_precision), {})
         mixed.finalize()
         mixed.setup(mine.model, mine.optimizer, mine.ddp)
+    if cfg.comm_overlap is not None:  # it decides for the model's own fields, where it says nothing as well
+        for name in _OVERLAPS:
+            setattr(mine.model, name, getattr(cfg.comm_overlap, name) or 0)
     shared = mine.ddp.use_distributed_optimizer or mine.optimizer.use_distributed_optimizer
     mine.ddp.use_distributed_optimizer = mine.optimizer.use_distributed_optimizer = shared
     return mine
@@ -211,7 +217,16 @@ _GRAPHS = "a CUDA graph keeps a memory pool of its own, a few GiB"
 _FUSED = "its fused kernel keeps other tensors than the layers that are counted"
 _ROUTED = "buffers are as large as the router's choice, or a limit on it, makes them"
 _SHARDED = "it cuts weights or sequences in a way that is not counted"
+_OVERLAPS = (
+    "defer_embedding_wgrad_compute",
+    "wgrad_deferral_limit",
+    "overlap_moe_expert_parallel_comm",
+    "delay_wgrad_compute",
+)
+"""Fields of `cfg.comm_overlap`, and of the model, that decide how long tensors live."""
 _NOT_COUNTED = {
+    "comm_overlap.overlap_moe_expert_parallel_comm": ((None, False), _DELAYED),
+    "comm_overlap.delay_wgrad_compute": ((None, False), _DELAYED),
     "model.fp4": ((None,), _EIGHT_BIT),
     "model.fp8_dot_product_attention": ((False,), _EIGHT_BIT),
     "model.fp8_multi_head_attention": ((False,), _EIGHT_BIT),
@@ -226,7 +241,6 @@ _NOT_COUNTED = {
     "model.ep_overlap_early_attn_memory_release": ((False,), _DELAYED),
     "model.delay_wgrad_compute": ((False,), _DELAYED),
     "ddp.delay_wgrad_compute": ((False,), _DELAYED),
-    "model.defer_embedding_wgrad_compute": ((False,), _DELAYED),
     "model.num_microbatches_with_partial_activation_checkpoints": ((None,), "micro-batches keep different layers"),
     "model.distribute_saved_activations": ((False,), "the inputs of recomputed layers are cut among ranks"),
     "model.cuda_graph_impl": (("none",), _GRAPHS),
@@ -391,6 +405,7 @@ def _tensors(cfg: Any, *, ranks: int, stage: int) -> tuple[list[tuple[str, int, 
                 ) from error
             if chunk.post_process:
                 copies += _second_copy(cfg, tokens=out.numel(), model=chunk)
+                copies += _deferred(cfg, settings, ranks=ranks, tokens=out.numel(), model=chunk)
     # Only now: recomputation gives storages back after they were kept.
     return [(name, chunk, storage.nbytes() if cast is None else cast) for name, chunk, storage, cast in found], copies
 
@@ -417,8 +432,34 @@ def _second_copy(cfg: Any, *, tokens: int, model: Any) -> int:
     size = meta_model.precision(cfg).weights
     if size == 4 or (fused and cfg.model.cross_entropy_fusion_impl == "te"):
         return 0
-    rows = model.shared_embedding_or_output_weight().shape[0] if model.share_embeddings_and_output_weights else None
-    return tokens * (rows or model.output_layer.weight.shape[0]) * size
+    return tokens * _output_rows(model) * size
+
+
+def _deferred(cfg: Any, settings: Any, *, ranks: int, tokens: int, model: Any) -> int:
+    """What the last stage keeps of earlier micro-batches until their weight gradients of the output layer are computed: its
+    inputs, which sequence parallelism cuts, and the gradients of its logits.
+
+    Source: megatron-core 0.19.2 ``tensor_parallel/layers.py``; a limit of 0 is none.
+    """
+    from course_lib.planning import meta_model
+
+    if not settings.defer_embedding_wgrad_compute:
+        return 0
+    layout = Layout.from_config(cfg, ranks=ranks)
+    waiting = min(settings.wgrad_deferral_limit or math.inf, _microbatches(cfg, layout))
+    inputs = settings.hidden_size // (layout.tensor_model_parallel_size if layout.sequence_parallel else 1)
+    return waiting * tokens * (inputs + _output_rows(model)) * meta_model.precision(cfg).weights
+
+
+def _output_rows(model: Any) -> int:
+    """Rows of the output layer on this rank."""
+    shared = model.share_embeddings_and_output_weights
+    return (model.shared_embedding_or_output_weight() if shared else model.output_layer.weight).shape[0]
+
+
+def _microbatches(cfg: Any, layout: Layout) -> int:
+    """Micro-batches of a step."""
+    return cfg.train.global_batch_size // (cfg.train.micro_batch_size * layout.data_parallel_size)
 
 
 def _place(name: str, chunk: int) -> tuple[str, str]:
@@ -444,7 +485,7 @@ def _in_flight(cfg: Any, *, ranks: int, stage: int) -> float:
     """
     layout = Layout.from_config(cfg, ranks=ranks)
     stages, chunks = layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size
-    microbatches = cfg.train.global_batch_size // (cfg.train.micro_batch_size * layout.data_parallel_size)
+    microbatches = _microbatches(cfg, layout)
     if not chunks:
         return min(stages - stage, microbatches)
     group = cfg.model.microbatch_group_size_per_vp_stage or stages

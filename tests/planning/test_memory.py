@@ -302,6 +302,26 @@ def test_micro_batches_in_flight(llama, pp, vpp, batch, stage, in_flight):
     assert activations._in_flight(cfg, ranks=ranks, stage=stage) == pytest.approx(in_flight, rel=1e-12)
 
 
+@pytest.mark.parametrize(("limit", "batch", "waiting"), [(22, 128, 22), (0, 128, 64), (22, 16, 8)])
+def test_what_waits_for_the_output_layers_weight_gradient_is_kept(
+    llama: Any, limit: int, batch: int, waiting: int
+) -> None:
+    """On the last stage an input, a share of the sequence, and a share of the logits' gradient for each; as `cfg.comm_overlap`
+    says, which overrules the model's own field."""
+    from megatron.bridge.training.comm_overlap import CommOverlapConfig
+
+    cfg = memory.with_layout(llama, tp=2, pp=2, sequence_parallel=True)
+    cfg.train.global_batch_size, cfg.model.defer_embedding_wgrad_compute = batch, True
+    kept = []
+    for asked in (None, True):
+        cfg.comm_overlap = CommOverlapConfig(
+            tp_comm_overlap=False, defer_embedding_wgrad_compute=asked, wgrad_deferral_limit=limit
+        )
+        kept.append([memory.activations(cfg, ranks=8, stage=stage).loss_bytes for stage in (0, 1)])
+    assert kept[1][0] == kept[0][0] == 0
+    assert kept[1][1] - kept[0][1] == waiting * 8192 * (4096 // 2 + 128_256 // 2) * 2
+
+
 def test_planning_leaves_nothing_behind(llama):
     """No process group, and the configuration is as it was; torch.cuda stays untouched even while a model runs."""
     import torch

@@ -1,4 +1,4 @@
-"""Every field of the model, the optimizer and the gradient buffers is counted, without effect on memory, or refused."""
+"""Every field of the model, the optimizer, the gradients and the overlaps is counted, without effect on memory, or refused."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ GROUPS = {reason: names.split() for reason, names in NO_EFFECT.items()}
 def config(fields: dict[str, Any]) -> Any:
     """A small bf16 model at TP=2, with these fields; names of dtypes, functions and backends stand for them."""
     import torch
+    from megatron.bridge.training.comm_overlap import CommOverlapConfig
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.transformer.enums import AttnBackend
 
@@ -26,6 +27,8 @@ def config(fields: dict[str, Any]) -> Any:
     stands_for = {"relu": torch.relu, "unfused": AttnBackend.unfused, "decoder block": block}
     cfg = small.config(tp=2)
     cfg.mixed_precision = None
+    if any(path.startswith("comm_overlap.") for path in fields):
+        cfg.comm_overlap = CommOverlapConfig(tp_comm_overlap=False)
     base = {"model.bf16": True, "optimizer.bf16": True, "ddp.grad_reduce_in_fp32": True, "train.global_batch_size": 32}
     base |= {"ddp.use_distributed_optimizer": True, "optimizer.use_distributed_optimizer": True}
     for path, value in (base | fields).items():
@@ -74,9 +77,11 @@ def bases(bridge: Any) -> list[tuple[dict[str, Any], dict[str, Any]]]:
 def test_every_field_has_one_verdict(bridge: Any) -> None:
     """An upgrade that adds a field, or takes one away, stops here until the table says what it does to memory."""
     from megatron.bridge.models.gpt_provider import GPTModelProvider
+    from megatron.bridge.training.comm_overlap import CommOverlapConfig
     from megatron.bridge.training.config import DistributedDataParallelConfig, OptimizerConfig
 
     kinds = {"model": GPTModelProvider, "optimizer": OptimizerConfig, "ddp": DistributedDataParallelConfig}
+    kinds["comm_overlap"] = CommOverlapConfig
     installed = [f"{section}.{field.name}" for section, kind in kinds.items() for field in dataclasses.fields(kind)]
     said = [*COUNTED, *REFUSED, *(name for names in GROUPS.values() for name in names)]
     assert sorted(said) == sorted(installed)
@@ -117,7 +122,7 @@ def test_a_refused_field_is_named_with_what_to_do(bridge: Any, path: str) -> Non
 def test_fields_without_effect_leave_the_plan_alone(bases: list[Any], reason: str) -> None:
     """All fields of a reason at once, on a pipeline and on a model with experts."""
     for fields, wanted in bases:
-        cfg = config(fields)
+        cfg = config(fields | {"comm_overlap.tp_comm_overlap": False})
         tried = {path: another(path, cfg) for path in GROUPS[reason] if path not in BESIDE}
         assert plan(tried | fields) == wanted
 

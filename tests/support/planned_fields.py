@@ -16,6 +16,7 @@ EXPERTS = {
     "model.moe_token_dispatcher_type": "alltoall",
 }
 STAGES = {"model.pipeline_model_parallel_size": 2}
+WAITING = STAGES | {"model.seq_length": 256, "dataset.seq_length": 256}
 UNBATCHED = {"model.overlap_p2p_comm": True, "model.batch_p2p_comm": False}
 SELECTED = {"model.recompute_granularity": "selective"}
 FULL = {"model.recompute_granularity": "full", "model.recompute_method": "block", "model.recompute_num_layers": 2}
@@ -46,6 +47,10 @@ COUNTED: dict[str, tuple[Any, dict[str, Any]]] = {
     "model.account_for_embedding_in_pipeline_split": (True, STAGES | {"model.num_layers": 5}),
     "model.account_for_loss_in_pipeline_split": (True, STAGES | {"model.num_layers": 5}),
     "model.scatter_embedding_sequence_parallel": (False, {"model.sequence_parallel": True}),
+    "model.defer_embedding_wgrad_compute": (True, WAITING),
+    "model.wgrad_deferral_limit": (1, WAITING | {"model.defer_embedding_wgrad_compute": True}),
+    "comm_overlap.defer_embedding_wgrad_compute": (True, WAITING),
+    "comm_overlap.wgrad_deferral_limit": (1, WAITING | {"comm_overlap.defer_embedding_wgrad_compute": True}),
     # number formats
     "model.bf16": (False, {"model.params_dtype": "float32"}),
     "model.fp16": (True, {"model.bf16": False, "optimizer.bf16": False, "optimizer.fp16": True} | UNSHARDED),
@@ -142,7 +147,6 @@ REFUSED: dict[str, tuple[Any, dict[str, Any]]] = {
             "model.activation_func_fp8_input_store",
             "model.batch_invariant_mode",
             "model.cpu_offloading",
-            "model.defer_embedding_wgrad_compute",
             "model.delay_wgrad_compute",
             "model.distribute_saved_activations",
             "model.enable_cuda_graph",
@@ -175,6 +179,8 @@ REFUSED: dict[str, tuple[Any, dict[str, Any]]] = {
             "ddp.delay_wgrad_compute",
             "ddp.use_custom_fsdp",
             "ddp.use_megatron_fsdp",
+            "comm_overlap.delay_wgrad_compute",
+            "comm_overlap.overlap_moe_expert_parallel_comm",
         ),
         (True, {}),
     ),
@@ -275,8 +281,12 @@ NO_EFFECT: dict[str, str] = {
         ddp.check_for_large_grads ddp.bucket_size ddp.num_buckets ddp.pad_buckets_for_high_nccl_busbw
         ddp.reduce_scatter_with_fp32_accumulation ddp.average_in_collective ddp.gradient_reduce_div_fusion ddp.nccl_ub
         ddp.disable_symmetric_registration optimizer.overlap_param_gather
-        optimizer.overlap_param_gather_with_optimizer_step""",
-    "read only beside a field that is refused": """model.wgrad_deferral_limit model.cpu_offloading_num_layers
+        optimizer.overlap_param_gather_with_optimizer_step
+        comm_overlap.tp_comm_overlap comm_overlap.tp_comm_overlap_cfg comm_overlap.tp_comm_bootstrap_backend
+        comm_overlap.overlap_p2p_comm comm_overlap.batch_p2p_comm comm_overlap.overlap_grad_reduce
+        comm_overlap.overlap_param_gather comm_overlap.overlap_param_gather_with_optimizer_step
+        comm_overlap.align_param_gather comm_overlap.bucket_size comm_overlap.data_parallel_size""",
+    "read only beside a field that is refused": """model.cpu_offloading_num_layers
         model.cpu_offloading_activations model.cpu_offloading_weights model.cpu_offloading_double_buffering
         model.cpu_offloading_retain_pinned_cpu_buffers model.offload_modules model.min_offloaded_tensor_size
         model.delay_offload_until_cuda_graph model.delta_offload_bytes_across_pp_ranks model.activation_offload_fraction
