@@ -227,6 +227,14 @@ def _in_one_cpu_rank(rows: int | None) -> Patches:
         """The same of a provider that is made from a Hugging Face folder."""
         return fitted(original(*args, **options))
 
+    @mine.replaces(
+        "megatron.bridge.models.conversion.param_mapping.is_modelopt_dynamic_module",
+        why="its question imports all of ModelOpt, and TRL, torchao and an experiment tracker with it: five processor seconds",
+    )
+    def is_modelopt_dynamic_module(original: Any, module: Any) -> bool:
+        """No module is one of ModelOpt's as long as nobody imported the class."""
+        return "modelopt.torch.opt.dynamic" in sys.modules and original(module)
+
     return mine
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from course_lib import stack
 from course_lib.common.config import ConfigError, Fields
 from course_lib.planning.layout.rules import embedding_rows
 from course_lib.runs import Run, foreign_code
@@ -540,6 +541,8 @@ def _run_config(path: Path) -> dict:
         ConfigError: If it is no YAML.
     """
     import yaml
+
+    stack.prepare_imports()  # whoever reads a checkpoint in a script need not know Bridge
     from megatron.bridge.training.utils.checkpoint_utils import _sanitize_run_config_object
 
     file = path / "run_config.yaml"

@@ -57,6 +57,11 @@ DEFERRED: tuple[Deferred, ...] = (
         "as above; Bridge's checkpoint code imports three functions",
         functions=("restore_modelopt_state", "save_modelopt_state", "save_sharded_modelopt_state"),
     ),
+    Deferred(
+        "modelopt.torch.opt.plugins.mcore_dist_checkpointing",
+        "as above; whoever asks whether a checkpoint is a quantised one imports one function",
+        functions=("_load_extra_state_from_sharded_checkpoint",),
+    ),
     Deferred("modelopt.torch.quantization", "as above"),
     Deferred(
         "modelopt.torch.quantization.utils",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +20,30 @@ from course_lib.runs import checkpoints
 from course_lib.text import tokenizers
 
 SEPARATOR = "\n"
+UNUSED = ("modelopt.torch.nas", "modelopt.torch.peft", "trl", "torchao", "transformers.trainer", "wandb.sdk")
+"""What an exporter's rank would import for two questions about quantised models, twenty times its own work."""
+
+
+def work_and_look(given: list) -> list[str]:
+    """In a rank: does the job, and returns which modules are there that it has no use for."""
+    job, request = given
+    module, _, name = job.partition(":")
+    getattr(importlib.import_module(module), name)(request)
+    return [name for name in UNUSED if name in sys.modules]
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the exporter's ranks had loaded in the end."""
+    found: list[str] = []
+    call = launch.call
+
+    def looked(job: str, request: dict, **options: object) -> None:
+        (answer,) = call(f"{__name__}:work_and_look", [job, request], **options)
+        found.extend(answer)
+
+    monkeypatch.setattr(launch, "call", looked)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +88,7 @@ def _as_if(trained: runs.Run, place: Path, change: Callable[[dict], None]) -> Pa
     return copied
 
 
-def test_an_exported_folder_is_the_same_model(trained: runs.Run, tmp_path: Path) -> None:
+def test_an_exported_folder_is_the_same_model(trained: runs.Run, loaded: list[str], tmp_path: Path) -> None:
     """Logits of TP=2's checkpoint in Bridge and in transformers; padded rows, tokenizer and position code come along."""
     found = export.model(trained, tmp_path / "folder")
     assert found.largest_difference <= 1e-5 * found.largest_logit
@@ -74,6 +100,7 @@ def test_an_exported_folder_is_the_same_model(trained: runs.Run, tmp_path: Path)
     assert tokenizers.load(tmp_path / "folder").get_vocab_size() == 300
     back = checkpoints.compare(checkpoints.latest(trained), export.to_megatron(tmp_path / "folder", tmp_path / "back"))
     assert back[back.part == "weights"].largest_difference.max() == 0
+    assert loaded == []
 
 
 def test_the_tracker_says_which_save(trained: runs.Run, tmp_path: Path) -> None:
@@ -148,7 +175,9 @@ def adapted(trained: runs.Run) -> runs.Run:
         return launch.run(cfg, ranks=2, name="adapted", save=True, show=None)
 
 
-def test_an_adapter_is_the_same_in_peft(adapted: runs.Run, trained: runs.Run, tmp_path: Path) -> None:
+def test_an_adapter_is_the_same_in_peft(
+    adapted: runs.Run, trained: runs.Run, loaded: list[str], tmp_path: Path
+) -> None:
     """PEFT's model has Bridge's logits, merged too; they are not those of the base."""
     import torch
     from peft import PeftModel
@@ -166,6 +195,7 @@ def test_an_adapter_is_the_same_in_peft(adapted: runs.Run, trained: runs.Run, tm
         merged = joined.merge_and_unload()(ids).logits
     assert (with_adapter - before).abs().max() > 1e-3
     assert (merged - with_adapter).abs().max() < 1e-5
+    assert loaded == []
 
 
 def test_an_adapter_wants_its_own_base(adapted: runs.Run, trained: runs.Run, tmp_path: Path) -> None:

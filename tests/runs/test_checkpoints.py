@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from course_lib import launch, runs
+from course_lib import launch, runs, stack
 from course_lib.common.config import changed
 from course_lib.experiments import generate
 from course_lib.ranks import train
@@ -28,6 +28,13 @@ def config(**fields):
     distributed = {"ddp__use_distributed_optimizer": True, "optimizer__use_distributed_optimizer": True}
     reshardable = {"checkpoint__dist_ckpt_optim_fully_reshardable": True, "checkpoint__save_interval": EVERY}
     return small.config(**{"tp": 1, "train_iters": STEPS} | distributed | reshardable | fields)
+
+
+def test_a_plain_script_may_read_a_checkpoint(bridge, tmp_path, monkeypatch):
+    """Without it, Bridge's first import in a process stops at Transformer Engine."""
+    prepared = []
+    monkeypatch.setattr(stack, "prepare_imports", lambda: prepared.append("before"))
+    assert checkpoints.run_config(checkpoints.Checkpoint(tmp_path, 0, True)) == {} and prepared == ["before"]
 
 
 @pytest.fixture(scope="module")
