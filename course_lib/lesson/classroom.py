@@ -70,6 +70,8 @@ def draw(together: DataFrame, *, axes: Sequence[Axes]) -> None:
         together: What `collect` returns.
         axes: Two, side by side; both have a row a lesson.
     """
+    from matplotlib.ticker import LogLocator
+
     lessons = sorted(together.lesson.unique())
     left, right = axes
     guesses, tried = (together[together.kind == kind] for kind in ("guess", "exercise"))
@@ -80,6 +82,7 @@ def draw(together: DataFrame, *, axes: Sequence[Axes]) -> None:
         middles.values(), [lessons.index(one) for one in middles], "|", markersize=18, color=plots.COLOURS["vermilion"]
     )
     left.set_xscale("log")
+    left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     left.xaxis.set_major_formatter("{x:g}")
     left.xaxis.set_minor_formatter("")
     shares = {lesson: float(rows.right.astype(bool).mean()) for lesson, rows in tried.groupby("lesson")}

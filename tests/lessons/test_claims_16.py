@@ -76,7 +76,7 @@ def lesson():
     wrong = [{"launch": Some(differences=gives(changed[:0]))}, {"recipe": Some(model=Some(moe_grouped_gemm=False))}]
     yield "check-grouped", grouped | {"launch": Some(differences=gives(changed))}, wrong
     yield from pays()
-    parts = ["weights", "gradients", "optimizer", "GiB planned"]
+    parts = ["weights", "gradients", "optimizer", "planned"]
     planned = pd.DataFrame({"8 GPUs": [11, 11, 44, 85], "16 GPUs": [11, 11, 22, 63]}, index=parts)
     plan = {"rest": 80, "held": Some(expert_parameters=20, optimizer_bytes=360), "planned": planned}
     wrong = [
