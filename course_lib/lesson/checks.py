@@ -195,7 +195,7 @@ def publish(name: str, value: object) -> None:
         json.dumps(plain)
     except TypeError as error:
         raise TypeError(
-            f"the value {name!r} is a {type(value).__name__}: publish numbers, text, lists or paths."
+            f"the value {name!r} is of type {type(value).__name__}: publish numbers, text, lists or paths."
         ) from error
     if screen.where() != "notebook":
         print(f"{name} = {_shown(plain)}")

@@ -89,7 +89,9 @@ def own_run(answer: object) -> runs.Run:
         Unfit: There is no such run, or it has not succeeded.
     """
     if not isinstance(answer, runs.Run | str | os.PathLike):
-        raise Unfit(f"a run is asked for: what `launch.run` returns, or the run's name, not a {type(answer).__name__}")
+        raise Unfit(
+            f"a run is asked for: what `launch.run` returns, or the run's name; yours is of type {type(answer).__name__}"
+        )
     try:
         run = answer if isinstance(answer, runs.Run) else runs.read(answer)
     except runs.NoSuchRun as error:
@@ -128,5 +130,5 @@ def of(answer: Any, judge: Judge, *facts: Any) -> Verdict:
     except Unfit as error:
         return wrong(str(error))
     except Exception as error:  # a string where a number was meant, say
-        kind = f"a {type(answer).__name__} ({type(error).__name__}: {error})"
+        kind = f"of type {type(answer).__name__} ({type(error).__name__}: {error})"
         return wrong(f"the exercise cannot work with the answer {reprlib.repr(answer)}, {kind}")

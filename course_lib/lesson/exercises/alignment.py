@@ -86,7 +86,7 @@ def mixed_up(rows: Sequence[Preference], seed: int) -> list[Preference]:
 def mended_rows(answer: Sequence[Preference], broken: Sequence[Preference]) -> Verdict:
     """The preferences as they were before the accidents."""
     if isinstance(answer, str) or not hasattr(answer, "__len__"):
-        raise Unfit(f"a list of preferences is asked for, not a {type(answer).__name__}")
+        raise Unfit(f"a list of preferences is asked for; yours is of type {type(answer).__name__}")
     if len(answer) != len(broken):
         return wrong(f"{len(answer)} rows, of {len(broken)}: a row can be mended, so none has to go.")
     if exchanged := sum(not docstrings.passes(row.chosen) for row in answer):

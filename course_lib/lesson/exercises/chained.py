@@ -30,7 +30,7 @@ def made_again(answer: int, store: Store, scores: Artifact) -> Verdict:
 def own_evaluation(answer: str, store: Store, *known: Artifact) -> Verdict:
     """The ref of an evaluation of your own alignment of the same fine-tuned model."""
     if not isinstance(answer, str):
-        raise Unfit(f"a ref is asked for, such as {known[0].ref!r}, not a {type(answer).__name__}")
+        raise Unfit(f"a ref is asked for, such as {known[0].ref!r}; yours is of type {type(answer).__name__}")
     try:
         walked = store.back(answer).ref
     except (NoArtifact, Changed) as error:
@@ -69,7 +69,7 @@ def tidied(folder: Path) -> Store:
 def whole_again(answer: Store, text: Path) -> Verdict:
     """The store, once the walk from its score holds."""
     if not isinstance(answer, Store):
-        raise Unfit(f"the store is asked for, not a {type(answer).__name__}")
+        raise Unfit(f"the store is asked for; yours is of type {type(answer).__name__}")
     try:
         walked = answer.back("score")
     except Changed as error:

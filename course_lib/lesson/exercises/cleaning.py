@@ -36,7 +36,7 @@ def precision(answer: float, found: pd.DataFrame) -> Verdict:
 def sees_order(answer: Callable[[str], bool], mended: pd.DataFrame) -> Verdict:
     """A function that keeps clean documents and drops those whose words were shuffled."""
     if not callable(answer):
-        raise Unfit(f"a function of a text is asked for, not a {type(answer).__name__}")
+        raise Unfit(f"a function of a text is asked for; yours is of type {type(answer).__name__}")
     keeps = {kind: mended[mended.kind == kind].text.map(answer).astype(bool) for kind in ("clean", "shuffled words")}
     finds, spares = 1 - keeps["shuffled words"].mean(), keeps["clean"].mean()
     if finds < FIND and spares < SPARE:

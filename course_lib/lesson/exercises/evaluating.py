@@ -44,7 +44,7 @@ def lost_items(answer: int, outcomes: Callable[[str, str], Sequence[bool]]) -> V
 def one_for_all(answer: str, pairs: Sequence[Pair], found: Mapping[str, Any]) -> Verdict:
     """One sentence that passes, and shares more words with the true docstrings than the model's own answers."""
     if not isinstance(answer, str):
-        raise Unfit(f"a sentence is asked for, a string, not a {type(answer).__name__}")
+        raise Unfit(f"a sentence is asked for, a string; yours is of type {type(answer).__name__}")
     failed = [name for name, holds in docstrings.checks(answer).items() if not holds]
     if failed:
         return wrong(f"It does not pass: {', '.join(failed)}.")
@@ -80,7 +80,7 @@ def mended_export(answer: Path, sound: Path, broken: Path) -> Verdict:
     try:
         place = Path(answer)
     except TypeError:
-        raise Unfit(f"a folder is asked for, not a {type(answer).__name__}") from None
+        raise Unfit(f"a folder is asked for; yours is of type {type(answer).__name__}") from None
     if not (place / "config.json").exists():
         raise Unfit(f"{place} has no config.json: give the mended folder")
     if place.resolve() == Path(sound).resolve():

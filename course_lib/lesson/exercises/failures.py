@@ -64,7 +64,7 @@ def trial_files(folder: Path) -> Trials:
 def guard(answer: Callable[[Path, int], Any], trials: Trials) -> Verdict:
     """A function of a prefix and a number of rows that says whether a model with so many rows can train on the file."""
     if not callable(answer):
-        raise Unfit(f"a function of prefix and rows is asked for, not a {type(answer).__name__}")
+        raise Unfit(f"a function of prefix and rows is asked for; yours is of type {type(answer).__name__}")
     if not answer(trials.good, trials.rows):
         return wrong("It stops a file that is whole, and whose ids all have a row.")
     if answer(trials.cut, trials.rows):
@@ -95,7 +95,7 @@ def three_failures() -> Any:
 def mended(answer: Any, broken: Any) -> Verdict:
     """The configuration without its three failures, and otherwise as it was meant."""
     if not config.has(answer, "checkpoint.save_interval"):
-        raise Unfit(f"a configuration is asked for, not a {type(answer).__name__}")
+        raise Unfit(f"a configuration is asked for; yours is of type {type(answer).__name__}")
     try:
         field_values.check_fields(answer)
     except field_values.FieldError as error:

@@ -84,7 +84,7 @@ def _cleaned(line: str) -> str:
 def mended_pairs(answer: Path | str) -> Verdict:
     """Are the pairs in this folder the cleaned ones, and is no index left that is not theirs?"""
     if not isinstance(answer, str | os.PathLike):
-        raise Unfit(f"a folder is asked for, a path, not a {type(answer).__name__}")
+        raise Unfit(f"a folder is asked for, a path; yours is of type {type(answer).__name__}")
     place = Path(answer)
     text = place / "training.jsonl"
     if not text.is_file():

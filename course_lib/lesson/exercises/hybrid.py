@@ -63,7 +63,7 @@ def handed_on(answer: Callable[[Any, Any], Any], given: Chunks) -> Verdict:
     import torch
 
     if not callable(answer):
-        raise Unfit(f"a function of decay and left is asked for, not a {type(answer).__name__}")
+        raise Unfit(f"a function of decay and left is asked for; yours is of type {type(answer).__name__}")
     begins = answer(given.decay, given.left)
     if not isinstance(begins, torch.Tensor) or begins.shape != given.begins.shape:
         raise Unfit(f"the function should return a tensor of shape {tuple(given.begins.shape)}, as `left` has it")

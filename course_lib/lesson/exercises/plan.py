@@ -104,5 +104,5 @@ def lever_at_its_place(answer: Any, plan: Planner, before: Any, limit_gib: float
 
 def _cut(answer: Any) -> int:
     if not config.has(answer, TENSOR):
-        raise Unfit(f"a configuration is asked for, not a {type(answer).__name__}")
+        raise Unfit(f"a configuration is asked for; yours is of type {type(answer).__name__}")
     return config.value(answer, TENSOR)

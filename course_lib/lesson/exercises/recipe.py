@@ -44,7 +44,9 @@ def small_recipe(answer: Any, recipe: Any, limit: int) -> Verdict:
         limit: Parameters.
     """
     if not config.has(answer, "model.num_layers"):
-        raise Unfit(f"a configuration is asked for, a small copy of the recipe, not a {type(answer).__name__}")
+        raise Unfit(
+            f"a configuration is asked for, a small copy of the recipe; yours is of type {type(answer).__name__}"
+        )
     mine, theirs = config.flatten(answer), config.flatten(recipe)
     parts = ("optimizer.", "scheduler.", "train.", "mixed_precision")
     if other := sorted(name for name in theirs if name.startswith(parts) and mine.get(name) != theirs[name]):

@@ -71,7 +71,7 @@ def theirs(settings: Mapping[str, Any]) -> dict[str, Any]:
 def mended(answer: Mapping[str, Any], settings: Mapping[str, Any]) -> Verdict:
     """Their settings without the slip."""
     if not isinstance(answer, Mapping):
-        raise Unfit(f"settings are asked for, as `broken` has them, not a {type(answer).__name__}")
+        raise Unfit(f"settings are asked for, as `broken` has them; yours is of type {type(answer).__name__}")
     wanted, found = config.flatten(settings), config.flatten(answer)
     fields = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
     slip = "optimizer.betas"

@@ -58,7 +58,9 @@ def mixed_path(place: Path) -> str:
 def python_path(answer: str) -> Verdict:
     """Which PYTHONPATH finds NVIDIA's package, and the colleague's tool still?"""
     if not isinstance(answer, str | os.PathLike):
-        raise Unfit(f"PYTHONPATH is a string, folders with {os.pathsep!r} between them, not a {type(answer).__name__}")
+        raise Unfit(
+            f"PYTHONPATH is a string, folders with {os.pathsep!r} between them; yours is of type {type(answer).__name__}"
+        )
     folders = [folder for folder in os.fspath(answer).split(os.pathsep) if folder]
     if not PathFinder.find_spec(TOOL, folders):
         return wrong(

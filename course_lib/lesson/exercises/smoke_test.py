@@ -54,7 +54,7 @@ def legal_layout(answer: Any, before: Any, ranks: int) -> Verdict:
         ranks: So many ranks.
     """
     if not config.has(answer, STAGES):
-        raise Unfit(f"a configuration is asked for, the mended `cfg_broken`, not a {type(answer).__name__}")
+        raise Unfit(f"a configuration is asked for, the mended `cfg_broken`; yours is of type {type(answer).__name__}")
     try:
         sizes = layout.require(answer, ranks)
     except layout.LayoutError as error:

@@ -39,7 +39,9 @@ def no_row_for_nothing(answer: Any) -> Verdict:
     """Which configuration trains 1,000 ids at TP=8 without a row that belongs to no id?"""
     model = getattr(answer, "model", None)
     if model is None:
-        raise Unfit(f"a configuration is asked for, a copy of `cfg` that you changed, not a {type(answer).__name__}")
+        raise Unfit(
+            f"a configuration is asked for, a copy of `cfg` that you changed; yours is of type {type(answer).__name__}"
+        )
     tensor, divisor = model.tensor_model_parallel_size, model.make_vocab_size_divisible_by
     if tensor != TENSOR_PARALLEL_SIZE:
         return wrong(f"TP is {tensor} there, and {TENSOR_PARALLEL_SIZE} was asked for: a layout is not the way out.")
