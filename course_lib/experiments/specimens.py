@@ -38,21 +38,23 @@ def tokenizer() -> Any:
 
 @contextmanager
 def overheard(shows: Callable[[str], object]) -> Iterator[None]:
-    """Hand the errors of `make` to `shows`, line by line, where the block starts it by `subprocess.run`.
+    """Hand the errors of a `make` that the block starts by `subprocess.run` to `shows`, when the block ends.
 
     What a child process writes of itself reaches a notebook late, and may be printed below the next cell.
     """
 
     def run(*command: Any, **options: Any) -> subprocess.CompletedProcess[str]:
         done = start(*command, **options, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for line in done.stdout.splitlines():
-            if "***" in line:
-                shows(line)
+        heard.extend(line for line in done.stdout.splitlines() if "***" in line)
         return done
 
-    start = subprocess.run
-    with mock.patch.object(subprocess, "run", run):
-        yield
+    start, heard = subprocess.run, []
+    try:
+        with mock.patch.object(subprocess, "run", run):
+            yield
+    finally:
+        for line in heard:
+            shows(line)
 
 
 def hollow_package(folder: Path, name: str) -> Path:

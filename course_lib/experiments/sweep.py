@@ -215,7 +215,7 @@ def repeat(
             loss = held_out(run)
             note(run, digest=digests[seed], seed=seed)
             found[seed] = run
-            waiting.ends(f"{name}, seed {seed}: trained as {run.name}, held-out loss {loss:.3f}")
+            waiting.ends(f"{name}, seed {seed}: trained as {run.name}, held-out loss {loss:.3f} nats/token")
     finally:
         waiting.close()
     return [found[seed] for seed in seeds]
