@@ -7,7 +7,7 @@ import re
 import pandas as pd
 import pytest
 
-from course_lib.figures import tokens
+from course_lib.figures import plots, tokens
 from course_lib.text import microscope
 
 LABELS = pd.DataFrame(
@@ -27,7 +27,9 @@ def test_a_mark_stands_under_the_tokens_with_loss_and_no_other():
     """Colour says what a token is, and the mark what it costs, so that one can be read without the other."""
     page = tokens.coloured(LABELS)._repr_html_()
     legend, *rows = re.split("<p ", page)[1:]
-    assert [len(re.findall("3px solid #000000", row)) for row in rows] == [3, 0]
+    marks = [re.findall(r"border-bottom: 3px solid (#\w+)", row) for row in rows]
+    assert [len(each) for each in marks] == [3, 0]
+    assert set(marks[0]) <= set(plots.COLOURS.values()), "colours that are seen on a light and on a dark page"
     backgrounds = re.findall(r"background: (#\w+)", rows[0])
     assert len(set(backgrounds)) == 5, "five kinds, five colours"
     assert "&lt;b&gt;" in rows[0] and "<b>" not in page, "a token is text, whatever it looks like"
