@@ -19,16 +19,16 @@ from support import small
 ADDRESS = {"account": "me", "partition": "batch", "image": "nemo:26.06"}
 
 
-def test_two_agents_of_four_ranks_train_like_one_of_eight(bridge, runs_directory):
+def test_two_agents_of_two_ranks_train_like_one_of_four(bridge, runs_directory):
     """Two torchrun agents, as on two nodes, give the losses of the warm launch in every digit, and its target works."""
     cfg = small.config(train_iters=2)
-    warm = launch.run(cfg, ranks=8, name="warm", show=None)
-    prepared = launch.prepare(cfg, ranks=8, name="agents", launcher="two agents", target=tensors.TARGET)
+    warm = launch.run(cfg, ranks=4, name="warm", show=None)
+    prepared = launch.prepare(cfg, ranks=4, name="agents", launcher="two agents", target=tensors.TARGET)
     assert prepared.outcome is None and prepared.launch["launcher"] == "two agents"
-    done = cluster.run_agents(prepared, nodes=2, ranks_per_node=4)
-    assert done.outcome.status == "succeeded" and len(done.ranks()) == 8
+    done = cluster.run_agents(prepared, nodes=2, ranks_per_node=2)
+    assert done.outcome.status == "succeeded" and len(done.ranks()) == 4
     assert runs.difference(done, warm) == 0
-    assert len(tensors.read(done)) == 8
+    assert len(tensors.read(done)) == 4
 
 
 def test_a_run_that_never_ran_did_not_succeed(bridge, runs_directory):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -56,6 +57,51 @@ def check_sums(dist, rank: int, size: int) -> None:
     assert future.wait()[0].tolist() == [size] * 3
 
 
+def check_shards(dist, rank: int, size: int) -> None:
+    """Reduce-scatter and all-gather, of one tensor and of several, against sums that need no message."""
+    import torch
+    from torch.distributed.distributed_c10d import _coalescing_manager
+
+    for numbers in (3, LARGE // 3):
+        base = torch.arange(float(numbers * size)) % 1000
+        whole, total = base + rank, base.view(size, -1)[rank] * size + sum(range(size))
+        mine = torch.empty(numbers)
+        for op, share in ((dist.ReduceOp.SUM, 1), (dist.ReduceOp.AVG, size)):
+            dist.reduce_scatter_tensor(mine, whole, op=op)
+            assert torch.allclose(mine, total / share, rtol=1e-6), op
+            assert torch.equal(whole, base + rank), "what was given is as before"
+        with _coalescing_manager():
+            dist.reduce_scatter_tensor(mine.zero_(), whole)
+        assert torch.equal(mine, total)
+        for together in (False, True):
+            gathered = torch.empty(size * numbers)
+            with _coalescing_manager() if together else contextlib.nullcontext():
+                dist.all_gather_into_tensor(gathered, torch.full((numbers,), float(rank)))
+            assert torch.equal(gathered, torch.arange(float(size)).repeat_interleave(numbers))
+    block = torch.empty(size * 2, 3, dtype=torch.int64)
+    work = dist.all_gather_into_tensor(block, torch.full((2, 3), rank), async_op=True)
+    assert work.wait() and torch.equal(block, torch.arange(size).repeat_interleave(2)[:, None].expand(-1, 3))
+
+
+def rank_shards(_: str) -> None:
+    """Each of them was one exchange through memory, or as many as its size needs."""
+    from course_lib.ranks.cpu import mailbox
+
+    dist, group, opened = started()
+    check_shards(dist, group.rank(), group.size())
+    (boxes,) = opened
+    assert isinstance(boxes, mailbox.Mailboxes)
+    at_once = mailbox.SLOT_BYTES // 4
+    dealt, shown = (-(-LARGE // 3 // size) for size in (at_once // (group.size() - 1), at_once))
+    assert boxes._round == 3 * (1 + dealt) + 2 * (1 + shown) + 1
+    dist.destroy_process_group()
+
+
+def test_shards_through_memory_are_exact(in_ranks, tmp_path: Path):
+    """None of the collectives of sequence parallelism and of the distributed optimizer is left to gloo."""
+    in_ranks(rank_shards, tmp_path, ranks=4)
+
+
 def rank_sums(_: str) -> None:
     """Every kind of all-reduce, and the exchange was through memory."""
     from course_lib.ranks.cpu import mailbox
@@ -99,9 +145,6 @@ def test_groups_of_different_ranks_may_have_one_name(in_ranks, tmp_path: Path):
 
 def rank_alone(_: str) -> None:
     """One of four ranks has no memory to show: all of them use messages, with the same results."""
-    import torch
-    from torch.distributed.distributed_c10d import _coalescing_manager
-
     from course_lib.ranks.cpu import mailbox
 
     if os.environ["RANK"] == "2":
@@ -110,11 +153,8 @@ def rank_alone(_: str) -> None:
     dist.barrier()
     before = len(os.listdir("/proc/self/fd"))
     check_sums(dist, group.rank(), group.size())
+    check_shards(dist, group.rank(), group.size())
     assert [type(each) for each in opened] == [mailbox.Messages]
-    whole, mine = torch.zeros(LARGE // 3 * 4), torch.full((LARGE // 3,), float(group.rank()))
-    with _coalescing_manager(group):
-        dist.all_gather_into_tensor(whole, mine, group=group)
-    assert torch.equal(whole.view(4, -1).mean(1), torch.arange(4.0))
     left = len(os.listdir("/proc/self/fd"))
     assert left <= before, f"{left} descriptors are open, {before} were; what connected the group may close meanwhile"
     dist.destroy_process_group()

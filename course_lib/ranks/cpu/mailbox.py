@@ -246,14 +246,14 @@ def method_of_group(*names: str) -> str:
     method_of_group("reduce_scatter_single_coalesced", "reduce_scatter_tensor_coalesced"),
     why="gloo adds up everything on every rank, keeps a part",
 )
-def reduce_scatter(original, group, outputs, inputs, /, *options):
+def reduce_scatter_each(original, group, outputs, inputs, /, *options):
     """Each rank gets the others' values of its own shard, and adds them to its own; an average too."""
-    operation = options[0].reduceOp if options else ReduceOp.SUM
+    operation = options[0].reduceOp.op if options else ReduceOp.SUM  # the object around it is in no tuple of members
     if operation not in (ReduceOp.SUM, ReduceOp.AVG):
         return original(group, outputs, inputs, *options)
     me, size = group.rank(), group.size()
     for output, whole in zip(outputs, inputs, strict=True):
-        total, shards = output.view(-1), whole.view(size, -1)
+        total, shards = output.detach().view(-1), whole.detach().view(size, -1)
         if total.data_ptr() != shards[me].data_ptr():
             total.copy_(shards[me])
         if size > 1:
@@ -272,11 +272,11 @@ def reduce_scatter(original, group, outputs, inputs, /, *options):
     method_of_group("all_gather_single_coalesced", "allgather_into_tensor_coalesced"),
     why="gloo copies every part twice",
 )
-def all_gather(_, group, outputs, inputs, /, *__):
+def all_gather_each(_, group, outputs, inputs, /, *__):
     """Each rank shows its shard to the others, who put a copy in its place."""
     me, size = group.rank(), group.size()
     for whole, mine in zip(outputs, inputs, strict=True):
-        shards, mine = whole.view(size, -1), mine.view(-1)
+        shards, mine = whole.detach().view(size, -1), mine.detach().view(-1)
         if size > 1:
             at_once = SLOT_BYTES // whole.element_size()
             pieces = [shard.split(at_once) for shard in shards]
@@ -287,6 +287,22 @@ def all_gather(_, group, outputs, inputs, /, *__):
         if shards[me].data_ptr() != mine.data_ptr():
             shards[me].copy_(mine)
     return Done(outputs)
+
+
+@PATCHES.replaces(method_of_group("reduce_scatter_single", "_reduce_scatter_base"), why="the same, of one tensor")
+def reduce_scatter(original, group, output, whole, /, *options):
+    """As `reduce_scatter_each`: sequence parallelism's, in every layer."""
+
+    def elsewhere(group, outputs, inputs, *options):
+        return original(group, outputs[0], inputs[0], *options)
+
+    return reduce_scatter_each(elsewhere, group, [output], [whole], *options)
+
+
+@PATCHES.replaces(method_of_group("all_gather_single", "_allgather_base"), why="the same, of one tensor")
+def all_gather(_, group, output, mine, /, *options):
+    """As `all_gather_each`: sequence parallelism's, in every layer."""
+    return all_gather_each(None, group, [output], [mine], *options)
 
 
 @PATCHES.replaces("torch.distributed.ProcessGroup.allreduce", why="gloo sends it through sockets")
