@@ -413,7 +413,7 @@ def show(*, lesson: str | None = None) -> None:
             draw(scored, ax=ax, title=f"{near} of {len(scored)} guesses are within a factor of two")
     if lesson is None and len(scored):
         print(course_of_errors(by_lesson()))
-        display(tables.full(by_lesson(), index=False))
+        display(tables.full(by_lesson().round(2), index=False))
     if len(solved):
         display(tables.full(solved, index=False))
 
@@ -429,6 +429,8 @@ def draw(scores: DataFrame, *, ax: Axes, title: str = "") -> Axes:
     Returns:
         The axis; its label puts the picture into words.
     """
+    from matplotlib.ticker import LogLocator
+
     names = [f"{lesson}  {quantity}" for lesson, quantity in zip(scores.lesson, scores.quantity, strict=True)]
     places = range(len(names))
     shown, courses = (scores[column].clip(1 / AT_MOST, AT_MOST) for column in ("ratio", "course"))
@@ -440,6 +442,7 @@ def draw(scores: DataFrame, *, ax: Axes, title: str = "") -> Axes:
     ax.plot(shown, places, marker="o", linestyle="none", color=plots.COLOURS["blue"], label="your guess")
     ax.set_xscale("log")
     ax.set_xlim(min(0.2, shown.min() / 1.5), max(5, shown.max() * 1.5))
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     ax.xaxis.set_major_formatter("{x:g}")
     ax.xaxis.set_minor_formatter("")
     ax.set_yticks(places, names)
