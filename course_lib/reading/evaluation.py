@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from course_lib import runs, stack
 from course_lib.common.project import DATA
 from course_lib.experiments import export, preferences
+from course_lib.stack.patches import Patches, applied
 from course_lib.text import docstrings
 from course_lib.text.tasks import SEPARATOR
 
@@ -267,10 +268,21 @@ def harness(folder: Path, tasks: Sequence[str], place: Path) -> dict[str, Any]:
     given = {"pretrained": str(folder), "dtype": "float32", "device": "cpu"}
     manager = TaskManager(include_path=str(place), include_defaults=False)
     preferences.quiet()
-    with preferences.one_thread(), stack.quietly("lm_eval"), contextlib.redirect_stderr(io.StringIO()):
+    with preferences.one_thread(), _alone(), stack.quietly("lm_eval"), contextlib.redirect_stderr(io.StringIO()):
         return lm_eval.simple_evaluate(
             model="hf", model_args=given, tasks=list(tasks), task_manager=manager, batch_size=64
         )
+
+
+def _alone() -> contextlib.AbstractContextManager[None]:
+    """lm-eval starts no other program: it would ask git and pip what it runs on.
+
+    What git says of a folder without history goes to the cell, past every redirection in Python.
+    """
+    mine = Patches()
+    asked = ("lm_eval.evaluator.get_git_commit_hash", "lm_eval.evaluator.add_env_info")
+    mine.sets(lambda *_: None, *asked, why="no score depends on what they find", becomes="nothing")
+    return applied(mine)
 
 
 def sample(

@@ -198,3 +198,16 @@ def test_seeds_are_read_as_shares_with_the_test_against_the_model_before(tmp_pat
     assert len(of_rungs) == 3
     row = of_rungs.loc[("docstrings", "per token", "fine-tuned", 1)]
     assert (row.right, row.n, row.share, row.won, row.p_value) == (4, 8, 0.5, 5, 2 / 32)
+
+
+def test_the_harness_starts_no_other_program(monkeypatch, tmp_path, capfd):
+    """Where the course was copied without its history, git's complaint would stand in the learner's cell."""
+    import lm_eval
+
+    def evaluate(**_):
+        return lm_eval.evaluator.get_git_commit_hash(), lm_eval.evaluator.add_env_info({})
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", evaluate)
+    monkeypatch.chdir(tmp_path)
+    assert evaluation.harness(tmp_path, [], tmp_path) == (None, None)
+    assert "git" not in capfd.readouterr().err
