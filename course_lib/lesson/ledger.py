@@ -335,7 +335,7 @@ def _error(predicted: float, value: float) -> str:
 
     Example:
         >>> _error(6.6, 6.0), _error(3.24, 1.0), _error(20.0, 1.0), _error(0.01, -0.0006)
-        ('10% too high', '224% too high', '20 times', 'off by 0.0106')
+        ('10% too high', '224% too high', '20 times the measured', 'off by 0.0106')
     """
     if predicted == value:
         return "exact"
@@ -343,7 +343,7 @@ def _error(predicted: float, value: float) -> str:
         return f"off by {format_number(predicted - value)}"
     share = 100 * (predicted - value) / abs(value)
     if abs(share) >= 1000:
-        return f"{predicted / value:,.3g} times"
+        return f"{predicted / value:,.3g} times the measured"
     return f"{abs(share):.{2 if abs(share) < 100 else 3}g}% too {'high' if share > 0 else 'low'}"
 
 
