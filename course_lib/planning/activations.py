@@ -252,6 +252,7 @@ _NOT_COUNTED = {
     "model.use_te_activation_func": ((False,), _FUSED),
     "model.fused_residual_rmsnorm": ((False,), _FUSED),
     "model.fused_single_qkv_rope": ((False,), _FUSED),
+    "model.log_max_attention_logit": ((False,), _FUSED),
     "model.moe_paged_stash": ((False,), _ROUTED),
     "model.moe_expert_capacity_factor": ((None,), _ROUTED),
     "model.moe_expert_rank_capacity_factor": ((None,), _ROUTED),

@@ -293,7 +293,7 @@ def rank_main(run_directory: str, cfg: ConfigContainer | None = None, *, callbac
     if device == "cuda":
         patches.apply(stack.HELPERS)
     layout.require(cfg, world)
-    writer.stage("building the model")
+    writer.stage(runs.STAGES[2])
     train = finetune if cfg.checkpoint.pretrained_checkpoint else pretrain
     tokens, record = recording.Tokens(), launch.get("record")
     listeners = [recording.Clock(writer), routing.RouterLosses()]
@@ -307,6 +307,10 @@ def rank_main(run_directory: str, cfg: ConfigContainer | None = None, *, callbac
     except SystemExit as leaving:  # Bridge leaves this way when a limit of time or a signal ends a run
         if leaving.code not in (None, 0):
             raise RuntimeError(f"Bridge ended the run with exit code {leaving.code}") from None
+    except Exception as error:
+        if runs.Run(path).ranks()[rank]["stage"] == runs.STAGES[2] and (words := failures.built_from(error, cfg.model)):
+            error.add_note(words)
+        raise
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -271,7 +271,9 @@ def record(path: Path, rank: int, error: BaseException) -> bool:
         "exception": type(error).__name__,
         "message": message[:2000],
         "tail": text[-3000:],
-        "hint": hint_for(text) or next(filter(None, map(hint_for, _wrapped(error))), ""),
+        "hint": hint_for(text)
+        or next(filter(None, map(hint_for, _wrapped(error))), "")
+        or " ".join(getattr(error, "__notes__", ())),
         "lost_a_peer": lost_a_peer(text),
         "lost_rank": int(next(filter(None, named.groups()))) if named else None,
     }
@@ -295,16 +297,36 @@ def _wrapped(error: BaseException) -> list[str]:
     return [f"{type(cause).__name__}: {cause}" for cause, _ in pairs]
 
 
+def built_from(error: BaseException, model: object) -> str:
+    """Which fields Megatron read where it failed to build a model, for people; empty if the code names none.
+
+    The innermost statement that reads fields counts, and those that are unset, or off their default, which is unset or 0
+    first.
+    """
+    values = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+    defaults = {field.name: field.default for field in dataclasses.fields(model)}
+    names = {name for name, value in values.items() if value is None or value != defaults[name]}
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        read = [name for name in re.findall(r"\bconfig\W{1,3}(\w+)", _statement(frame)) if name in names]
+        if "/megatron/" in frame.filename and read:
+            read = sorted(dict.fromkeys(read), key=lambda name: bool(values[name]))
+            fields = ", ".join(f"cfg.model.{name}={values[name]!r}" for name in read)
+            return f"Megatron was building the model, and read {fields} there: look at these fields first."
+    return ""
+
+
+def _statement(frame: traceback.FrameSummary) -> str:
+    lines = range(frame.lineno, (frame.end_lineno or frame.lineno) + 1)
+    return " ".join(linecache.getline(frame.filename, number).strip() for number in lines)
+
+
 def _place(error: BaseException) -> str:
     """Where an exception without words was raised: file, line and the statement, such as a bare `assert`."""
     frames = traceback.extract_tb(error.__traceback__)
     if not frames:
         return type(error).__name__
     last = frames[-1]
-    lines = [
-        linecache.getline(last.filename, n).strip() for n in range(last.lineno, (last.end_lineno or last.lineno) + 1)
-    ]
-    return f"{last.filename.rpartition('site-packages/')[2]}:{last.lineno}: {' '.join(lines)}"
+    return f"{last.filename.rpartition('site-packages/')[2]}:{last.lineno}: {_statement(last)}"
 
 
 def _write_on_a_full_disk(path: Path, write: Callable[[], None]) -> None:

@@ -7,7 +7,7 @@ import difflib
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from course_lib.runs import foreign_code
@@ -62,10 +62,48 @@ Source: megatron-bridge training/initialize.py, data/loaders.py @ 0.6.2; megatro
 """
 
 _ONE_SPEC_FOR_ALL = ("default_layer_spec", "transformer_engine_layer_spec", "transformer_engine_full_layer_spec")
-"""Bridge's layer specifications that are one for all layers, so that `moe_layer_freq` is not read.
+"""Bridge's layer specifications that are one for all layers, of ordinary attention.
 
-Source: megatron-bridge 0.6.2 `models/gpt_provider.py`; Core's `get_gpt_decoder_block_spec` reads it.
+Source: megatron-bridge 0.6.2 `models/gpt_provider.py`
 """
+
+_UNREAD_BY_IT = {
+    "moe_layer_freq": ("every layer would have experts", "get_gpt_decoder_block_spec"),
+    "multi_latent_attention": (
+        "attention would be the ordinary one, without positions",
+        "get_gpt_decoder_block_spec, on a provider with the sizes of latent attention, such as DeepSeek V2's",
+    ),
+    "qk_l2_norm": ("queries and keys would not be normalised", "get_gpt_layer_with_transformer_engine_spec"),
+    "experimental_attention_variant": (
+        "attention would be the ordinary one",
+        "get_transformer_block_with_experimental_attention_variant_spec",
+    ),
+    "heterogeneous_block_specs": (
+        "layers would be built alike",
+        "get_gpt_heterogeneous_layer_spec, on a heterogeneous provider",
+    ),
+}
+"""Fields that these specifications do not read, what would come of it, and which of Core's specifications reads them."""
+
+_CHOICES = {
+    ("model", "normalization"): ("RMSNorm", "LayerNorm"),
+    ("model", "moe_router_load_balancing_type"): (
+        *("aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "quantile_balancing", "none"),
+        "noaux_tc",
+    ),
+}
+"""Choices that upstream declares as any text; Core takes a name of no balancing that it knows for none at all.  A list
+chooses several.
+
+Source: megatron-core 0.19.2 `transformer/transformer_config.py`, `transformer/moe/router.py`; "noaux_tc" is how recipes of
+Bridge's name a balance by biases.
+"""
+
+_ONE_A_LAYER = ("window_attn_skip_freq", "moe_layer_freq", "no_rope_freq", "linear_attention_freq")
+"""Lists with an entry for each layer."""
+
+_YARN = "rotary_scaling_factor original_max_position_embeddings beta_fast beta_slow"
+"""What YaRN's positions are computed from, none of which has a default; unset, the others mean something."""
 
 
 def check_fields(cfg: object) -> None:
@@ -124,12 +162,12 @@ def refuse_wrong_values(cfg: ConfigContainer | dict) -> None:
                 wrong.append(
                     f"cfg.{name}.{field}={values[field]!r}: Bridge does not read it ({otherwise}): leave it out"
                 )
-        if name == "model" and _has_unread_frequency(values):
-            wrong.append(
-                f"cfg.model.moe_layer_freq={values['moe_layer_freq']!r}: this model's layer specification is one for all "
-                "layers, so every layer would have experts: set cfg.model.transformer_layer_spec to a function that "
-                "returns Core's get_gpt_decoder_block_spec, or leave the field at 1"
-            )
+        for field in [field for section, field in _CHOICES if section == name and values.get(field) is not None]:
+            chosen, known = values[field], _CHOICES[name, field]
+            if not all(one in known for one in (chosen if isinstance(chosen, list) else [chosen])):
+                wrong.append(f"cfg.{name}.{field}={chosen!r}: give one of {', '.join(map(repr, known))}")
+        if name == "model":
+            wrong += [f"cfg.model.{reason}" for reason in _wrong_layers(values)]
         if name == "dataset":
             wrong += [f"cfg.dataset.{place}: {reason}" for place, reason in _wrong_blends(values)]
     if wrong:
@@ -151,12 +189,25 @@ def _sections(cfg: ConfigContainer | dict) -> Iterator[tuple[str, type, dict]]:
             yield field.name, type(part), vars(part)
 
 
-def _has_unread_frequency(model: dict) -> bool:
-    """Whether some layers shall have no experts, in a model whose layers are all made alike."""
+def _wrong_layers(model: dict) -> Iterator[str]:
+    """What a model's layers would not be, although its fields say so; and fields that do not fit its number of layers."""
     spec, every = model.get("transformer_layer_spec"), model.get("moe_layer_freq")
     path = str(spec.get("_target_")) if isinstance(spec, dict) else getattr(spec, "__name__", "")
-    alike = every in (None, 1) or (isinstance(every, list) and all(every))
-    return bool(model.get("num_moe_experts")) and not alike and path.rpartition(".")[2] in _ONE_SPEC_FOR_ALL
+    alike = not model.get("num_moe_experts") or every in (None, 1) or (isinstance(every, list) and all(every))
+    for field, (otherwise, reader) in _UNREAD_BY_IT.items() if path.rpartition(".")[2] in _ONE_SPEC_FOR_ALL else ():
+        if model.get(field) and not (field == "moe_layer_freq" and alike):
+            yield (
+                f"{field}={model[field]!r}: this model's layer specification is one for all layers and does not read it, so "
+                f"{otherwise}: leave it out, or set cfg.model.transformer_layer_spec to a function that returns Core's {reader}"
+            )
+    for field in _ONE_A_LAYER:
+        given, layers = model.get(field), model.get("num_layers")
+        if isinstance(given, list) and layers and len(given) != layers:
+            yield f"{field}={given!r}: it has {len(given)} entries for {layers} layers: give one for each"
+    if model.get("position_embedding_type") == "yarn":
+        absent = [f"yarn_{name}" for name in _YARN.split() if model.get(f"yarn_{name}") is None]
+        if absent:
+            yield f"{absent[0]} is not set, and YaRN's positions need it: set {', '.join(f'cfg.model.{n}' for n in absent)}"
 
 
 @functools.cache
@@ -220,7 +271,10 @@ def _fits(value: object, kind: object) -> bool:
     if typing.get_origin(kind) is typing.Literal:
         return value is None or value in typing.get_args(kind)  # upstream declares a choice and means "or none"
     if typing.get_origin(kind) in (list, tuple):
-        return isinstance(value, list | tuple)
+        sizes = typing.get_args(kind) if typing.get_origin(kind) is tuple else (..., ...)
+        return isinstance(value, list | tuple) and (... in sizes or len(value) == len(sizes))
+    if typing.get_origin(kind) is Callable:
+        return value is not None
     if kind is bool:
         return isinstance(value, int)  # a recipe of Bridge's sets one to 100
     if kind in (int, float):
@@ -239,7 +293,15 @@ def _words(kind: object) -> str:
 
 
 def _wrong_blends(dataset: dict) -> Iterator[tuple[str, str]]:
-    """Each blend of data that cannot be drawn from, and why."""
+    """Each blend of data that cannot be drawn from, and why; and shares that leave nothing to train on.
+
+    Source: megatron-core 0.19.2 `datasets/blended_megatron_dataset_config.py` reads digits and points, whatever is between.
+    """
+    split = dataset.get("split")
+    if dataset.get("blend") and isinstance(split, str):
+        number = r"\s*\d*\.?\d+\s*"
+        if not re.fullmatch(f"{number}(,{number}){{0,2}}", split) or not float(split.split(",")[0]):
+            yield f"split={split!r}", "give the shares of training, validation and test, such as '969,30,1'"
     for place in ("blend", "blend_per_split"):
         given = dataset.get(place)
         for blend in [given] if place == "blend" else given or []:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -111,6 +112,29 @@ def test_what_hangs_on_a_changed_field_is_changed_with_it(bridge, fields):
     """Megatron accepts the ranks' configuration, although it refuses what stands in it without what the ranks change."""
     cfg = small.config(**{"tp": 1} | fields)
     devices.applied(cfg).model.finalize()
+
+
+def test_what_only_a_gpu_has_is_left_out_and_changes_no_result(bridge, runs_directory):
+    """Transformer Engine's activation, its largest score, and moving activations to the CPU."""
+    gpu = {"use_te_activation_func": True, "log_max_attention_logit": True, "cpu_offloading": True}
+    gpu |= {"cpu_offloading_num_layers": 1}
+    both = [
+        launch.run(small.config(tp=1, train_iters=2, **fields), ranks=1, show=None)
+        for fields in ({}, {f"model__{name}": value for name, value in gpu.items()})
+    ]
+    assert runs.difference(*both) == 0
+
+
+def test_what_stops_while_the_model_is_built_names_the_fields(bridge, runs_directory):
+    """The rank's words are a division by zero deep in Megatron; the first failing rank and the fields stand beside it."""
+    yarn = {"beta_fast": 0.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "rotary_scaling_factor": 4.0}
+    fields = {f"model__yarn_{name}": value for name, value in yarn.items()}
+    cfg = small.config(model__position_embedding_type="yarn", model__yarn_original_max_position_embeddings=16, **fields)
+    with pytest.raises(launch.RunFailed) as caught:
+        launch.run(cfg, ranks=2, show=None)
+    words = str(caught.value)
+    assert re.search(r"rank [01] raised ZeroDivisionError: float division by zero", words)
+    assert "Megatron was building the model, and read cfg.model.yarn_beta_fast=0.0, cfg.model.yarn_" in words
 
 
 def test_a_run_never_changes_the_configuration_that_it_was_given(bridge, runs_directory):

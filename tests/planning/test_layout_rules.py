@@ -53,6 +53,36 @@ def test_tensor_parallel_refusals_are_megatrons(bridge: Any, tensor: int) -> Non
     assert seen[False] > 0 and (seen[True] > 0) == (tensor > 1)
 
 
+@pytest.mark.parametrize("channels", [8, 11, 12])
+@pytest.mark.parametrize("percent", [0.0, 0.3, 0.5, 1.0])
+def test_rotary_positions_turn_pairs(
+    bridge: Any, monkeypatch: pytest.MonkeyPatch, channels: int, percent: float
+) -> None:
+    """An odd number of turned channels passes every constructor upstream and breaks in the first forward pass."""
+    import torch
+    from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    model = provider(num_attention_heads=4, hidden_size=48, kv_channels=channels, rotary_percent=percent)
+    model.position_embedding_type, model.apply_rope_fusion = "rope", False
+    monkeypatch.setattr("torch.cuda.current_device", lambda: "cpu")
+    with fake_world(1):
+        angles = RotaryEmbedding(channels, percent, use_cpu_initialization=True, cp_group=Group(1))(6)
+    theirs = refused(lambda: apply_rotary_pos_emb(torch.ones(6, 1, 4, channels), angles, model, cp_group=Group(1)))
+    ours = reasons(model, 1)
+    assert bool(ours) == bool(theirs)
+    if ours:
+        model.kv_channels = layout.check(model, 1)[0].changes[0]["model.kv_channels"]
+        assert not reasons(model, 1)
+
+
+def test_a_token_chooses_experts_that_there_are(bridge: Any) -> None:
+    """More than there are pass Core's checks and break in the first forward pass; as many do not."""
+    for chosen, words in ((4, []), (5, ["model.moe_router_topk: a token cannot choose 5 of 4 experts: choose 4"])):
+        model = provider(num_moe_experts=4, moe_router_topk=chosen)
+        assert reasons(model, 1) == words
+
+
 def test_query_groups_must_divide_the_heads(bridge: Any) -> None:
     """Groups that do not divide the heads pass every constructor upstream and break in the first forward pass."""
     import torch

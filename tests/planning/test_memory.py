@@ -527,3 +527,38 @@ def test_a_weight_multiplied_in_eight_bits_has_its_copies(stored: int, dropped: 
     """Two bytes or one, and beside them one byte for each pass: both are copies of a bf16 weight, one of a stored fp8 one."""
     model = SimpleNamespace(fp8_param=bool(stored), disable_parameter_transpose_cache=bool(dropped))
     assert memory._eight_bit_weight_bytes(model) == weight_bytes
+
+
+ADAM = {"use_distributed_optimizer": True, "optimizer": "adam", "bf16": True, "fp16": False, "fp8_recipe": None}
+ADAM |= {"use_precision_aware_optimizer": False, "optimizer_cpu_offload": False, "store_param_remainders": True}
+ADAM |= {f"{name}_dtype": "float32" for name in ("exp_avg", "exp_avg_sq", "main_params")}
+AWARE = {"use_precision_aware_optimizer": True}
+HALF_AWAY = {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("weights", "fields", "each"),
+    [
+        ("bfloat16", {}, 8 + 4),
+        ("float32", {}, 8),
+        ("bfloat16", {"use_distributed_optimizer": False}, 8 + 4),
+        ("bfloat16", {"use_distributed_optimizer": False, "bf16": False}, 8),
+        ("bfloat16", {"optimizer": "sgd"}, 4 + 4),
+        ("bfloat16", {"optimizer": "lion"}, 4 + 4),
+        ("bfloat16", AWARE, 8 + 2),  # a bf16 weight and 16 bits more are its fp32 copy
+        ("float16", AWARE, 8 + 4),
+        ("bfloat16", AWARE | {"store_param_remainders": False}, 8 + 4),
+        ("bfloat16", AWARE | {"main_params_dtype": "float16"}, 8 + 2),
+        ("bfloat16", AWARE | {"exp_avg_dtype": "bfloat16", "exp_avg_sq_dtype": "uint8"}, 3 + 2),
+        ("bfloat16", AWARE | {"fp8_recipe": "delayed"}, 8 + 2),
+        ("bfloat16", AWARE | {"fp8_recipe": "tensorwise"}, 8 + 4),
+        ("bfloat16", HALF_AWAY, 4 + 4),
+        ("bfloat16", HALF_AWAY | AWARE, 4 + 2),
+    ],
+)
+def test_an_optimizer_keeps_moments_and_a_copy(bridge: Any, weights: str, fields: dict[str, Any], each: float) -> None:
+    """Bytes of a parameter that it steps: which of Core, Adam and the CPU has the copy decides over its size."""
+    import torch
+
+    values = {name: getattr(torch, v) if name.endswith("_dtype") else v for name, v in (ADAM | fields).items()}
+    assert memory._optimizer_bytes(SimpleNamespace(**values), weights=getattr(torch, weights)) == each

@@ -41,6 +41,18 @@ INFINITE, NAN = math.inf, math.nan
         ("model.hidden_dropout", 1.5, "give a number between 0 and 1"),
         ("model.recompute_granularity", "some", "'some': give one of"),
         ("model.bf16", "False", "give True or False"),
+        ("model.window_size", (3,), r"give Tuple.int, int. or None"),
+        ("model.activation_func", None, "cfg.model.activation_func=None: give"),
+        ("model.normalization", "L2Norm", "'L2Norm': give one of 'RMSNorm', 'LayerNorm'"),
+        ("model.moe_router_load_balancing_type", "aux", "'aux': give one of 'aux_loss', 'seq_aux_loss'"),
+        ("model.moe_router_load_balancing_type", ["aux_loss", "aux"], "'aux'.: give one of 'aux_loss'"),
+        ("model.window_attn_skip_freq", [1, 0], "it has 2 entries for 4 layers: give one for each"),
+        ("model.no_rope_freq", [0] * 5, "it has 5 entries for 4 layers"),
+        ("model.position_embedding_type", "yarn", "set cfg.model.yarn_rotary_scaling_factor, .*yarn_beta_slow$"),
+        ("model.multi_latent_attention", True, "attention would be the ordinary one, without positions"),
+        ("model.qk_l2_norm", True, "does not read it, so queries and keys would not be normalised: leave it out"),
+        ("model.experimental_attention_variant", "dsa", "attention would be the ordinary one: leave it out"),
+        ("model.heterogeneous_block_specs", True, "get_gpt_heterogeneous_layer_spec"),
         ("tokenizer.vocab_size", 0, "cfg.tokenizer.vocab_size=0"),
         ("optimizer.lr", -1e-3, "give a number of at least 0"),
         ("optimizer.lr", "1e-3", "'1e-3': give a number of at least 0"),
@@ -93,6 +105,9 @@ def test_a_value_that_makes_no_sense_is_refused(
         ("model.moe_layer_freq", [0, 1, 1, 1]),
         ("model.rotary_base", 500000.0),
         ("model.window_size", (128, -1)),
+        ("model.window_size", None),
+        ("model.window_attn_skip_freq", [1, 0, 1, 0]),
+        ("model.moe_router_load_balancing_type", ["aux_loss", "none"]),
         ("model.virtual_pipeline_model_parallel_size", None),
         ("dataset.blend", (["a", "b"], None)),
         ("dataset.blend", (["a", "b"], [0.7, 0.3])),
@@ -102,6 +117,16 @@ def test_a_value_that_makes_no_sense_is_refused(
 def test_a_value_that_upstream_gives_a_meaning_passes(bridge: Any, field: str, value: object) -> None:
     """Zero for none, a negative default, a base that recipes write with a point."""
     field_values.refuse_wrong_values(config(**{field.replace(".", "__"): value}))
+
+
+@pytest.mark.parametrize("split", ["bogus", "0,0,0", "-1,2", "0,1,0", "9;1", "1,1,1,1", ""])
+def test_shares_that_leave_nothing_to_train_on_are_refused(bridge: Any, split: str) -> None:
+    """A run without training data would end well without a step, and Core reads -1 as 1."""
+    cfg = config(dataset__blend=(["a"], None), dataset__split=split)
+    with pytest.raises(launch.FieldError, match="give the shares of training, validation and test"):
+        field_values.refuse_wrong_values(cfg)
+    for right in ("969, 30, 1", "1", "0.9,.1"):
+        field_values.refuse_wrong_values(config(dataset__blend=(["a"], None), dataset__split=right))
 
 
 def test_a_size_that_one_model_of_a_family_lacks_may_be_absent_and_not_0(bridge: Any) -> None:
@@ -128,14 +153,14 @@ def test_a_file_is_held_to_the_same(bridge: Any, runs_directory: Path, tmp_path:
 
 
 def test_experts_in_some_layers_want_a_specification_that_reads_it(bridge: Any, runs_directory: Path) -> None:
-    """Bridge's default makes all layers alike: `moe_layer_freq=[0, 1]` gave experts to both, without a word."""
+    """Bridge's default makes all layers alike: `moe_layer_freq=[0, 1]` gave experts to all, without a word."""
     from megatron.bridge.models.gpt_provider import default_layer_spec
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
     sparse = {"model__num_moe_experts": 4, "model__transformer_layer_spec": default_layer_spec}
-    cfg = config(**sparse, model__moe_layer_freq=[0, 1])
+    cfg = config(**sparse, model__moe_layer_freq=[0, 1] * 2)
     with pytest.raises(
-        launch.FieldError, match=r"moe_layer_freq=\[0, 1\].*every layer would have experts.*get_gpt_decoder"
+        launch.FieldError, match=r"moe_layer_freq=\[0, 1, 0, 1\].*every layer would have experts.*get_gpt_decoder"
     ):
         launch.prepare(cfg, ranks=8)
     content = {"model": {"_target_": f"{type(cfg.model).__module__}.{type(cfg.model).__qualname__}"}}
@@ -145,7 +170,7 @@ def test_experts_in_some_layers_want_a_specification_that_reads_it(bridge: Any, 
         field_values.refuse_wrong_values(content)
     assert not runs_directory.exists()
     cfg.model.transformer_layer_spec = get_gpt_decoder_block_spec
-    for right in (cfg, config(**sparse, model__moe_layer_freq=[1, 1]), config(**sparse)):
+    for right in (cfg, config(**sparse, model__moe_layer_freq=[1] * 4), config(**sparse)):
         field_values.refuse_wrong_values(right)
 
 

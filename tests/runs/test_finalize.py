@@ -72,6 +72,7 @@ def test_a_combination_is_refused_at_the_door_and_its_fix_passes(kind, runs_dire
 def test_a_field_of_experts_is_named_with_its_fix(runs_directory) -> None:
     """One expert a token needs its probability before the choice; the file line is Megatron Core's."""
     text = _refusal(sparse.config(fields={"moe_router_topk": 1}), None)
+    assert "It is about cfg.model.moe_router_pre_softmax=False. What to do" in text
     assert "cfg.model.moe_router_pre_softmax = True" in text and "transformer_config.py:" in text
     launch.prepare(sparse.config(fields={"moe_router_topk": 1, "moe_router_pre_softmax": True}), ranks=2)
 

@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import tracemalloc
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -209,6 +210,12 @@ def test_a_folder_of_yours_becomes_a_corpus(tmp_path):
     assert built.steps.documents.tolist() == [41, 41, 31]
     assert set(built.files.file) == {"mine.train.jsonl", "mine.validation.jsonl", "mine.test.jsonl"}
     assert {document["licence"] for document in built.documents("mine", "train")} == {"CC0-1.0"}
+
+
+def test_a_split_that_has_its_share_takes_no_more():
+    """A tenth of forty equal documents is four for each held-out split: one that is exactly full is full."""
+    found = Counter(corpus._split({f"module{n}": 100 for n in range(40)}, 10.0).values())
+    assert found == {"train": 32, "validation": 4, "test": 4}
 
 
 def test_what_is_no_corpus_is_not_overwritten(tmp_path):

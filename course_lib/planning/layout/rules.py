@@ -207,6 +207,10 @@ def _attention(layout: Layout, fields: Fields) -> Iterator[Refusal]:
         field, message = "model.num_query_groups", f"{groups} query groups do not divide {heads} query heads"
         yield Refusal(field, message, changes=tuple({field: number} for number in divisors(heads)))
     channels = fields.head_channels
+    rotates = fields.model("position_embedding_type") in ("rope", "yarn", "mrope")
+    if rotates and channels % 2 and int(channels * fields.model("rotary_percent", 1.0)) == channels:
+        field, message = "model.kv_channels", f"rotary positions turn pairs of channels, and a head has {channels}"
+        yield Refusal(field, message, changes=({field: channels + 1},))
     rows = channels * (heads + 2 * groups)
     if not heads % tensor and rows % tensor:
         yield Refusal(
@@ -280,6 +284,10 @@ def _experts(layout: Layout, fields: Fields) -> Iterator[Refusal]:
     if tensor > 1 and not layout.sequence_parallel:
         field, message = "model.sequence_parallel", f"experts with TP={tensor} train only with sequence parallelism"
         yield Refusal(field, message, changes=({field: True}, {TP: 1}))
+    experts, chosen = fields.model("num_moe_experts"), fields.model("moe_router_topk") or 1
+    if chosen > experts:
+        field, message = "model.moe_router_topk", f"a token cannot choose {chosen} of {experts} experts"
+        yield Refusal(field, message, changes=({field: experts},))
     expert_tensor = layout.resolved_expert_tensor_parallel_size
     if expert_tensor > 1 and fields.model("add_bias_linear", False):
         field, message = "model.add_bias_linear", f"experts with biases cannot be split by ETP={expert_tensor}"
