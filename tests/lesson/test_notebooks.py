@@ -166,5 +166,5 @@ def test_publish_refuses_what_json_cannot_hold(capsys: pytest.CaptureFixture[str
     checks.publish("loss", numpy.float32(0.5))
     checks.publish("where", Path("runs"))
     assert capsys.readouterr().out == "loss = 0.5\nwhere = runs\n"
-    with pytest.raises(TypeError, match="'x' is a object"):
+    with pytest.raises(TypeError, match="'x' is of type object"):
         checks.publish("x", object())
