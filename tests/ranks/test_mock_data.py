@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -28,7 +30,7 @@ def orders() -> list[tuple[Any, Any, Any]]:
 
 
 def rank_orders(_: str) -> None:
-    """What rank 0 built, what the others see, and what a rank builds that cannot see it."""
+    """What a rank builds where rank 0 cannot show it, or the rank cannot see it; and what all see of rank 0's."""
     import numpy as np
     import torch.distributed as dist
 
@@ -36,17 +38,16 @@ def rank_orders(_: str) -> None:
 
     alone = orders()
     dist.init_process_group("gloo")
-    seen = megatron._seen
-    for hidden in (False, True):
 
-        def unseen(path: str, name: str) -> Any:
-            raise OSError(path)
+    def refused(*_: Any) -> Any:
+        raise OSError("not here")
 
-        megatron._seen = unseen if hidden else seen
-        together = orders()
+    for what in ("_shown", "_seen", ""):  # what a rank cannot do
+        with mock.patch.object(megatron, what, refused) if what else contextlib.nullcontext():
+            together = orders()
         for split in range(3):
             assert all(np.array_equal(*pair) for pair in zip(alone[split], together[split], strict=True))
-            assert all(isinstance(array, np.memmap) is not hidden for array in together[split])
+            assert all(isinstance(array, np.memmap) is not bool(what) for array in together[split])
     dist.barrier()
     dist.destroy_process_group()
 

@@ -176,11 +176,11 @@ def sample_order(original, self):
         return original(self)
     store = dist.distributed_c10d._get_default_store()
     key = f"order-{self.unique_description_hash}-{self.index_split.name}"
-    if dist.get_rank() == 0:  # upstream has it build first, with a barrier after it
-        store.set(key, json.dumps([_shown(array) for array in original(self)]))
     try:
+        if dist.get_rank() == 0:  # upstream has it build first, with a barrier after it
+            store.set(key, json.dumps([_shown(array) for array in original(self)]))
         return tuple(_seen(*place) for place in json.loads(store.get(key))) if store.check([key]) else original(self)
-    except OSError:  # on another machine, or in a container of its own
+    except OSError:  # on another machine, in a container of its own, or where a sandbox gives no such memory
         return original(self)
 
 
