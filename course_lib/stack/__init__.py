@@ -7,6 +7,7 @@ is the business of `course_lib.ranks.cpu`, which only rank processes load.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.machinery
 import importlib.metadata
@@ -38,6 +39,7 @@ __all__ = [
     "gpu_count",
     "gpus",
     "hide_gpu_packages",
+    "imported_to_stay",
     "prepare_imports",
     "quietly",
     "stand_ins",
@@ -221,9 +223,23 @@ def prepare_imports(*, compiler: bool = False) -> list[StandIn]:
     if not compiler and not lazy.ready():  # whoever prepared this process first has decided
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         patches.apply(COMPILER)
-    lazy.defer(compiler=compiler)
-    _put_stand_ins()
+    with imported_to_stay():
+        lazy.defer(compiler=compiler)
+        _put_stand_ins()
     return rows
+
+
+@contextmanager
+def imported_to_stay() -> Iterator[None]:
+    """What is imported in this block stays, so no garbage collector walks it, now or later: an eighth of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        if enabled:
+            gc.enable()
 
 
 COMPILER = Patches()

@@ -80,6 +80,11 @@ DEFERRED: tuple[Deferred, ...] = (
         "imports all of modelopt; the GPT step imports one function",
         functions=("loss_func_kd",),
     ),
+    Deferred(
+        "megatron.core.resharding.copy_services.nvshmem_copy_service",
+        "imports cuda.core, a tenth of what a process imports, to move weights by NVSHMEM; the refit names one class",
+        functions=("NVSHMEMCopyService",),
+    ),
     Deferred("rfc3987_syntax", "compiles a URL grammar for three seconds", functions=("is_valid_syntax",)),
     Deferred(
         "megatron.bridge.data.energon.base_energon_datamodule",

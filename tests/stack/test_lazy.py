@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import json
 import os
 import subprocess
@@ -253,6 +254,16 @@ def test_deferring_names_what_exists():
         path = Path(*rule.module.split("."))
         assert any((p / path / "__init__.py").exists() or (p / path).with_suffix(".py").exists() for p in places), rule
         assert rule.reason
+
+
+def test_no_collector_runs_while_something_is_imported_to_stay():
+    """A block within another leaves it off, and an error switches it on again."""
+    with pytest.raises(ZeroDivisionError), stack.imported_to_stay():
+        with stack.imported_to_stay():
+            pass
+        assert not gc.isenabled()
+        1 / 0  # noqa: B018
+    assert gc.isenabled()
 
 
 # ------------------------------------------------------------------------------------------------- in a real rank

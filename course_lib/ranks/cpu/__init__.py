@@ -53,6 +53,7 @@ def activate(*, allow_untested: bool = False, torch_alone: bool = False) -> None
         Refused: In a notebook kernel, or if versions differ from `stack.TESTED` and `allow_untested` is false.
         Misfit: If upstream moved and a patch no longer fits; names each one.
     """
+    import gc
     import os
     import sys
 
@@ -78,5 +79,6 @@ def activate(*, allow_untested: bool = False, torch_alone: bool = False) -> None
     if not torch_alone:
         stack.hide_gpu_packages()
         stack.prepare_imports()
+    gc.unfreeze()  # default values are looked for in all functions that there are
     upstream.apply(patches(torch_alone=torch_alone))
     _active = True

@@ -13,6 +13,8 @@ import traceback
 from collections.abc import Iterator
 from multiprocessing.connection import wait
 
+from course_lib import stack
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names of malloc.h
 LARGEST = 2**30
 
@@ -54,17 +56,14 @@ def share(rank: int, ranks: int) -> None:
 def imported_once() -> Iterator[None]:
     """What a fork server imports in the block is there for every fork; an error there is met again by each rank.
 
-    No garbage collector walks again and again what stays: none runs meanwhile, and what stands at the end is frozen, so
-    that the ranks' collectors neither walk nor copy it.
+    What stands at the end is frozen, so that the ranks' collectors neither walk nor copy it.
     """
-    gc.disable()
     try:
-        yield
-        gc.collect()
-        gc.freeze()
+        with stack.imported_to_stay():
+            yield
+            gc.collect()
     except Exception:
         traceback.print_exc()  # the fork server swallows an ImportError; this line says it early
-    gc.enable()
 
 
 def keep_memory() -> None:
