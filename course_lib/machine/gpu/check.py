@@ -452,7 +452,8 @@ def _environment(place: Path, *, dry: bool) -> dict[str, str]:
     wanted = {name: str(place / folder) for name, folder in places.items()}
     wanted |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "COURSE_DEVICE": "cpu" if dry else "cuda"}
     wanted["PYTHONWARNINGS"] = "ignore::RuntimeWarning:runpy"  # processes import this module a second time, by design
-    wanted["COURSE_ALLOW_UNTESTED"] = "1"  # a node's torch may be another; the report says which
+    if not dry or stack.versions() != stack.TESTED:  # a node's torch may be another; the report says which
+        wanted["COURSE_ALLOW_UNTESTED"] = "1"
     return kept | wanted | ({} if dry else {"NVTE_FRAMEWORK": "pytorch", "CUDA_DEVICE_MAX_CONNECTIONS": "1"})
 
 
