@@ -19,6 +19,7 @@ from support.hygiene_code import MAX_WIDTH
 from support.lab import PATIENCE_MS, QUIET, browser
 
 SHOTS = PROJECT / "book" / "_build" / "screenshots"
+THEMES = ("light", "dark")
 
 
 @pytest.fixture(scope="module")
@@ -36,20 +37,20 @@ def site(built: Path):
 
 
 @pytest.fixture(scope="module")
-def chromium():
-    """One browser for all tests of this file."""
+def window():
+    """One browser for all tests of this file, which keeps the scripts that it has compiled, as a reader's does."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=browser(), args=list(QUIET))
-        yield started
-        started.close()
+        chromium = playwright.chromium.launch(executable_path=browser(), args=list(QUIET))
+        yield chromium.new_context(viewport={"width": 1300, "height": 900})
+        chromium.close()
 
 
 @pytest.fixture
-def page(chromium, site: str, built: Path):
+def page(window, site: str, built: Path):
     """A page that fails the test if it asks another machine for anything, or if a script of it fails."""
-    opened = chromium.new_page(viewport={"width": 1300, "height": 900})
+    opened = window.new_page()
     opened.set_default_timeout(PATIENCE_MS)
     elsewhere: list[str] = []
     failures: list[str] = []
@@ -101,28 +102,27 @@ def test_a_question_unfolds_its_reason_without_a_kernel(page, site: str) -> None
     page.screenshot(path=str(_shot("book_quiz_dark.png")))
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_the_path_shows_the_place(page, site: str, theme: str) -> None:
+def test_the_path_shows_the_place(page, site: str) -> None:
     """At the head of a lesson the present step is filled, and its number can be read on it in both themes."""
     page.goto(f"{site}/lessons/07_small.html")
-    page.evaluate(f"document.documentElement.dataset.theme = '{theme}'")
     here = page.locator(".course-path [aria-current=page]")
     assert here.inner_text() == "07" and here.get_attribute("aria-label").startswith("Lesson 07 ")
-    words, behind = here.evaluate(
-        "step => ['color', 'backgroundColor'].map(name => getComputedStyle(step)[name].match(/\\d+/g).slice(0, 3).map(Number))"
-    )
-    assert abs(sum(words) - sum(behind)) > 250, "as dark as what is behind it"
-    page.screenshot(path=str(_shot(f"book_path_{theme}.png")))
+    for theme in THEMES:
+        page.evaluate(f"document.documentElement.dataset.theme = '{theme}'")
+        words, behind = here.evaluate(
+            "step => ['color', 'backgroundColor']"
+            ".map(name => getComputedStyle(step)[name].match(/\\d+/g).slice(0, 3).map(Number))"
+        )
+        assert abs(sum(words) - sum(behind)) > 250, f"{theme}: as dark as what is behind it"
+        page.screenshot(path=str(_shot(f"book_path_{theme}.png")))
     page.goto(f"{site}/troubleshooting.html")
     page.locator(".course-path a").first.click()
     assert page.url.endswith("/lessons/07_small.html"), "a page beside the lessons shows the path, too"
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_a_symptom_is_found_by_its_words(page, site: str, theme: str) -> None:
+def test_a_symptom_is_found_by_its_words(page, site: str) -> None:
     """A pasted line leaves the rows that fit and hides empty tables; other words say so; nothing asked shows everything."""
     page.goto(f"{site}/troubleshooting.html")
-    page.evaluate(f"document.documentElement.dataset.theme = '{theme}'")
     field, said = page.locator("#find-a-symptom input"), page.locator("#find-a-symptom [role=status]")
     rows = page.locator("table:has(thead :text-is('what you see')) tbody tr:visible")
     total = int(said.inner_text().split()[0])
@@ -133,7 +133,9 @@ def test_a_symptom_is_found_by_its_words(page, site: str, theme: str) -> None:
     assert not page.get_by_role("heading", name="The setup fails").is_visible()
     field.fill("Connection closed by peer")
     assert re.fullmatch(rf"\d+ rows? of {total}", said.inner_text()) and "rank 3 is gone" in rows.first.inner_text()
-    page.screenshot(path=str(_shot(f"book_symptom_{theme}.png")))
+    for theme in THEMES:
+        page.evaluate(f"document.documentElement.dataset.theme = '{theme}'")
+        page.screenshot(path=str(_shot(f"book_symptom_{theme}.png")))
     field.fill("qwertz")
     assert said.inner_text() == "No row has any of these words." and rows.count() == 0
     field.fill("")
@@ -212,13 +214,13 @@ LOOK = """table => ['th', 'td'].map(name => getComputedStyle(table.querySelector
         'verticalAlign'].map(property => style[property]))"""
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_tables_look_the_same_wherever_they_stand(page, site: str, theme: str) -> None:
+def test_tables_look_the_same_wherever_they_stand(page, site: str) -> None:
     """A table of the page, a table with its long cells whole, and a frame of pandas have one size, one room, one line."""
     page.goto(f"{site}/lessons/07_small.html")
-    page.evaluate(f"document.documentElement.dataset.theme = '{theme}'")
-    looks = [table.evaluate(LOOK) for table in page.locator(".bd-article table").all()]
-    assert len(looks) == 3 and looks[0] == looks[1] == looks[2]
+    for theme in THEMES:
+        page.evaluate(f"document.documentElement.dataset.theme = '{theme}'")
+        looks = [table.evaluate(LOOK) for table in page.locator(".bd-article table").all()]
+        assert len(looks) == 3 and looks[0] == looks[1] == looks[2], theme
 
 
 LONG_LINES = """blocks => blocks.filter(block => {
