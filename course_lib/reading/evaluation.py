@@ -198,12 +198,9 @@ def log_probabilities(model: Model, rows: Sequence[tuple[str, str]], *, batch: i
     import torch
 
     end = model.tokenizer.eos_token_id
-    encoded = []
-    for question, answer in rows:
-        prompt, said = (
-            model.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (question, SEPARATOR + answer)
-        )
-        encoded.append((prompt + said + [end], len(said) + 1))
+    questions, answers = [question for question, _ in rows], [SEPARATOR + answer for _, answer in rows]
+    prompts, said = (model.tokenizer(texts, add_special_tokens=False)["input_ids"] for texts in (questions, answers))
+    encoded = [([*prompt, *text, end], len(text) + 1) for prompt, text in zip(prompts, said, strict=True)]
     order = sorted(range(len(rows)), key=lambda row: len(encoded[row][0]))
     nats = [0.0] * len(rows)
     for begin in range(0, len(order), batch):
@@ -211,12 +208,15 @@ def log_probabilities(model: Model, rows: Sequence[tuple[str, str]], *, batch: i
         ids = torch.full((len(some), len(encoded[some[-1]][0])), end)
         for place, row in enumerate(some):
             ids[place, : len(encoded[row][0])] = torch.tensor(encoded[row][0])
+        lengths = torch.tensor([len(encoded[row][0]) for row in some])[:, None]
+        counted = torch.tensor([encoded[row][1] for row in some])[:, None]
+        position = torch.arange(1, ids.shape[1])
+        answer = (position >= lengths - counted) & (position < lengths)
         with _asking():
-            logits = model.network(input_ids=ids).logits[:, :-1].float()
-        chosen = torch.log_softmax(logits, -1).gather(-1, ids[:, 1:, None])[..., 0]
-        for place, row in enumerate(some):
-            length, counted = len(encoded[row][0]), encoded[row][1]
-            nats[row] = float(chosen[place, length - 1 - counted : length - 1].sum())
+            logits = model.network(input_ids=ids).logits[:, :-1][answer].float()
+        chosen = torch.log_softmax(logits, -1).gather(-1, ids[:, 1:][answer][:, None])[:, 0]
+        for row, tokens in zip(some, chosen.split(counted[:, 0].tolist()), strict=True):
+            nats[row] = float(tokens.sum())
     table = {"nats": nats, "tokens": [counted for _, counted in encoded]}
     return pd.DataFrame(table | {"characters": [len(answer) for _, answer in rows]})
 

@@ -127,6 +127,23 @@ def test_a_small_model_trains_in_one_thread():
         torch.set_num_threads(before)
 
 
+def test_the_memory_of_a_large_tensor_is_used_again():
+    """The system hands out no new pages where a larger tensor was freed before; else each step fills all with zeros."""
+    import resource
+
+    import torch
+
+    def faults() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+    with preferences.one_thread():
+        torch.ones(2**25)
+        before = faults()
+        for _ in range(5):
+            torch.ones(2**24)  # 64 MiB, or 16,384 pages
+        assert faults() - before < 1000
+
+
 def test_the_block_refuses_a_run_without_an_end():
     """Without `max_steps` nobody could say how far a run is."""
     with (
