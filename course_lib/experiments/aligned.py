@@ -1,18 +1,20 @@
 """What lessons 14 and 15 compare beside the fine-tuned model: their settings as data, and each trained once and found again.
 
-Lesson 14 trains its policies with `settings` in the open; `policy` makes the same ones for whoever only needs the model.
-Each is a Hugging Face folder in the directory of the fine-tuning run that it starts from, under a name that changes with
-the code and the settings.
+Lesson 14 trains its policies with `settings` in the open, and `kept` keeps them; `policy` finds them, and makes the same ones
+for whoever comes without lesson 14.  Each is a Hugging Face folder in the directory of the fine-tuning run that it starts
+from, under a name that changes with the code and the settings.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import inspect
 import io
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
     from course_lib.text.tasks import Pair
 
-__all__ = ["ON_A_CPU", "POLICIES", "contaminated", "policy", "questions", "settings"]
+__all__ = ["ON_A_CPU", "POLICIES", "contaminated", "kept", "policy", "questions", "settings"]
 
 ON_A_CPU = {
     "use_cpu": True, "bf16": False, "gradient_checkpointing": False,
@@ -58,6 +60,8 @@ POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
     "with reference": ("GRPO", {"beta": 0.3}),
 }
 """Name to algorithm, and what the policy changes of its settings."""
+NO_MATTER = {"output_dir", "disable_tqdm", "logging_nan_inf_filter"}
+"""Arguments that decide where a trainer writes and what it shows, and nothing of what it trains."""
 LONGEST_PROMPT = 160
 LEAKED_STEPS = 60
 CODE = ("experiments/aligned.py", "experiments/preferences.py", "text/docstrings.py", "text/ladder.py")
@@ -102,19 +106,44 @@ def policy(tuned: runs.Run, name: str, *, seed: int = 1) -> Path:
 
     def trainer(network: Any, tokenizer: Any, common: dict[str, Any]) -> Trainer:
         from datasets import Dataset
-        from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
-        if POLICIES[name][0] == "GRPO":
-            rows = Dataset.from_list(questions())
-            args = GRPOConfig(**common, **given)
-            return GRPOTrainer(network, _score, args=args, train_dataset=rows, processing_class=tokenizer)
-        rows = Dataset.from_list([
-            asdict(row) for row in preferences.preferences(stages.text().read("train"), seed=seed)
-        ])  # fmt: skip
-        args = DPOConfig(**common, **given)
-        return DPOTrainer(network, args=args, train_dataset=rows, processing_class=tokenizer)
+        kind, arguments = _kinds(name)
+        mine = {"args": arguments(**common, **given), "train_dataset": Dataset.from_list(_rows(name, seed))}
+        judge = (_score,) if POLICIES[name][0] == "GRPO" else ()
+        return kind(network, *judge, processing_class=tokenizer, **mine)
 
     return _trained(tuned, name, trainer, seed=seed, made_of=given)
+
+
+@contextlib.contextmanager
+def kept(trainer: Trainer, tuned: runs.Run, name: str, *, seed: int = 1) -> Iterator[None]:
+    """What this trainer trains in the block is found by `policy`, if it is what `policy` would train; a line says so.
+
+    Compared are the trainer and all its arguments, the rows, the weights at the start, and each reward of a judge.
+
+    Args:
+        trainer: TRL's, before it trains.
+        tuned: As for `policy`, like `name` and `seed`.
+    """
+    start, folder = stages.exported(tuned), _folder(tuned, name, seed=seed, made_of=settings(name))
+    other = _differences(trainer, start, name, seed)
+    judges = getattr(trainer, "reward_funcs", None)
+    if judges is not None:
+        trainer.reward_funcs = [_watched(judge, other) for judge in judges]
+    try:
+        yield
+    finally:
+        if judges is not None:
+            trainer.reward_funcs = judges
+    # Last: new arguments take the device's state from the trainer that was made before them.
+    mine, theirs = trainer.args.to_dict(), _kinds(name)[1]("unused", seed=seed, **settings(name)).to_dict()
+    other |= {key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)} - NO_MATTER
+    if trainer.state.global_step < trainer.args.max_steps:
+        other.add("end")
+    if not other and not folder.is_dir():
+        _save(trainer, start, folder)
+    where = f"not kept, for it has another {', another '.join(sorted(other))}" if other else f"kept in {folder.name}"
+    Line().close(f"{name}: {where}")
 
 
 def contaminated(tuned: runs.Run, leaked: Sequence[Pair], *, steps: int = LEAKED_STEPS, seed: int = 1) -> Path:
@@ -140,20 +169,73 @@ def contaminated(tuned: runs.Run, leaked: Sequence[Pair], *, steps: int = LEAKED
     return _trained(tuned, "contaminated", trainer, seed=seed, made_of=[given, rows])
 
 
+def _kinds(name: str) -> tuple[type, type]:
+    """The trainer of a policy, and the class of its arguments."""
+    import trl
+
+    return getattr(trl, f"{POLICIES[name][0]}Trainer"), getattr(trl, f"{POLICIES[name][0]}Config")
+
+
+def _rows(name: str, seed: int) -> list[dict[str, str]]:
+    """What a policy is trained on."""
+    if POLICIES[name][0] == "GRPO":
+        return questions()
+    return [asdict(row) for row in preferences.preferences(stages.text().read("train"), seed=seed)]
+
+
 def _score(completions: list[str], **_: Any) -> list[float]:
     return [docstrings.score(text) for text in completions]
 
 
-def _trained(tuned: runs.Run, name: str, trainer: Callable[..., Trainer], *, seed: int, made_of: Any) -> Path:
+def _differences(trainer: Any, start: Path, name: str, seed: int) -> set[str]:
+    """What this trainer has, beside its arguments, that `policy` would give it otherwise."""
+    found = set() if type(trainer) is _kinds(name)[0] else {"trainer"}
+    if len(getattr(trainer, "reward_funcs", [_score])) != 1:
+        found.add("judge")
+    rows, end = _rows(name, seed), trainer.processing_class.eos_token
+    wanted = {
+        column: [row[column] + (end if column in ("chosen", "rejected") else "") for row in rows] for column in rows[0]
+    }
+    if any(list(trainer.train_dataset[column]) != texts for column, texts in wanted.items()):
+        found.add("text")
+    at_start = export.loaded(start).state_dict()
+    for network in filter(None, (trainer.model, getattr(trainer, "ref_model", None))):
+        weights = network.state_dict()
+        if weights.keys() != at_start.keys() or not all(weights[each].equal(at_start[each]) for each in weights):
+            found.add("start")
+    return found
+
+
+def _watched(judge: Any, other: set[str]) -> Any:
+    """The reward function, which notes in `other` that it gave another reward than the five checks."""
+    if not inspect.isfunction(judge) or inspect.iscoroutinefunction(judge):
+        other.add("judge")
+        return judge
+
+    @functools.wraps(judge)
+    def watched(*args: Any, completions: list[str], **given: Any) -> list[float]:
+        found = judge(*args, completions=completions, **given)
+        if list(found) != _score(completions):
+            other.add("judge")
+        return found
+
+    return watched
+
+
+def _folder(tuned: runs.Run, name: str, *, seed: int, made_of: Any) -> Path:
     start, name = stages.exported(tuned), name.replace(" ", "-")
     content = [seed, made_of, start.name, version("trl"), *((LIBRARY / each).read_text() for each in CODE)]
-    folder = tuned.path / f"{name}-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]}"
+    return tuned.path / f"{name}-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]}"
+
+
+def _trained(tuned: runs.Run, name: str, trainer: Callable[..., Trainer], *, seed: int, made_of: Any) -> Path:
+    folder = _folder(tuned, name, seed=seed, made_of=made_of)
     if not folder.is_dir():
         preferences.quiet()
         line, begun = Line(), time.monotonic()
         line.say(f"{name}: preparing its data", now=True)
         with contextlib.redirect_stderr(io.StringIO()):  # a progress bar for each step of the way
-            _write(folder, start, name, trainer, seed=seed, line=line)
+            _write(folder, stages.exported(tuned), name.replace(" ", "-"), trainer, seed=seed, line=line)
         line.close(f"{name}: trained in {duration(time.monotonic() - begun)}; kept for next time")
     return folder
 
@@ -176,6 +258,12 @@ def _write(folder: Path, start: Path, name: str, trainer: Callable[..., Trainer]
     made.add_callback(Told())
     with preferences.recorded(made, name=name, show=None):
         made.train()
+    _save(made, start, folder)
+
+
+def _save(trainer: Trainer, start: Path, folder: Path) -> None:
+    from transformers import AutoTokenizer
+
     with files.replacing_folder(folder) as half:
-        made.save_model(str(half))
+        trainer.model.save_pretrained(half)
         AutoTokenizer.from_pretrained(start).save_pretrained(half)  # with its own padding and template

@@ -10,7 +10,7 @@ import pytest
 from course_lib import runs
 from course_lib.experiments import aligned, export, preferences, stages
 from course_lib.recipes import blueprint
-from course_lib.text import tasks, tokenizers
+from course_lib.text import docstrings, tasks, tokenizers
 
 PAIRS = [
     tasks.Pair(f"module.get_{name}: def get_{name}(self)", f"Return the {name} of the file.", "module")
@@ -37,6 +37,15 @@ def tuned(tmp_path, monkeypatch):
     path = tmp_path / "runs" / "tuned"
     path.mkdir(parents=True)
     return runs.Run(path)
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """What the lines of `aligned` say."""
+    words: list[str] = []
+    line = SimpleNamespace(say=lambda text, now=False: words.append(text), close=words.append)
+    monkeypatch.setattr(aligned, "Line", lambda: line)
+    return words
 
 
 def weights(folder: Path) -> bytes:
@@ -76,11 +85,8 @@ def test_long_prompts_are_left_out(monkeypatch):
     assert [len(row["prompt"]) for row in aligned.questions()] == [160]
 
 
-def test_a_policy_is_trained_once(tuned, monkeypatch):
+def test_a_policy_is_trained_once(tuned, monkeypatch, said):
     """It differs from its start, is found again, and another seed, beta or algorithm is another folder."""
-    said: list[str] = []
-    line = SimpleNamespace(say=lambda words, now=False: said.append(words), close=said.append)
-    monkeypatch.setattr(aligned, "Line", lambda: line)
     start = weights(stages.exported(tuned))
     folder = aligned.policy(tuned, "preferred")
     assert said[:3] == ["preferred: preparing its data", "preferred: step 1 of 2", "preferred: step 2 of 2"]
@@ -113,6 +119,88 @@ def test_a_policy_that_is_judged_is_trained_on_its_own_answers(tuned):
     run = next(run for run in runs.listing() if run.name.startswith("gamed"))
     assert run.launch["trainer"] == "GRPOTrainer" and run.outcome.status == "succeeded"
     assert 0 <= run.metrics.reward.iloc[0] <= 1 and (folder / "model.safetensors").is_file()
+
+
+def in_the_open(tuned, name, *, judge=None, start=None, rows=None, **changed):
+    """What lesson 14 does: make a trainer, and train it in the block that keeps what it made."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    kind, arguments = aligned._kinds(name)
+    tokenizer = AutoTokenizer.from_pretrained(stages.exported(tuned), padding_side="left")
+    tokenizer.pad_token = tokenizer.eos_token
+    args = arguments(str(tuned.path / "trl"), **{"seed": 1} | aligned.settings(name) | changed)
+    given = {"args": args, "train_dataset": Dataset.from_list(rows or aligned._rows(name, 1))}
+    judges = (judge or judged,) if "GRPO" in kind.__name__ else ()
+    network = export.loaded(start or stages.exported(tuned))
+    trainer = kind(network, *judges, processing_class=tokenizer, **given)
+    with preferences.recorded(trainer, name="open", show=None), aligned.kept(trainer, tuned, name):
+        trainer.train()
+    return trainer
+
+
+def judged(completions, **_):
+    """The judge of lesson 14, without its server."""
+    return [docstrings.score(text) for text in completions]
+
+
+def kinder(completions, **_):
+    """A judge that likes an answer more than the five checks do."""
+    return [docstrings.score(text) / 2 + 0.5 for text in completions]
+
+
+@pytest.mark.parametrize("name", ["preferred", "gamed", "with reference"])
+def test_what_a_lesson_trained_is_the_policy(tuned, tmp_path, monkeypatch, said, name):
+    """It is found, nothing is trained again, and every weight is that of the policy that is made without the lesson."""
+    in_the_open(tuned, name)
+    assert said[-1].startswith(f"{name}: kept in ")
+    with monkeypatch.context() as found:
+        found.setattr(aligned, "_write", lambda *_, **__: pytest.fail("trained again"))
+        folder = aligned.policy(tuned, name)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    alone = aligned.policy(runs.Run(elsewhere), name)
+    assert weights(alone) == weights(folder) != weights(stages.exported(tuned))
+    assert {file.name for file in alone.iterdir()} == {file.name for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "words"),
+    [
+        ("preferred", {"learning_rate": 1e-4}, "learning_rate"),
+        ("preferred", {"seed": 2}, "seed"),
+        ("preferred", {"weight_decay": 0.1}, "weight_decay"),
+        ("preferred", {"rows": [{"prompt": "f\n", "chosen": "Return it.", "rejected": "returns it"}]}, "text"),
+        ("preferred", {"start": "policy"}, "start"),
+        ("gamed", {"judge": kinder}, "judge"),
+        ("gamed", {"max_steps": 1}, "max_steps"),
+    ],
+)
+def test_what_a_learner_changed_is_not_kept(tuned, said, name, changed, words):
+    """Lesson 15 never measures a policy of other settings, another seed, text, start or judge under this name."""
+    if "start" in changed:
+        changed = {"start": aligned.policy(tuned, "margin alone")}
+    in_the_open(tuned, name, **changed)
+    assert said[-1].startswith(f"{name}: not kept, for it has another ") and f"another {words}" in said[-1]
+    assert not list(tuned.path.glob(f"{name}-*"))
+
+
+def test_a_training_that_stops_is_not_kept(tuned, monkeypatch):
+    """Whether it raises or ends early."""
+    from transformers import TrainerCallback
+    from trl import DPOTrainer
+
+    class Stops(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            control.should_training_stop = True
+
+    real = DPOTrainer.train
+    monkeypatch.setattr(DPOTrainer, "train", lambda self: self.add_callback(Stops()) or real(self))
+    in_the_open(tuned, "preferred")
+    monkeypatch.setattr(DPOTrainer, "train", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        in_the_open(tuned, "preferred")
+    assert not list(tuned.path.glob("preferred-*"))
 
 
 def test_a_contaminated_model_saw_the_leak(tuned):
