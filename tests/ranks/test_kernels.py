@@ -132,9 +132,11 @@ def test_a_norm_keeps_one_tensor(torch):
     assert kept(torch.nn.functional.rms_norm) > 4 * 2 * tokens * WIDTH
 
 
-@pytest.mark.parametrize("scale", [1.0, 1.3])
-def test_rotary_embedding_gives_megatrons_numbers(torch, scale):
-    """Plain rotation, with different angles in the two halves as well, on a slice of a larger tensor."""
+def test_rotary_embedding_gives_megatrons_numbers(torch):
+    """Plain rotation, with different angles in the two halves as well, on a slice of a larger tensor.
+
+    The same angles serve at every scale and in every format.
+    """
     from megatron.core.models.common.embeddings import rope_utils
 
     from course_lib.ranks.cpu import kernels
@@ -142,11 +144,13 @@ def test_rotary_embedding_gives_megatrons_numbers(torch, scale):
     original = rope_utils._apply_rotary_pos_emb_bshd
     mine = partial(kernels.rotate, original)
     angles = torch.randn(SEQUENCE, 1, 1, 8)
-    t = torch.randn(SEQUENCE, BATCH, 3 * HEADS, 8)
-    the_same(
-        gradients(lambda t: original(t[:, :, :HEADS], angles, mscale=scale), t),
-        gradients(lambda t: mine(t[:, :, :HEADS], angles, mscale=scale), t),
-    )
+    for dtype in (torch.float32, torch.float64):
+        t = torch.randn(SEQUENCE, BATCH, 3 * HEADS, 8, dtype=dtype)
+        for scale in (1.0, 1.3):
+            the_same(
+                gradients(lambda t, s=scale: original(t[:, :, :HEADS], angles, mscale=s), t),
+                gradients(lambda t, s=scale: mine(t[:, :, :HEADS], angles, mscale=s), t),
+            )
 
 
 @pytest.mark.parametrize("options", [{"rotary_interleaved": True}, {"mla_rotary_interleaved": True}, {"narrow": True}])
@@ -184,6 +188,59 @@ def test_the_largest_logit_is_the_largest(torch):
     logits = torch.randn(SEQUENCE, BATCH, 50)
     mine = kernels.calculate_logits_max(original, logits)
     assert mine[0] is logits and torch.equal(mine[1], original(logits)[1])
+
+
+def test_loggers_know_their_new_level(bridge):
+    """Whoever asked a logger before Bridge set its level, asks it again."""
+    import logging
+
+    from megatron.training.utils import log_utils
+
+    from course_lib.ranks.cpu import megatron
+
+    logger = logging.getLogger("megatron.bridge.of_a_test")
+    logger.setLevel(logging.ERROR)
+    before = logging.root.level
+    assert not logger.isEnabledFor(logging.INFO)
+    try:
+        megatron.setup_logging(log_utils.setup_logging, logging_level=logging.INFO, filter_warning=False)
+        assert logger.isEnabledFor(logging.INFO)
+        assert "_clear_cache" not in vars(logging.root.manager)
+    finally:
+        logging.root.setLevel(before)
+
+
+def rank_losses(_: str) -> None:
+    """In each of two ranks, with half of the ids: values, gradients and messages are upstream's."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core.tensor_parallel import cross_entropy
+
+    from course_lib.ranks.cpu import kernels
+
+    dist.init_process_group("gloo")
+    group, size = dist.group.WORLD, 40
+    mine = cross_entropy._VocabParallelCrossEntropy
+    upstream = mine.__bases__[0]
+    assert upstream.__module__ == cross_entropy.__name__ and mine.__module__ == kernels.__name__
+    kernels.IN_CACHE = 5 * size  # several blocks of rows, the last one short
+    logits = 9 * torch.randn(12, 3, 2 * size, generator=torch.Generator().manual_seed(1))
+    ids = torch.arange(36).view(12, 3) * 7 % (2 * size)
+    here = logits[..., group.rank() * size :][..., :size]
+    for smoothing in (0.0, 0.1):
+        both = [
+            gradients(lambda x, k=kind, s=smoothing: k.apply(x * 1, ids, s, group), here) for kind in (upstream, mine)
+        ]
+        the_same(*both)
+        assert both[0][1].abs().sum() > 1
+    whole = torch.nn.functional.cross_entropy(logits.view(36, -1), ids.view(-1), reduction="none").view(12, 3)
+    the_same([whole], [mine.apply(here.clone(), ids, 0.0, group)])
+    dist.destroy_process_group()
+
+
+def test_the_loss_over_a_divided_vocabulary_is_megatrons(in_ranks, tmp_path: Path):
+    """Ids of both halves, in blocks of rows; smoothed labels too."""
+    in_ranks(rank_losses, tmp_path, ranks=2)
 
 
 def rank_shards(_: str) -> None:

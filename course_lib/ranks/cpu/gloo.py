@@ -108,11 +108,11 @@ PATCHES.sets(
 
 def _sum_of_shares(tensor: Any, op: Any, group: Any) -> Any:
     """The operation that takes another's place once the tensor is scaled, which an asynchronous call allows too."""
+    if not isinstance(op, Scaled) and op != dist.ReduceOp.AVG:
+        return dist.ReduceOp.SUM if op is None else op
     with torch.no_grad():
         if isinstance(op, Scaled):
             tensor.mul_(op.factor)
-        elif op != dist.ReduceOp.AVG:
-            return dist.ReduceOp.SUM if op is None else op
         elif (count := dist.get_world_size(group)) > 1:
             tensor.div_(count, rounding_mode=None if tensor.is_floating_point() else "trunc")
     return dist.ReduceOp.SUM

@@ -14,6 +14,7 @@ import functools
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from course_lib.stack.patches import Patches
 
@@ -23,6 +24,8 @@ LINEAR = f"{CORE}.tensor_parallel.layers.LinearWithGradAccumulationAndAsyncCommu
 DELTA_NET = f"{CORE}.ssm.gated_delta_net"
 PASSES = "fewer passes over memory, as TE's fused kernel on a GPU"
 NEEDS_CUDA = "flash-linear-attention needs CUDA"
+IN_CACHE = 2**17
+"""So many numbers stay in a core's own cache from one operation to the next."""
 
 
 def _count_steps(states: Any, groups: list[dict]) -> None:
@@ -119,27 +122,20 @@ def rms_norm(original, input, normalized_shape, weight=None, eps=None):
 
 
 class Rotation(torch.autograd.Function):
-    """Three passes each way instead of six forward and ten backward."""
+    """Three passes each way instead of six forward and ten backward; the sines have their signs."""
 
     @staticmethod
-    def forward(ctx, t: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(cos, sin)
-        half = t.shape[-1] // 2
-        return _turned(t, cos, -sin[..., :half], sin[..., half:])
+    def forward(ctx, t: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, back)
+        return _turned(t, cos, sin)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        half = grad.shape[-1] // 2
-        return _turned(grad, cos, sin[..., half:], -sin[..., :half]), None, None
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return _turned(grad, *ctx.saved_tensors), None, None, None
 
 
-def _turned(t: torch.Tensor, cos: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    half = t.shape[-1] // 2
-    out = t * cos
-    out[..., :half].addcmul_(t[..., half:], first)
-    out[..., half:].addcmul_(t[..., :half], second)
-    return out
+def _turned(t: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    return (t * cos).addcmul_(t.roll(t.shape[-1] // 2, -1), sin)
 
 
 @PATCHES.replaces(f"{CORE}.models.common.embeddings.rope_utils._apply_rotary_pos_emb_bshd", why=PASSES)
@@ -147,8 +143,13 @@ def rotate(original, t, freqs, rotary_interleaved=False, mla_rotary_interleaved=
     """One autograd function for whole heads in two halves."""
     if rotary_interleaved or mla_rotary_interleaved or options or freqs.shape[-1] != t.shape[-1]:
         return original(t, freqs, rotary_interleaved, mla_rotary_interleaved, mscale, **options)
-    cos, sin = (freqs.cos() * mscale).to(t.dtype), (freqs.sin() * mscale).to(t.dtype)
-    return Rotation.apply(t, cos, sin)
+    turns = getattr(freqs, "turns", {})  # the same angles turn queries and keys in every layer
+    if (t.dtype, mscale) not in turns:
+        cos, sin = (freqs.cos() * mscale).to(t.dtype), (freqs.sin() * mscale).to(t.dtype)
+        half = sin.shape[-1] // 2
+        sin[..., :half].neg_()
+        freqs.turns = turns | {(t.dtype, mscale): (cos, sin, sin.roll(half, -1))}
+    return Rotation.apply(t, *freqs.turns[t.dtype, mscale])
 
 
 @PATCHES.replaces(f"{CORE}.fusions.fused_bias_swiglu.swiglu_back", why=PASSES)
@@ -172,6 +173,51 @@ def calculate_logits_max(_, vocab_parallel_logits):
     """The largest logit by amax instead of max."""
     logits = vocab_parallel_logits.float()
     return logits, logits.amax(dim=-1)
+
+
+@PATCHES.makes(f"{CORE}.tensor_parallel.cross_entropy._VocabParallelCrossEntropy", why=PASSES)
+def cross_entropy(original):
+    """Three passes over the logits instead of six, where no labels are smoothed."""
+    from megatron.core.parallel_state import get_tensor_model_parallel_group
+    from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy
+
+    class _VocabParallelCrossEntropy(original):  # the name that traces show
+        """The same messages and numbers; a softmax is divided by its sum together with its gradient, in backward."""
+
+        @staticmethod
+        def forward(ctx, logits, target, label_smoothing=0.0, tp_group=None):
+            ctx.smooths = label_smoothing > 0
+            if ctx.smooths:
+                return original.forward(ctx, logits, target, label_smoothing, tp_group)
+            group, size = tp_group or get_tensor_model_parallel_group(), logits.shape[-1]
+            powers, largest = VocabParallelCrossEntropy.calculate_logits_max(logits)
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group)
+            place = target - group.rank() * size
+            elsewhere = (place < 0) | (place >= size)
+            place = place.masked_fill_(elsewhere, 0).unsqueeze(-1)
+            chosen = powers.gather(-1, place).squeeze(-1).sub_(largest).masked_fill_(elsewhere, 0)
+            dist.all_reduce(chosen, group=group)
+            total, at_once = torch.empty_like(largest), max(1, IN_CACHE // size)
+            for row, top, out in zip(
+                powers.view(-1, size).split(at_once),
+                largest.view(-1, 1).split(at_once),
+                total.view(-1).split(at_once),
+                strict=True,
+            ):
+                torch.sum(row.sub_(top).exp_(), -1, out=out)
+            dist.all_reduce(total, group=group)
+            ctx.save_for_backward(powers, total, place, elsewhere)
+            return total.log() - chosen
+
+        @staticmethod
+        def backward(ctx, grad):
+            if ctx.smooths:
+                return original.backward(ctx, grad)
+            powers, total, place, elsewhere = ctx.saved_tensors
+            powers.scatter_add_(-1, place, total.masked_fill(elsewhere, 0).neg_().unsqueeze(-1))
+            return powers.mul_((grad / total).unsqueeze(-1)), None, None, None
+
+    return _VocabParallelCrossEntropy
 
 
 PATCHES.sets(True, f"{DELTA_NET}.common.HAVE_FLA", why=NEEDS_CUDA, late=f"{DELTA_NET}.common")

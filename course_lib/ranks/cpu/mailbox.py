@@ -13,6 +13,7 @@ collective as ever, and none of the messages below.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import secrets
 import select
@@ -107,6 +108,7 @@ class Mailboxes:
     def __init__(self, rank: int, memory: Any, peers: dict[int, Peer], *, limit_seconds: float) -> None:
         self.memory, self.peers = memory, peers
         self._rank, self._limit_seconds, self._round = rank, limit_seconds, 0
+        self._cut = functools.lru_cache(maxsize=128)(_cut)  # a layer's tensors have the same places in every step
         self._news = {number: select.poll() for number in peers}  # select() knows no descriptor above 1023
         for number, peer in peers.items():
             self._news[number].register(peer.heard, select.POLLIN)
@@ -130,7 +132,7 @@ class Mailboxes:
 
     def _place(self, memory: Any, number: int, like: Any) -> Any:
         begin = self._round % SLOTS * SLOT_BYTES + number * like.nbytes
-        return memory[begin : begin + like.nbytes].view(like.dtype).view(like.shape)
+        return self._cut(memory, begin, like.nbytes, like.dtype, like.shape)
 
     def _take_turns(self, size_bytes: int) -> None:
         """Tell all others that this rank's tensors are there, and wait until theirs are.
@@ -154,6 +156,10 @@ class Mailboxes:
                     "all ranks of a group must call the same collectives with tensors of the same size"
                 )
         self._round += 1
+
+
+def _cut(memory: Any, begin: int, size_bytes: int, dtype: torch.dtype, shape: torch.Size) -> Any:
+    return memory[begin : begin + size_bytes].view(dtype).view(shape)
 
 
 def connect(group: Any) -> Exchange:
@@ -236,6 +242,11 @@ def _exchange(group: Any) -> Exchange:
     return _open[group]
 
 
+def _pieces(flat: Any, at_once: int) -> tuple[Any, ...]:
+    """What goes at once, in order; most tensors fit, and torch's `split` takes longer than a word through a pipe."""
+    return (flat,) if flat.numel() <= at_once else flat.split(at_once)
+
+
 def method_of_group(*names: str) -> str:
     """The first of these methods that the installed torch has: 2.13 renamed some, and kept the old names beside."""
     known = (name for name in names if hasattr(torch.distributed.ProcessGroup, name))
@@ -258,8 +269,8 @@ def reduce_scatter_each(original, group, outputs, inputs, /, *options):
             total.copy_(shards[me])
         if size > 1:
             at_once = SLOT_BYTES // (size - 1) // whole.element_size()
-            pieces = [shard.split(at_once) for shard in shards]
-            for number, sums in enumerate(total.split(at_once)):
+            pieces = [_pieces(shard, at_once) for shard in shards]
+            for number, sums in enumerate(_pieces(total, at_once)):
                 dealt = {rank: pieces[rank][number] for rank in range(size) if rank != me}
                 for _, received in sorted(_exchange(group).deal(dealt).items()):
                     sums.add_(received)
@@ -279,8 +290,8 @@ def all_gather_each(_, group, outputs, inputs, /, *__):
         shards, mine = whole.detach().view(size, -1), mine.detach().view(-1)
         if size > 1:
             at_once = SLOT_BYTES // whole.element_size()
-            pieces = [shard.split(at_once) for shard in shards]
-            for number, shown in enumerate(mine.split(at_once)):
+            pieces = [_pieces(shard, at_once) for shard in shards]
+            for number, shown in enumerate(_pieces(mine, at_once)):
                 for rank, received in _exchange(group).share(shown).items():
                     if rank != me:
                         pieces[rank][number].copy_(received)
@@ -321,7 +332,7 @@ def allreduce(original, group, tensors, options=None, /, *more, **named):
     if not isinstance(boxes, Mailboxes):
         return original(group, tensors, options, *more, **named)
     combine = REDUCTIONS[options.reduceOp.op]
-    for out in tensors[0].detach().view(-1).split(SLOT_BYTES // tensors[0].element_size()):
+    for out in _pieces(tensors[0].detach().view(-1), SLOT_BYTES // tensors[0].element_size()):
         first, second, *rest = (shown for _, shown in sorted(boxes.share(out).items()))
         combine(first, second, out=out)
         for shown in rest:

@@ -6,6 +6,7 @@ Most of it answers a fault that pip users meet on GPUs too; `why` says which.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 
@@ -57,6 +58,29 @@ def get_global_memory_buffer(original):
     if parallel_state._GLOBAL_MEMORY_BUFFER is not None:
         return original()
     return BUFFERS.setdefault("own", utils.GlobalMemoryBuffer())
+
+
+@PATCHES.replaces(
+    f"{BRIDGE}.training.initialize._warmup_jit_function",
+    why="nothing is compiled in a CPU rank, and twenty passes of the model's size cost a tenth of a start",
+)
+def warm_up(_, model_config, micro_batch_size):
+    """Nothing; what dropout draws for a seed begins without its draws."""
+
+
+@PATCHES.replaces(
+    f"{BRIDGE}.training.setup.setup_logging",
+    why="after each of some hundred loggers upstream has all loggers of a process forget what they know of their levels",
+)
+def setup_logging(original, *args, **options):
+    """They forget it once, at the end."""
+    manager = logging.root.manager
+    manager._clear_cache = lambda: None
+    try:
+        original(*args, **options)
+    finally:
+        del manager._clear_cache
+        manager._clear_cache()
 
 
 @PATCHES.replaces(f"{OPTIMIZER}.state_dict", why=LOSES_STEP)
