@@ -182,39 +182,56 @@ def test_a_taken_port_does_not_matter(cfg, monkeypatch):
         assert launch.run(cfg, ranks=2, name="port", show=None).outcome.status == "succeeded"
 
 
-def test_a_full_disk_is_told_as_one(cfg, tmp_path):
-    """On a file system without space the caller still gets rank, cause and fix, and outcome.json is whole."""
-    path = written_config(cfg, tmp_path / "mine")
-    folder = tmp_path / "small-disk"
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def hemmed_in(bridge, tmp_path_factory) -> str:
+    """What two runs said where mounts are private: one with a full /dev/shm of 4 KiB, then one on a disk of 256 KiB.
+
+    They share a warm server of their own, which starts within the small /dev/shm: TMPDIR decides which, if it is short.
+    """
+    place = tmp_path_factory.mktemp("small")
+    short, full = written_config(small.config(train_iters=1), place / "one"), place / "disk"
+    long = written_config(small.config(train_iters=200), place / "many")
+    full.mkdir()
     code = f"""
-import os, subprocess, sys
-subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", {str(folder)!r}], check=True)
+import os, subprocess
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "none", "/dev/shm"], check=True)
+open("/dev/shm/filler", "wb").write(b"0" * 4096)
 from course_lib import launch
-from course_lib.launch import forkserver
 try:
-    launch.run({str(path)!r}, ranks=2, name="full", show=None, target="support.drills:fills_the_disk")
+    print("STATUS", launch.run({str(short)!r}, ranks=2, name="shm", show=None).outcome.status)
+except launch.RunFailed as failed:
+    print("HINT", failed.outcome.hint)
+subprocess.run(["umount", "/dev/shm"], check=True)
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", {str(full)!r}], check=True)
+os.environ["COURSE_RUNS"] = {str(full)!r}
+try:
+    launch.run({str(long)!r}, ranks=2, name="full", show=None, target="support.drills:fills_the_disk")
 except launch.RunFailed as failed:
     print("CAUSE", failed.outcome.rank, failed.outcome.exception, failed.outcome.hint)
     print("FILE", open(failed.run.path / "outcome.json").read())
 """
-    text = in_a_mount_namespace(code, COURSE_RUNS=str(folder))
-    assert "CAUSE 1 OSError The disk is full" in text, text
-    assert json.loads(text.split("FILE", 1)[1])["hint"].startswith("The disk is full")
-
-
-def in_a_mount_namespace(code: str, **environment: str) -> str:
-    """Run Python code where mounts are private, with a warm server of its own: TMPDIR decides which, if it is short."""
-    with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as short:
+    with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as temporary:
         process = subprocess.run(
             ["unshare", "-rm", sys.executable, "-c", code],
-            env={**os.environ, "TMPDIR": short, **environment},
+            env={**os.environ, "TMPDIR": temporary, "COURSE_RUNS": str(place / "runs")},
             capture_output=True,
             text=True,
-            timeout=400,
+            timeout=800,
             cwd=PROJECT / "tests",
         )
     return process.stdout + process.stderr
+
+
+def test_a_full_disk_is_told_as_one(hemmed_in):
+    """On a file system without space the caller still gets rank, cause and fix, and outcome.json is whole."""
+    assert "CAUSE 1 OSError The disk is full" in hemmed_in, hemmed_in
+    told = hemmed_in.split("FILE", 1)[1].lstrip()
+    assert json.JSONDecoder().raw_decode(told)[0]["hint"].startswith("The disk is full")
+
+
+def test_a_small_shared_memory_is_enough_or_named(hemmed_in):
+    """With 4 KiB of /dev/shm a run either works or says that shared memory is too small; it never hangs."""
+    assert "STATUS succeeded" in hemmed_in or "HINT Shared memory is too small" in hemmed_in, hemmed_in
 
 
 def test_outcome_is_written_on_a_disk_that_is_full(tmp_path, monkeypatch):
@@ -232,24 +249,6 @@ def test_outcome_is_written_on_a_disk_that_is_full(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "write_json", on_a_full_disk)
     assert failures.settle(tmp_path).status == "succeeded"
     assert json.loads((tmp_path / "outcome.json").read_text())["status"] == "succeeded"
-
-
-def test_a_small_shared_memory_is_enough_or_named(cfg, tmp_path):
-    """With 4 KiB of /dev/shm a run either works or says that shared memory is too small; it never hangs."""
-    cfg.train.train_iters = 1
-    path = written_config(cfg, tmp_path / "mine")
-    code = f"""
-import subprocess
-subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "none", "/dev/shm"], check=True)
-open("/dev/shm/filler", "wb").write(b"0" * 4096)
-from course_lib import launch
-try:
-    print("STATUS", launch.run({str(path)!r}, ranks=2, name="shm", show=None).outcome.status)
-except launch.RunFailed as failed:
-    print("HINT", failed.outcome.hint)
-"""
-    text = in_a_mount_namespace(code, COURSE_RUNS=str(tmp_path / "runs"))
-    assert "STATUS succeeded" in text or "HINT Shared memory is too small" in text, text
 
 
 def test_a_broken_file_is_refused_at_the_door(cfg, tmp_path):
