@@ -12,6 +12,7 @@ import pytest
 
 pytest_plugins = ["support.lesson_runs", "support.small_book"]
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # on busy cores, waiting by spinning costs a fifth
 
 
 FIRST = "tests/lessons/test_all_run.py"
