@@ -62,11 +62,7 @@ def assign(cfg: Any, values: Mapping[str, Any]) -> None:
 
 def has(cfg: Any, path: str) -> bool:
     """Whether a configuration has the field of that dotted name."""
-    try:
-        _holder(cfg, path)
-    except UnknownField:
-        return False
-    return True
+    return _found(cfg, path) is not None
 
 
 def value(cfg: Any, path: str) -> Any:
@@ -156,18 +152,22 @@ def _has(holder: Any, name: str) -> bool:
 
 def _holder(cfg: Any, path: str) -> tuple[Any, str]:
     """Who has the field of a dotted name, and the field's own name."""
+    if (found := _found(cfg, path)) is None:
+        near = difflib.get_close_matches(path, flatten(cfg), n=3, cutoff=0.5)
+        raise UnknownField(
+            f"the configuration has no field {path!r}" + (f"; the nearest are {', '.join(near)}" if near else "")
+        )
+    return found
+
+
+def _found(cfg: Any, path: str) -> tuple[Any, str] | None:
     holder = cfg
     *parents, name = path.split(".")
     for parent in parents:
         holder = _read(holder, parent)
     if holder is not None and not _has(holder, name) and _has(_read(holder, "transformer"), name):
         holder = _read(holder, "transformer")
-    if holder is None or not _has(holder, name):
-        near = difflib.get_close_matches(path, flatten(cfg), n=3, cutoff=0.5)
-        raise UnknownField(
-            f"the configuration has no field {path!r}" + (f"; the nearest are {', '.join(near)}" if near else "")
-        )
-    return holder, name
+    return (holder, name) if holder is not None and _has(holder, name) else None
 
 
 def _copied(node: Any, copies: dict[int, Any]) -> Any:
