@@ -94,6 +94,7 @@ DEFERRED: tuple[Deferred, ...] = (
     Deferred("multistorageclient", "object stores: compiles a URL grammar for three seconds"),
     Deferred("httpx._main", "a command line with its own colours; httpx names its one function", functions=("main",)),
     Deferred("wandb", "experiment tracker, used only when a run names a project"),
+    Deferred("mlflow", "as above; TRL imports it wherever it is installed"),
     Deferred("datasets", "Hugging Face datasets", functions=("load_dataset", "concatenate_datasets")),
     Deferred("datasets.builder", "as above; Bridge sets one attribute here"),
     Deferred(
@@ -101,9 +102,14 @@ DEFERRED: tuple[Deferred, ...] = (
         "imports all of torchao, which only AutoModel needs; transformers wants one class for quantised models",
         functions=("TorchAoHfQuantizer",),
     ),
-    Deferred("sklearn.metrics", "transformers wants one function for assisted generation", functions=("roc_curve",)),
+    Deferred(
+        "sklearn.metrics",
+        "transformers wants functions for assisted generation and for old benchmarks",
+        functions=("roc_curve", "f1_score", "matthews_corrcoef"),
+    ),
     Deferred("sklearn", "as above"),
     Deferred("scipy.optimize", "transformers wants one function", functions=("linear_sum_assignment",)),
+    Deferred("scipy.stats", "transformers wants two functions", functions=("pearsonr", "spearmanr")),
     Deferred(
         "torch._dynamo",
         "the compiler, switched off here",
