@@ -5,18 +5,17 @@ The trainers themselves are TRL's, made and started in the lesson, in one plain 
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import logging
 import math
 import random
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from course_lib import runs
+from course_lib.common import heap
 from course_lib.runs import writer
 from course_lib.text import ladder
 from course_lib.text.tasks import SEPARATOR
@@ -38,9 +37,6 @@ __all__ = [
     "recorded",
     "request",
 ]
-
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 class NotANumber(ValueError):
@@ -159,27 +155,13 @@ def one_thread() -> Iterator[None]:
     """
     import torch
 
-    _keep_freed_memory()
+    heap.keep_memory()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@functools.cache
-def _keep_freed_memory() -> None:
-    """glibc keeps freed memory for the next tensor; by default the large ones of a step are new pages in each step.
-
-    The system fills a new page with zeros before a process gets it, which cost a fifth of a step of DPO.
-
-    Source: mallopt(3); the numbers are those of glibc's malloc.h.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:  # musl has none
-        mallopt(M_TRIM_THRESHOLD, 2**30)
-        mallopt(M_MMAP_MAX, 0)
 
 
 @contextmanager

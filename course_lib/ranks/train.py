@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from course_lib import runs, stack
-from course_lib.common import files
+from course_lib.common import files, heap
 from course_lib.common.config import ConfigError
 from course_lib.common.project import PROJECT, untested_allowed, variable
 from course_lib.runs import failures, foreign_code
@@ -239,7 +239,7 @@ def _take(device: str, rank: int, world: int, imports: str) -> None:
     from course_lib.ranks.cpu import host
 
     host.share(int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", world)))
-    host.keep_memory()
+    heap.keep_memory()
     cpu.activate(allow_untested=untested_allowed(), torch_alone=imports == AUTOMODEL)
     import torch
 

@@ -1,9 +1,8 @@
-"""How ranks share a machine: its cores, memory that a step frees, and an end with whoever started them."""
+"""How ranks share a machine: its cores, and an end with whoever started them."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import multiprocessing
 import os
@@ -14,9 +13,6 @@ from collections.abc import Iterator
 from multiprocessing.connection import wait
 
 from course_lib import stack
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names of malloc.h
-LARGEST = 2**30
 
 
 def core_of(rank: int, ranks: int, cores: list[int]) -> int | None:
@@ -64,18 +60,6 @@ def imported_once() -> Iterator[None]:
             gc.collect()
     except Exception:
         traceback.print_exc()  # the fork server swallows an ImportError; this line says it early
-
-
-def keep_memory() -> None:
-    """Let this process's heap give nothing back before it ends, as torch's allocator keeps memory on a GPU.
-
-    By default large tensors are mapped when they are made and unmapped when they go, and the kernel must clear every
-    page of the next one: in a small model that costs as much as its matrix products.
-    """
-    change = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc has it; other C libraries keep their ways
-    if change is not None:
-        change(M_MMAP_THRESHOLD, LARGEST)
-        change(M_TRIM_THRESHOLD, 2 * LARGEST - 1)
 
 
 def end_with_parent() -> None:
