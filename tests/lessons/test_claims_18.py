@@ -71,8 +71,8 @@ def lesson_18(folder):
         {"outcome": Some(alive=alive, status="succeeded", peak_bytes=peak)} for alive, peak in ((1, 1), (0, 2**31))
     ]
     ways = {"executor": ["none", "Ray Data", "Xenna, streaming"], "outcome": ["succeeded", "succeeded", "failed"]}
-    ended["measured"] = {"table": pd.DataFrame(ways).assign(**{"documents": 489, "peak GiB": 1.2})}
-    wrong += [{"measured": {"table": ended["measured"]["table"].assign(**change)}} for change in (
+    ended["table"] = pd.DataFrame(ways).assign(**{"documents": 489, "peak GiB": 1.2})
+    wrong += [{"table": ended["table"].assign(**change)} for change in (
         {"outcome": "succeeded"}, {"documents": [488, 489, 489]}, {"peak GiB": 2.1},
     )]  # fmt: skip
     yield "check-ray", ended | {"curation": kept}, [*wrong, {"clean": Some(id=[1])}]
