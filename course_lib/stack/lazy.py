@@ -82,7 +82,7 @@ DEFERRED: tuple[Deferred, ...] = (
     ),
     Deferred(
         "megatron.core.resharding.copy_services.nvshmem_copy_service",
-        "imports cuda.core, a tenth of what a process imports, to move weights by NVSHMEM; the refit names one class",
+        "imports cuda.core, to move weights by NVSHMEM; the refit names one class",
         functions=("NVSHMEMCopyService",),
     ),
     Deferred("rfc3987_syntax", "compiles a URL grammar for three seconds", functions=("is_valid_syntax",)),

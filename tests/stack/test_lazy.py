@@ -275,6 +275,7 @@ UNUSED = (
     "sklearn.base",
     "scipy.optimize._minimize",
     "modelopt.torch.quantization",
+    "megatron.core.resharding.nvshmem_copy_service",
 )
 """Parts that are there only when the body of their package ran."""
 
