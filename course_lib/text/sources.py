@@ -137,6 +137,14 @@ def documented(source: str, *, module: str, file: str) -> list[Documented]:
     return found
 
 
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """A node and every statement in it; most of a tree are expressions, which hold no docstring."""
+    yield node
+    for block in ("body", "orelse", "finalbody", "handlers", "cases"):
+        for child in getattr(node, block, ()):
+            yield from _statements(child)
+
+
 def without_docstrings(source: str) -> str:
     """The source without its docstrings; a body that was nothing else becomes `...`.
 
@@ -149,7 +157,7 @@ def without_docstrings(source: str) -> str:
             return 1
     """
     lines = source.splitlines()
-    for node in ast.walk(_parse(source)):
+    for node in _statements(_parse(source)):
         if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         if ast.get_docstring(node, clean=False) is None:
