@@ -16,12 +16,19 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # on busy cores, waiting by
 
 
 FIRST = "tests/lessons/test_all_run.py"
+LATER = "tests/lessons/test_broken_claims.py"
 LAST = ("tests/lessons/test_traced_numbers.py", "tests/lessons/test_words_of_pictures.py", "tests/tools/test_book.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With two workers the longest file starts first, and who reads executed lessons comes when there are some."""
-    items.sort(key=lambda item: (item.nodeid.startswith(LAST), not item.nodeid.startswith(FIRST)))
+    """With two workers the longest file starts first, and who needs what lessons trained and showed comes after them."""
+    items.sort(
+        key=lambda item: [
+            item.nodeid.startswith(LAST),
+            item.nodeid.startswith(LATER),
+            not item.nodeid.startswith(FIRST),
+        ]
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -99,6 +99,7 @@ def execute(
     parameters: Mapping[str, Any] | None = None,
     output_directory: Path | None = None,
     directory: Path | None = None,
+    kernel: Any = None,
 ) -> Executed:
     """Execute a lesson from top to bottom, with progress on stderr, and keep the executed copy.
 
@@ -107,6 +108,8 @@ def execute(
         parameters: New values for names of the lesson's parameters cell and of its cells of guesses.
         output_directory: Where the executed copy goes, by default ``book/lessons/``.
         directory: Where the lessons are, by default ``notebooks/``; also the notebook's working directory.
+        kernel: Manager of a running kernel, which goes on afterwards with its own working directory and variables; by
+            default a new one, which ends with the lesson.
 
     Returns:
         The executed copy, its figures, and the run directories that it showed.
@@ -139,6 +142,7 @@ def execute(
                 progress_bar=False,
                 extra_arguments=["--log-level=40"],  # a kernel warns about its own transport each time it starts
                 cwd=source.parent,
+                km=kernel,
                 on_cell_execute=progress.cell_starts,
                 on_cell_executed=progress.cell_ends,
             )

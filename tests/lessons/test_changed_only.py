@@ -36,6 +36,7 @@ def project(tmp_path: Path) -> Path:
         "tests/conftest.py": "pytest_plugins = ['support.lesson_runs']",
         "tests/support/lesson_runs.py": (SUPPORT / "lesson_runs.py").read_text(),
         "tests/lessons/test_all_run.py": TEST,
+        "tests/lessons/test_broken_claims.py": "",
     }.items():
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +77,13 @@ def test_a_lesson_that_failed_runs_again(project: Path) -> None:
     assert "2 failed" in run(project, "--changed-only")
 
 
-@pytest.mark.parametrize("name", ["course_lib/code.py", "data/fact.json", "uv.lock", "tests/lessons/test_all_run.py"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("course_lib/code.py", "data/fact.json", "uv.lock"),
+        *("tests/lessons/test_all_run.py", "tests/lessons/test_broken_claims.py"),
+    ],
+)
 def test_the_hash_sees_everything_that_counts(project: Path, name: str) -> None:
     """The library, the data, the lock and the tests are part of a lesson's content."""
     before = lesson_runs.digest(project, "03")

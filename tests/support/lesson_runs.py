@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 
-OF_A_LESSON = re.compile(r"test_all_run\.py::(\w+)\[(\d\d|[a-z])\]$")
+OF_A_LESSON = re.compile(r"test_(?:all_run|broken_claims)\.py::(\w+)\[(\d\d|[a-z])\]$")
 COMMON = (
     *("course_lib", "data", "uv.lock", "pyproject.toml"),
-    *("notebooks/pretrain.py", "tests/lessons/test_all_run.py", "tests/conftest.py"),
+    *("notebooks/pretrain.py", "tests/conftest.py"),
+    *("tests/lessons/test_all_run.py", "tests/lessons/test_broken_claims.py"),
 )
 
 
