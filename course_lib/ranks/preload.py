@@ -21,8 +21,8 @@ with host.imported_once():
     from course_lib import runs  # noqa: F401
     from course_lib.common.project import untested_allowed
     from course_lib.planning import layout  # noqa: F401
-    from course_lib.ranks import cpu, recording, train  # noqa: F401
-    from course_lib.runs import failures  # noqa: F401
+    from course_lib.ranks import cpu, recording, routing, train  # noqa: F401
+    from course_lib.runs import checkpoints, failures  # noqa: F401
     from course_lib.stack import devices  # noqa: F401
 
     cpu.activate(allow_untested=untested_allowed())
@@ -30,8 +30,11 @@ with host.imported_once():
 
     torch.set_num_threads(1)
     import torch.distributed.launcher.api
+    from megatron.bridge.data import megatron_mimo  # noqa: F401 (this and the next: each rank would import them late)
     from megatron.bridge.training.finetune import finetune  # noqa: F401
     from megatron.bridge.training.gpt_step import forward_step  # noqa: F401
     from megatron.bridge.training.pretrain import pretrain  # noqa: F401
+    from megatron.core.tokenizers.text import models  # noqa: F401
+    from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend  # noqa: F401 (as would each agent)
 
 import_seconds = time.monotonic() - _begin

@@ -106,7 +106,9 @@ def _foreign(node: Any, place: str, declared: tuple[type, ...]) -> Iterator[tupl
             if value and (by_name or (key == "module" and not isinstance(value, dict))):
                 yield inner, f"{str(value)[:80]} lets code be run that is not Bridge's"
             elif not (named and key in _SAYS_WHAT):
-                yield from _foreign(value, inner, _declared(owner, key) if named else declared)
+                # looking a declaration up takes longer than all the rest, and a plain value has none
+                looked_up = named and isinstance(value, (dict, list))
+                yield from _foreign(value, inner, _declared(owner, key) if looked_up else declared)
 
 
 def _named(node: dict, declared: tuple[type, ...]) -> tuple[object, str]:
