@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 
 
-def orders() -> list[tuple[Any, Any, Any]]:
+def orders(sizes: tuple[int, int, int] = (40, 8, 8)) -> list[tuple[Any, Any, Any]]:
     """Documents, samples and their order of the three splits, as this rank gets them from upstream's builder."""
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
@@ -25,7 +25,7 @@ def orders() -> list[tuple[Any, Any, Any]]:
         reset_attention_mask=False,
         eod_mask_loss=False,
     )
-    built = BlendedMegatronDatasetBuilder(MockGPTDataset, [40, 8, 8], lambda: True, config).build()
+    built = BlendedMegatronDatasetBuilder(MockGPTDataset, list(sizes), lambda: True, config).build()
     return [(each.document_index, each.sample_index, each.shuffle_index) for each in built]
 
 
@@ -48,6 +48,9 @@ def rank_orders(_: str) -> None:
         for split in range(3):
             assert all(np.array_equal(*pair) for pair in zip(alone[split], together[split], strict=True))
             assert all(isinstance(array, np.memmap) is not bool(what) for array in together[split])
+    trained, unused, _ = orders((40, 0, 8))
+    assert all(np.array_equal(*pair) for pair in zip(alone[0], trained, strict=True))
+    assert len(unused[0]) == 1 and len(unused[2]) < 100 < len(alone[1][2]), "of a split that nobody reads"
     dist.barrier()
     dist.destroy_process_group()
 
