@@ -24,10 +24,11 @@ STEPS, EVERY = 6, 2
 
 
 def config(**fields):
-    """Two ranks, the recipe's distributed optimizer, a save every second step."""
+    """Two ranks, four sequences a step, the recipe's distributed optimizer, a save every second step."""
     distributed = {"ddp__use_distributed_optimizer": True, "optimizer__use_distributed_optimizer": True}
     reshardable = {"checkpoint__dist_ckpt_optim_fully_reshardable": True, "checkpoint__save_interval": EVERY}
-    return small.config(**{"tp": 1, "train_iters": STEPS} | distributed | reshardable | fields)
+    shape = {"tp": 1, "train_iters": STEPS, "train__global_batch_size": 4}
+    return small.config(**shape | distributed | reshardable | fields)
 
 
 def test_a_plain_script_may_read_a_checkpoint(bridge, tmp_path, monkeypatch):
