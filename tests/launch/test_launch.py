@@ -22,8 +22,14 @@ from course_lib.experiments.tensors import TARGET
 from course_lib.launch import forkserver, supervise, torchrun
 from course_lib.planning import layout
 from course_lib.ranks import train
+from course_lib.runs import config_file
 from course_lib.stack import devices
-from support import small
+from support import families, small
+
+
+def config(**fields):
+    """The small model with four sequences a step: in most layouts each is a microbatch of every rank."""
+    return small.config(**{"train__global_batch_size": 4} | fields)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +37,7 @@ def first_run(bridge, tmp_path_factory):
     """Eight ranks, three steps, TP=2 DP=4."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COURSE_RUNS", str(tmp_path_factory.mktemp("runs")))
-        yield launch.run(small.config(), ranks=8, name="first", show=None)
+        yield launch.run(config(), ranks=8, name="first", show=None)
 
 
 def test_a_run_leaves_the_promised_files(first_run):
@@ -152,18 +158,18 @@ def test_a_run_never_changes_the_configuration_that_it_was_given(bridge, runs_di
 
 def test_losses_do_not_depend_on_tensor_or_data_parallelism(bridge, first_run, runs_directory):
     """The same seed gives the same weights without a checkpoint, so the losses agree to fp32's rounding (1e-5)."""
-    for tp, ranks in ((1, 1), (1, 8), (4, 8), (8, 8)):
-        run = launch.run(small.config(tp=tp), ranks=ranks, name=f"tp{tp}-of-{ranks}", show=None)
+    for tp, ranks in ((1, 1), (1, 4), (4, 4), (8, 8)):
+        run = launch.run(config(tp=tp), ranks=ranks, name=f"tp{tp}-of-{ranks}", show=None)
         assert runs.difference(run, first_run) < 1e-5, run.name
 
 
 def test_losses_do_not_depend_on_the_layout_after_a_checkpoint(bridge, runs_directory):
-    """Weights and moments of one rank go on in five layouts of eight ranks: equal losses and gradient norms."""
+    """Weights and moments of one rank go on in five layouts of four and eight ranks: equal losses and gradient norms."""
     schedule = {"scheduler__lr_decay_iters": 10}
-    start = launch.run(small.config(tp=1, train_iters=1, **schedule), ranks=1, name="start", save=True, show=None)
+    start = launch.run(config(tp=1, train_iters=1, **schedule), ranks=1, name="start", save=True, show=None)
     alone = None
-    for tp, pp, ranks in ((1, 1, 1), (2, 1, 8), (4, 1, 8), (2, 2, 8), (1, 4, 8), (1, 1, 8)):
-        cfg = small.config(tp=tp, pp=pp, train_iters=3, **schedule)
+    for tp, pp, ranks in ((1, 1, 1), (2, 1, 4), (4, 1, 4), (2, 2, 8), (1, 4, 4), (1, 1, 4)):
+        cfg = config(tp=tp, pp=pp, train_iters=3, **schedule)
         run = launch.run(cfg, ranks=ranks, name=f"tp{tp}-pp{pp}", load=start, show=None)
         assert run.metrics.step.tolist() == [2, 3], "it goes on where the checkpoint ends"
         alone = alone or run
@@ -171,10 +177,13 @@ def test_losses_do_not_depend_on_the_layout_after_a_checkpoint(bridge, runs_dire
 
 
 def test_warm_launch_and_torchrun_give_the_same_losses(bridge, runs_directory):
-    """Two launchers, one module, one configuration file, one target: the same digits, and the target did its work in both."""
-    cfg = small.config(train_iters=2)
-    by_fork = launch.run(cfg, ranks=2, name="warm", show=None, target=TARGET)
-    by_torchrun = launch.run(cfg, ranks=2, name="torchrun", launcher="torchrun", show=None, target=TARGET)
+    """Two launchers, one module, one configuration file, one target: the same digits, and the target did its work in both.
+
+    On one rank; `test_two_agents_of_one_rank_train_like_one_of_two` compares two ranks.
+    """
+    cfg = small.config(tp=1, train_iters=2)
+    by_fork = launch.run(cfg, ranks=1, name="warm", show=None, target=TARGET)
+    by_torchrun = launch.run(cfg, ranks=1, name="torchrun", launcher="torchrun", show=None, target=TARGET)
     assert runs.difference(by_torchrun, by_fork) == 0
     held = [tensors.read(run).weights_bytes.tolist() for run in (by_fork, by_torchrun)]
     assert held[0] == held[1] and min(held[0]) > 1e6
@@ -196,6 +205,14 @@ def test_a_configuration_file_is_enough(bridge, first_run, runs_directory):
     """config.yaml carries everything: launched again from the file, the run repeats itself."""
     again = launch.run(first_run.path / "config.yaml", ranks=8, name="again", show=None)
     assert runs.difference(again, first_run) == 0
+
+
+@pytest.mark.parametrize("made", [small.config, families.hybrid])
+def test_a_configuration_is_written_as_bridge_itself_writes_it(bridge, tmp_path, made):
+    """Letter by letter: functions, data types, enumerations and layer specifications as well."""
+    cfg = made()
+    cfg.to_yaml(str(tmp_path / "theirs.yaml"))
+    assert config_file._as_bridge_writes(cfg) == (tmp_path / "theirs.yaml").read_text()
 
 
 def test_a_refusal_leaves_no_directory(bridge, runs_directory, tmp_path):
@@ -300,7 +317,7 @@ def test_a_file_neither_saves_nor_resumes_unless_asked(bridge, runs_directory, t
 
 def test_the_distributed_optimizer_trains_like_the_plain_one(bridge, first_run, runs_directory):
     """Optimizer states in DP pieces, as NVIDIA's recipes have them, give the losses of whole ones."""
-    cfg = small.config(ddp__use_distributed_optimizer=True, optimizer__use_distributed_optimizer=True)
+    cfg = config(ddp__use_distributed_optimizer=True, optimizer__use_distributed_optimizer=True)
     run = launch.run(cfg, ranks=8, name="distributed-optimizer", show=None)
     assert runs.difference(run, first_run) < 1e-5
 
@@ -471,13 +488,10 @@ def test_a_laptops_run_does_not_train_on_a_nodes_processors(bridge, runs_directo
 
 
 def test_a_changed_rank_means_a_new_server():
-    """Every file of the course that the warm server has loaded is one whose change starts a new server."""
-    words = (
-        "import sys, course_lib.ranks.preload\n"
-        "print(*(m.__file__ for n, m in sys.modules.items() if n[:11] == 'course_lib.'))"
-    )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", words], capture_output=True, text=True, check=True)
-    loaded = {Path(name) for name in done.stdout.split()} - {PROJECT / "course_lib/__init__.py"}
+    """Every file of the course that a warm rank has loaded is one whose change starts a new server."""
+    (modules,) = launch.call("support.loaded:modules", ranks=1)
+    files = (file for name, file in modules.items() if name.startswith("course_lib."))
+    loaded = {Path(file) for file in files} - {PROJECT / "course_lib/__init__.py"}
     named = {path for path in loaded if path.read_text().count("\n") > 1}  # the faces of rooms are one line of text
     assert len(named) > 10 and named <= set(forkserver.rank_code())
 

@@ -386,8 +386,9 @@ def test_a_shared_sequence_trains_as_a_whole_one(bridge, runs_directory, fields)
     from course_lib import launch, runs
     from support import small
 
+    few = {"train_iters": 2, "train__global_batch_size": 4}
     whole, shared = (
-        launch.run(small.config(**fields, model__context_parallel_size=cp), ranks=4, name=f"cp{cp}", show=None)
+        launch.run(small.config(**fields, **few, model__context_parallel_size=cp), ranks=4, name=f"cp{cp}", show=None)
         for cp in (1, 2)
     )
     assert shared.launch["layout"]["context_parallel_size"] == 2 and runs.difference(shared, whole) < 1e-5

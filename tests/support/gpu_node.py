@@ -199,7 +199,7 @@ def main(work: Path) -> None:
     held = launch.run(cfg, ranks=2, name="held", show=None, target=tensors.TARGET)
     met["tensors"] = tensors.read(held).weights_bytes.tolist()
     met["leak"] = len(
-        launch.run(cfg, ranks=8, name="leak", show=None, target="course_lib.experiments.faults:rank_main").metrics
+        launch.run(cfg, ranks=4, name="leak", show=None, target="course_lib.experiments.faults:rank_main").metrics
     )
     recorded = launch.run(cfg, ranks=2, name="record", show=None, record=True)
     met["record"] = recorded.launch["record"]
