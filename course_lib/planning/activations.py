@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from course_lib.common.config import Fields, changed
+from course_lib.planning.alike import Layers
 from course_lib.planning.layout import Layout
 from course_lib.planning.layout.stages import hybrid_pattern
 
@@ -25,10 +26,12 @@ __all__ = [
     "activations",
     "as_a_gpu_has_it",
     "built",
+    "kept_by",
     "one_layer",
     "quantized",
     "refuse",
     "refuse_what_is_not_counted",
+    "without_recomputation",
 ]
 
 
@@ -83,13 +86,27 @@ def activations(cfg: Any, *, ranks: int, stage: int = 0) -> Activations:
         NotPlanned: For what cannot be counted without its kernel, such as sparse attention, and fields that are not counted.
     """
     refuse_what_is_not_counted(as_a_gpu_has_it(cfg))
-    kept, loss = _kept(cfg, ranks=ranks, stage=stage)
-    recomputed = 0
-    if cfg.model.recompute_granularity:
-        nothing = dict.fromkeys(("granularity", "method", "num_layers"))
-        plain = changed(cfg, {f"model.recompute_{name}": value for name, value in nothing.items()})
-        layers, _ = _kept(plain, ranks=ranks, stage=stage)
-        recomputed = _brought_back(layers, kept, cfg.model)
+    plain = without_recomputation(cfg, ranks=ranks, stage=stage)
+    with built(cfg, ranks=ranks, stage=stage) as chunks:
+        return kept_by(chunks, cfg, plain, ranks=ranks, stage=stage)
+
+
+def without_recomputation(cfg: Any, *, ranks: int, stage: int) -> dict[str, dict[str, int]]:
+    """What a stage would keep by layer and part if it recomputed nothing; empty if it does not."""
+    if not cfg.model.recompute_granularity:
+        return {}
+    nothing = dict.fromkeys(("granularity", "method", "num_layers"))
+    plain = changed(cfg, {f"model.recompute_{name}": value for name, value in nothing.items()})
+    with built(plain, ranks=ranks, stage=stage) as chunks:
+        return _kept(chunks, plain, ranks=ranks)[0]
+
+
+def kept_by(
+    chunks: list[torch.nn.Module], cfg: Any, plain: dict[str, dict[str, int]], *, ranks: int, stage: int
+) -> Activations:
+    """`activations` of a stage whose chunks were just built; `plain` is what `without_recomputation` says."""
+    kept, loss = _kept(chunks, cfg, ranks=ranks)
+    recomputed = _brought_back(plain, kept, cfg.model)
     by_part: dict[str, int] = {}
     for parts in kept.values():
         for part, size in parts.items():
@@ -328,7 +345,9 @@ def one_layer(cfg: Any, *, ranks: int) -> dict[str, int]:
     """
     refuse_what_is_not_counted(as_a_gpu_has_it(cfg))
     kept: dict[str, int] = {}
-    for name, chunk, size in _tensors(cfg, ranks=ranks, stage=0)[0]:
+    with built(cfg, ranks=ranks, stage=0) as chunks:
+        tensors, _ = _tensors(chunks, cfg, ranks=ranks)
+    for name, chunk, size in tensors:
         words = name.split(".")
         if chunk == 0 and words[:2] == ["decoder", "layers"] and words[2] == "0":
             inner = ".".join(words[3:])
@@ -353,9 +372,9 @@ _KEPT_BY = {
 """Modules of a dense layer, and what they keep for their backward pass."""
 
 
-def _kept(cfg: Any, *, ranks: int, stage: int) -> tuple[dict[str, dict[str, int]], int]:
+def _kept(chunks: list[torch.nn.Module], cfg: Any, *, ranks: int) -> tuple[dict[str, dict[str, int]], int]:
     """Kept bytes of one micro-batch by layer and part, and those of the loss."""
-    tensors, copies = _tensors(cfg, ranks=ranks, stage=stage)
+    tensors, copies = _tensors(chunks, cfg, ranks=ranks)
     kept: dict[str, dict[str, int]] = {}
     for name, chunk, size in tensors:
         layer, part = _place(name, chunk)
@@ -364,7 +383,7 @@ def _kept(cfg: Any, *, ranks: int, stage: int) -> tuple[dict[str, dict[str, int]
     return kept, sum(kept.pop("loss", {}).values()) + copies
 
 
-def _tensors(cfg: Any, *, ranks: int, stage: int) -> tuple[list[tuple[str, int, int]], int]:
+def _tensors(chunks: list[torch.nn.Module], cfg: Any, *, ranks: int) -> tuple[list[tuple[str, int, int]], int]:
     """Every kept tensor of one micro-batch as module, chunk and bytes, and the bytes of the logits' second copy."""
     import torch
 
@@ -372,41 +391,41 @@ def _tensors(cfg: Any, *, ranks: int, stage: int) -> tuple[list[tuple[str, int, 
 
     settings, copies = as_a_gpu_has_it(cfg).model, 0
     found: list[tuple[str, int, torch.UntypedStorage, int | None]] = []
-    with built(cfg, ranks=ranks, stage=stage) as chunks:
-        weights = {(one.untyped_storage()._cdata, False) for chunk in chunks for one in chunk.parameters()}
-        seen: set[tuple[int, bool]] = set()
-        for number, chunk in enumerate(chunks):
-            inside: list[str] = []
-            _follow(chunk, inside)
-            eight_bit = quantized(chunk, settings)
+    weights = {(one.untyped_storage()._cdata, False) for chunk in chunks for one in chunk.parameters()}
+    seen: set[tuple[int, bool]] = set()
+    for number, chunk in enumerate(chunks):
+        inside: list[str] = []
+        _follow(chunk, inside)
+        eight_bit = quantized(chunk, settings)
 
-            def keep(
-                tensor: torch.Tensor,
-                inside: list[str] = inside,
-                number: int = number,
-                eight_bit: set[str] = eight_bit,
-            ) -> torch.Tensor:
-                storage, module = tensor.untyped_storage(), inside[-1] if inside else ""
-                cast = (
-                    module in eight_bit and tensor.is_floating_point()
-                )  # the layer keeps a copy of 8 bits of its input
-                key = (storage._cdata, cast)
-                if key not in seen and (storage._cdata, False) not in weights:
-                    seen.add(key)  # and held in `found`, so that no later storage gets its address
-                    found.append((module, number, storage, tensor.numel() if cast else None))
-                return tensor
+        def keep(
+            tensor: torch.Tensor,
+            inside: list[str] = inside,
+            number: int = number,
+            eight_bit: set[str] = eight_bit,
+        ) -> torch.Tensor:
+            storage, module = tensor.untyped_storage(), inside[-1] if inside else ""
+            cast = module in eight_bit and tensor.is_floating_point()  # the layer keeps a copy of 8 bits of its input
+            key = (storage._cdata, cast)
+            if key not in seen and (storage._cdata, False) not in weights:
+                seen.add(key)  # and held in `found`, so that no later storage gets its address
+                found.append((module, number, storage, tensor.numel() if cast else None))
+            return tensor
 
-            try:
-                with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                    out = meta_model.forward(chunk, cfg, ranks=ranks)
-            except (*_CANNOT, ValueError) as error:
-                raise NotPlanned(
-                    f"what {inside[-1] if inside else 'the model'} keeps cannot be counted without a GPU ({str(error)[:200]}): "
-                    "plan the states alone (memory.states), and measure the activations there"
-                ) from error
-            if chunk.post_process:
-                copies += _second_copy(cfg, tokens=out.numel(), model=chunk)
-                copies += _deferred(cfg, settings, ranks=ranks, tokens=out.numel(), model=chunk)
+        layers = Layers(found, seen)
+        try:
+            for name, layer in chunk.decoder.layers.named_children():
+                layers.watch(f"decoder.layers.{name}", layer, eight_bit)
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                out = meta_model.forward(chunk, cfg, ranks=ranks)
+        except (*_CANNOT, ValueError) as error:
+            raise NotPlanned(
+                f"what {inside[-1] if inside else 'the model'} keeps cannot be counted without a GPU ({str(error)[:200]}): "
+                "plan the states alone (memory.states), and measure the activations there"
+            ) from error
+        if chunk.post_process:
+            copies += _second_copy(cfg, tokens=out.numel(), model=chunk)
+            copies += _deferred(cfg, settings, ranks=ranks, tokens=out.numel(), model=chunk)
     # Only now: recomputation gives storages back after they were kept.
     return [(name, chunk, storage.nbytes() if cast is None else cast) for name, chunk, storage, cast in found], copies
 

@@ -18,13 +18,17 @@ from course_lib.planning.activations import (
     activations,
     as_a_gpu_has_it,
     built,
+    kept_by,
     quantized,
     refuse,
     refuse_what_is_not_counted,
+    without_recomputation,
 )
 from course_lib.planning.layout import Layout, embedding_rows
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import pandas as pd
     import torch
 
@@ -142,6 +146,15 @@ def states(cfg: Any, *, ranks: int) -> list[States]:
     Source: megatron-core 0.19.2 ``distributed/param_and_grad_buffer.py``, ``optimizer/distrib_optimizer.py``;
     megatron-bridge 0.6.2 ``training/mixed_precision.py``.
     """
+    count, found = _counting(cfg, ranks=ranks), []
+    for stage in range(cfg.model.pipeline_model_parallel_size):
+        with built(cfg, ranks=ranks, stage=stage) as chunks:
+            found.append(count(stage, chunks))
+    return found
+
+
+def _counting(cfg: Any, *, ranks: int) -> Callable[[int, list[torch.nn.Module]], States]:
+    """A function that counts the states of a stage on its built chunks; what is not counted is refused here, as `states` says."""
     from course_lib.planning import meta_model
 
     mine = as_a_gpu_has_it(cfg)
@@ -159,25 +172,25 @@ def states(cfg: Any, *, ranks: int) -> list[States]:
             )
     each = _optimizer_bytes(mine.optimizer, weights=formats.dtype)
     in_fp32 = mine.ddp.param_name_patterns_for_fp32_local_accumulation
-    found = []
-    for stage in range(layout.pipeline_model_parallel_size):
-        count = expert = weights = gradients = 0
+
+    def count(stage: int, chunks: list[torch.nn.Module]) -> States:
+        parameters = expert = weights = gradients = 0
         optimizer = 0.0
-        with built(cfg, ranks=ranks, stage=stage) as chunks:
-            for chunk in chunks:
-                eight_bit = quantized(chunk, mine.model)
-                for name, one in chunk.named_parameters():
-                    size = one.numel() * getattr(one, "stands_for", 1)
-                    in_experts = not getattr(one, "allreduce", True)
-                    count, expert = count + size, expert + size * in_experts
-                    cast = name.rpartition(".")[0] in eight_bit
-                    weights += size * (_eight_bit_weight_bytes(mine.model) if cast else one.dtype.itemsize)
-                    if one.requires_grad:
-                        gradients += size * formats.gradients
-                        gradients += 4 * size * any(pattern in ("all", f"module.{name}") for pattern in in_fp32)
-                        optimizer += size * each * instances / (expert_shares if in_experts else shares)
-        found.append(States(stage, count, expert, weights, gradients, round(optimizer)))
-    return found
+        for chunk in chunks:
+            eight_bit = quantized(chunk, mine.model)
+            for name, one in chunk.named_parameters():
+                size = one.numel() * getattr(one, "stands_for", 1)
+                in_experts = not getattr(one, "allreduce", True)
+                parameters, expert = parameters + size, expert + size * in_experts
+                cast = name.rpartition(".")[0] in eight_bit
+                weights += size * (_eight_bit_weight_bytes(mine.model) if cast else one.dtype.itemsize)
+                if one.requires_grad:
+                    gradients += size * formats.gradients
+                    gradients += 4 * size * any(pattern in ("all", f"module.{name}") for pattern in in_fp32)
+                    optimizer += size * each * instances / (expert_shares if in_experts else shares)
+        return States(stage, parameters, expert, weights, gradients, round(optimizer))
+
+    return count
 
 
 _MOMENT_BYTES = {"adam": 8, "sgd": 4, "lion": 4}
@@ -248,10 +261,12 @@ def plan(cfg: Any, *, ranks: int) -> Plan:
         NotPlanned: If a field is set whose bytes are not counted.
     """
     refuse_what_is_not_counted(as_a_gpu_has_it(cfg))
-    every = states(cfg, ranks=ranks)
+    count, plans = _counting(cfg, ranks=ranks), []
     layout = Layout.from_config(cfg, ranks=ranks)
-    ends = {0, len(every) - 1}
-    plans = [Plan(layout, every[stage], activations(cfg, ranks=ranks, stage=stage)) for stage in sorted(ends)]
+    for stage in sorted({0, layout.pipeline_model_parallel_size - 1}):
+        uncut = without_recomputation(cfg, ranks=ranks, stage=stage)
+        with built(cfg, ranks=ranks, stage=stage) as chunks:
+            plans.append(Plan(layout, count(stage, chunks), kept_by(chunks, cfg, uncut, ranks=ranks, stage=stage)))
     return max(plans, key=lambda one: one.total_bytes)
 
 

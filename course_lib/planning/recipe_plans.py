@@ -136,7 +136,7 @@ def _smallest_tp(cfg: Any, row: Mapping[str, Any]) -> int | None:
         cut = _cut(cfg, tp, row["ep"], row["cp"])
         try:
             room = usable.of(cut, ranks=RANKS).usable_bytes
-            if memory.states(cut, ranks=RANKS)[0].total_bytes < room >= memory.plan(cut, ranks=RANKS).total_bytes:
+            if memory.plan(cut, ranks=RANKS).total_bytes <= room:
                 return tp
         except LayoutError:
             continue

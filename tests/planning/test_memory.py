@@ -13,6 +13,7 @@ from course_lib.experiments import tensors
 from course_lib.figures import parallelism
 from course_lib.planning import (
     activations,
+    alike,
     ceiling,
     closed_forms,
     controls,
@@ -159,6 +160,46 @@ def test_one_expert_stands_for_those_of_its_rank(bridge, monkeypatch):
     built = [memory.states(cfg, ranks=2), memory.activations(cfg, ranks=2)]
     assert built[0] == counted[0]
     assert built[1].per_microbatch_bytes == pytest.approx(counted[1].per_microbatch_bytes, rel=0.01)
+
+
+DENSE = {"model__num_layers": 9}
+CHUNKS = {"model__num_layers": 16, "pp": 2, "model__virtual_pipeline_model_parallel_size": 2}
+HYBRID = {**PLAIN, "pattern": "MEMEMEMEM*ME", "model__cuda_graph_impl": "none"}
+ALIKE = {
+    "dense": (small.config, DENSE, 3),
+    "every layer again": (small.config, {**DENSE, **FULL, "model__recompute_method": "uniform"}, 3),
+    "two layers again": (small.config, {**DENSE, **FULL, "model__recompute_method": "block"}, 4),
+    "parts again": (small.config, {**DENSE, **SELECTED, "model__recompute_modules": ["mlp", "layernorm"]}, 3),
+    "another layer in between": (small.config, {**DENSE, "model__no_rope_freq": [0, 0, 0, 0, 1, 0, 0, 0, 0]}, 5),
+    "experts": (small.config, {"tp": 1, **DENSE, **EXPERTS}, 3),
+    "chunks": (small.config, {**CHUNKS, "model__batch_p2p_comm": False, "model__overlap_p2p_comm": True}, 6),
+    "hybrid": (families.hybrid, HYBRID, 7),
+}
+"""Models of many layers: who makes them, their fields, and how many layers are computed."""
+
+
+@pytest.mark.parametrize("case", ALIKE)
+def test_layers_that_are_alike_are_counted_by_a_few(bridge, monkeypatch, case):
+    """The same bytes by layer, part and tensor as if every layer were computed; another one in between starts anew."""
+    make, fields, few = ALIKE[case]
+    cfg, computed, watch = make(**fields), [], alike.Layers.watch
+    ranks = fields.get("pp", 1) * cfg.model.tensor_model_parallel_size
+
+    def counting(self, name, layer, marked):
+        forward = layer.forward
+        layer.forward = lambda *args, **named: computed.append(name) or forward(*args, **named)
+        watch(self, name, layer, marked)
+
+    monkeypatch.setattr(alike.Layers, "watch", counting)
+    by_a_few = memory.activations(cfg, ranks=ranks)
+    computed.clear()
+    with activations.built(cfg, ranks=ranks, stage=0) as chunks:
+        tensors = activations._tensors(chunks, cfg, ranks=ranks)
+    monkeypatch.setattr(alike.Layers, "watch", lambda *_: None)
+    assert by_a_few == memory.activations(cfg, ranks=ranks)
+    with activations.built(cfg, ranks=ranks, stage=0) as chunks:
+        assert sorted(tensors[0]) == sorted(activations._tensors(chunks, cfg, ranks=ranks)[0])
+    assert len(computed) == few
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8, 16])
