@@ -11,6 +11,7 @@ Nothing here is about CUDA.  `course_lib.stack` decides which process uses it an
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -18,7 +19,7 @@ import importlib.metadata
 import importlib.util
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -93,7 +94,7 @@ DEFERRED: tuple[Deferred, ...] = (
     ),
     Deferred("multistorageclient", "object stores: compiles a URL grammar for three seconds"),
     Deferred("httpx._main", "a command line with its own colours; httpx names its one function", functions=("main",)),
-    Deferred("wandb", "experiment tracker, used only when a run names a project"),
+    Deferred("wandb", "experiment tracker, used only when a run names a project", functions=("run",)),
     Deferred("mlflow", "as above; TRL imports it wherever it is installed"),
     Deferred("datasets", "Hugging Face datasets", functions=("load_dataset", "concatenate_datasets")),
     Deferred("datasets.builder", "as above; Bridge sets one attribute here"),
@@ -131,8 +132,10 @@ def _no_dynamo(fn: Callable | None = None, recursive: bool = True, **_: object) 
     return fn if fn is not None else (lambda inner: inner)
 
 
-def _late_function(module: ModuleType, name: str) -> Callable:
+def _late_function(module: ModuleType, name: str) -> Callable | None:
     """A function that runs its module's body when it is called, or when a class is derived from it."""
+    if module.__name__ == "wandb":
+        return None  # no run has begun where nobody asked for more; transformers asks only whether there is such a name
     if name in ("graph_break", "clear_lru_cache"):
         return lambda *_, **__: None  # a compiler that never runs has no graph to break and has cached nothing
     if module.__name__ == "torch._dynamo":
@@ -319,19 +322,25 @@ def load_bridges(architectures: Iterable[str] | None) -> None:
     _run_body(importlib.import_module("megatron.bridge.diffusion.models"))
 
 
-class _QuickDistributions(dict):
-    """`importlib.metadata.packages_distributions()` that scans every installed package only when it has to."""
+class _Distributions(Mapping):
+    """`importlib.metadata.packages_distributions()` that scans every installed package only for who asks for all."""
 
-    def __missing__(self, package: str) -> list[str]:
-        try:
-            names = [importlib.metadata.distribution(package).metadata["Name"]]
-        except importlib.metadata.PackageNotFoundError:
-            self.update(importlib.metadata.packages_distributions())
-            if package not in self:
-                raise KeyError(package) from None
-            return self[package]
-        self[package] = names
-        return names
+    def __init__(self, scan: Callable[[], Mapping[str, list[str]]]) -> None:
+        self.scan, self.known = functools.cache(scan), {}
+
+    def __getitem__(self, package: str) -> list[str]:
+        if package not in self.known:
+            try:
+                self.known[package] = [importlib.metadata.distribution(package).metadata["Name"]]
+            except importlib.metadata.PackageNotFoundError:
+                self.known[package] = self.scan()[package]
+        return self.known[package]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.scan())
+
+    def __len__(self) -> int:
+        return len(self.scan())
 
 
 def _finder() -> _Finder | None:
@@ -359,27 +368,30 @@ def defer(*, compiler: bool = False) -> None:
     """
     if ready():
         return
-    from course_lib.stack.patches import Patches, applied, apply
+    from course_lib.stack.patches import Patches, apply
 
     sys.meta_path.insert(0, _Finder(r for r in DEFERRED if not (compiler and r.module.startswith("torch._dynamo"))))
-    bridges, quick = Patches(), Patches()
+    mine = Patches()
     module = "megatron.bridge.models.conversion.auto_bridge"
     why = "importing a family registers its bridge, so the family that is asked for must be imported now"
 
-    @bridges.replaces(f"{module}.AutoBridge.supports", why=why, late=module)
+    @mine.replaces(f"{module}.AutoBridge.supports", why=why, late=module)
     def supports(original: Callable, cls: type, config: object) -> bool:
         """Imports the family of this configuration first."""
         load_bridges(getattr(config, "architectures", None) or [])
         return original(cls, config)
 
-    @bridges.replaces(f"{module}.AutoBridge.list_supported_models", why=why, late=module)
+    @mine.replaces(f"{module}.AutoBridge.list_supported_models", why=why, late=module)
     def list_supported_models(original: Callable, cls: type) -> list[str]:
         """Imports all families first."""
         load_bridges(None)
         return original(cls)
 
-    apply(bridges)
-    why = "transformers scans the metadata of all 300 installed packages at import: answer it one package at a time"
-    quick.sets(_QuickDistributions, "importlib.metadata.packages_distributions", why=why)
-    with applied(quick):
-        importlib.import_module("transformers.utils.import_utils")
+    why = "transformers, TRL and others scan the metadata of all 300 installed packages at import"
+
+    @mine.replaces("importlib.metadata.packages_distributions", why=why)
+    def packages_distributions(original: Callable) -> Mapping[str, list[str]]:
+        """Answers one package at a time."""
+        return _Distributions(original)
+
+    apply(mine)

@@ -97,7 +97,8 @@ for name in {FIRST!r}:
     def import_it():
         module = importlib.import_module(name)
         if name == "modelopt.torch.opt":
-            module.RulesDict  # its body has to run in upstream's order
+            module.RulesDict  # its body has to run in upstream's order, and imports TRL
+            assert "trl.trainer.base_trainer" in sys.modules and "wandb.sdk" not in sys.modules
         if name == "datasets.builder":
             module.ArrowBasedBuilder
         exported = module.__all__ if name.startswith("megatron.bridge") and hasattr(module, "__all__") else []
