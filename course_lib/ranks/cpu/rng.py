@@ -109,6 +109,15 @@ def manual_seed(_, seed):
     set_state(type(torch.default_generator)().manual_seed(int(seed)).get_state())
 
 
+@PATCHES.replaces(
+    "torch.xpu.manual_seed_all",
+    "torch.mtia.manual_seed_all",
+    why="there is no such device, and torch keeps the source lines of all callers for the day when there is one",
+)
+def seed_no_device(_, seed):
+    """Nothing."""
+
+
 @PATCHES.makes(*(f"torch.{name}" for name in DRAWS), why=STREAM)
 def random_factory(original: Callable) -> Callable:
     """On the CPU when asked for CUDA, drawn from the second stream."""
