@@ -179,7 +179,7 @@ def test_losses_do_not_depend_on_the_layout_after_a_checkpoint(bridge, runs_dire
 def test_warm_launch_and_torchrun_give_the_same_losses(bridge, runs_directory):
     """Two launchers, one module, one configuration file, one target: the same digits, and the target did its work in both.
 
-    On one rank; `test_two_agents_of_one_rank_train_like_one_of_two` compares two ranks.
+    On one rank; lesson 07 claims the same of two, of two agents and of NeMo Run.
     """
     cfg = small.config(tp=1, train_iters=2)
     by_fork = launch.run(cfg, ranks=1, name="warm", show=None, target=TARGET)
