@@ -27,7 +27,7 @@ LINGER_SECONDS = 20.0
 """How long the server waits for a new lease after the last one ended: a restarted kernel finds it warm."""
 
 LOOK_SECONDS = 1.0
-"""How long an agent sleeps when none of its ranks ends; the end of one wakes it."""
+"""How long an agent sleeps at most; a rank that has returned or ended wakes it."""
 
 TORCH_PATIENCE_SECONDS = 25.0
 """A rank that does not end on SIGTERM gets SIGKILL from torch; a bit less than its 30 s."""
@@ -183,16 +183,20 @@ class _Exits:
         self._ending_since = float("inf")
 
     def look(self, poll: Callable, context: MultiprocessContext, /) -> RunProcsResult | None:
-        """Wait until a rank has ended, and note which have before torch's own look ends the others."""
+        """Wait until a rank has returned or ended, and note who has ended before torch's own look ends the others.
+
+        A rank that has returned lives on until all others have, too, and torch has read what each returned.
+        """
         from torch.distributed.elastic.multiprocessing.api import RunProcsResult
         from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-        self._processes = context._pc.processes
-        if not wait(context._pc.sentinels, LOOK_SECONDS):
+        self._processes, returned = context._pc.processes, context._return_values
+        unread = [queue._reader for rank, queue in context._ret_vals.items() if rank not in returned]
+        wait([*context._pc.sentinels, *unread], LOOK_SECONDS)
+        if not wait(context._pc.sentinels, 0):
             return poll(context)
         self.seen |= {rank: p.exitcode for rank, p in enumerate(self._processes) if p.exitcode is not None}
         self._ending_since = time.monotonic()
-        returned = context._return_values
         left = [rank for rank, code in self.seen.items() if code == 0 and rank not in returned]
         left = [rank for rank in left if context._ret_vals[rank].empty()]
         if not left or any(self.seen.values()):

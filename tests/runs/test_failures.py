@@ -26,7 +26,7 @@ from course_lib import launch, runs
 from course_lib.common.project import PROJECT
 from course_lib.experiments import hello
 from course_lib.launch import forkserver, supervise
-from course_lib.ranks import train
+from course_lib.ranks import server, train
 from course_lib.runs import failures
 from support import drills, small
 
@@ -347,6 +347,18 @@ def test_a_killed_launcher_is_no_rank_s_fault(bridge, runs_directory, request, v
     assert no_process_left(caught.value.run)
     assert len(hello.ranks(1)) == 1, "a launch afterwards works, and with it the server buries its fork server"
     assert psutil.wait_procs(watchers[: victim + 1], timeout=30)[1] == [], "neither the agent nor what was killed"
+
+
+def test_a_rank_that_has_returned_wakes_its_agent(monkeypatch):
+    """It lives on until torch has read what it returned: an agent that waited for its end would wait in vain."""
+    monkeypatch.setattr(server, "LOOK_SECONDS", 600.0)
+    lives, answers = os.pipe()[0], multiprocessing.SimpleQueue()
+    answers.put(None)
+    context = SimpleNamespace(_pc=SimpleNamespace(processes=[], sentinels={lives: 0}))
+    context._ret_vals, context._return_values = {0: answers}, {}
+    began = time.monotonic()
+    assert server._Exits().look(lambda _: "torch looks", context) == "torch looks"
+    assert time.monotonic() - began < 300
 
 
 @pytest.mark.parametrize("victim", ["client", "torchrun"])
