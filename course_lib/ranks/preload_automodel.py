@@ -24,6 +24,8 @@ with host.imported_once():
     import torch
 
     torch.set_num_threads(1)
+    import nemo_automodel.components.datasets.llm  # noqa: F401  each run looks for its data here, and patches peft
+    import peft  # noqa: F401
     import torch.distributed.launcher.api
     from nemo_automodel.recipes.llm import train_ft  # noqa: F401
 
