@@ -16,12 +16,15 @@ DENSE = {
     "model__ffn_hidden_size": 128,
     "model__seq_length": 32,
     "dataset__seq_length": 32,
+    "train__global_batch_size": 4,
     "tokenizer__vocab_size": 1024,  # Megatron pads to a multiple of 128 times TP, and the loss counts padded rows
     "scheduler__lr_decay_iters": 10,
     "checkpoint__load_rng": False,  # upstream keeps a generator for each expert-parallel rank, and wants as many back
     "checkpoint__load_optim": False,  # and refuses Adam's state at another EP
 }
-EXPERTS = DENSE | {
+# With four microbatches, four stages of two chunks would only fill and drain.
+LONGER = DENSE | {"train__global_batch_size": 8}
+EXPERTS = LONGER | {
     "model__num_layers": 4,
     "model__num_moe_experts": 8,
     "model__moe_router_topk": 2,
@@ -30,7 +33,7 @@ EXPERTS = DENSE | {
     "model__moe_aux_loss_coeff": 0.01,
     "model__moe_token_dispatcher_type": "alltoall",
 }
-ODD = DENSE | {  # sizes that divide badly: tied weights, heads wider than their share, fewer key heads than TP ranks
+ODD = LONGER | {  # sizes that divide badly: tied weights, heads wider than their share, fewer key heads than TP ranks
     "model__num_layers": 7,
     "model__num_query_groups": 2,
     "model__kv_channels": 24,
@@ -42,7 +45,7 @@ ODD = DENSE | {  # sizes that divide badly: tied weights, heads wider than their
     "train__micro_batch_size": 2,
     "optimizer__clip_grad": 0.01,
 }
-MODELS = {"dense": DENSE, "experts": EXPERTS, "odd": ODD, "hybrid": {}}
+MODELS = {"dense": DENSE, "longer": LONGER, "experts": EXPERTS, "odd": ODD, "hybrid": {}}
 SIZES = {
     "TP": "model__tensor_model_parallel_size",
     "PP": "model__pipeline_model_parallel_size",
@@ -98,11 +101,11 @@ def started(bridge, tmp_path_factory):
 @pytest.mark.parametrize(
     ("ranks", "kind", "text", "more"),
     [
-        (8, "dense", "TP8", {}),
+        (4, "dense", "TP4", {}),  # TP8 without SP is in tests/launch/test_launch.py
         (8, "dense", "TP8 SP", {}),
         (2, "dense", "CP2", {}),
         (4, "dense", "TP2 CP2 SP", {}),
-        (4, "dense", "PP4 VP2", {}),
+        (4, "longer", "PP4 VP2", {}),
         (2, "dense", "PP2 VP2", {}),
         (2, "dense", "PP2 VP2", OVERLAP),
         (2, "experts", "PP2 VP2", SHAPES),
@@ -166,6 +169,7 @@ def test_a_balance_over_all_ranks_is_a_matter_of_data_parallelism(started, runs_
     """
     start, _ = started("experts")
     balance = {"model__moe_router_load_balancing_type": "global_aux_loss"}
+    balance["train__global_batch_size"] = 4
     one, two = ({"model__moe_aux_loss_coeff": weight} | balance for weight in (0.5, 1.0))
     alone = launch.run(config("experts", train__micro_batch_size=2, **one), ranks=1, load=start, show=None)
     for text, weighted, same in (("EP1", two, True), ("EP2", two, True), ("EP2", one, False)):
@@ -176,6 +180,7 @@ def test_a_balance_over_all_ranks_is_a_matter_of_data_parallelism(started, runs_
 def test_a_hybrid_goes_on_where_it_was(started, runs_directory):
     """With Adam's moments, on two tensor-parallel ranks: a run in two parts is the run in one."""
     fields = layout("TP2 SP") | {"checkpoint__load_rng": True, "checkpoint__load_optim": True}
+    fields["train__global_batch_size"] = 4
     first = launch.run(config("hybrid", 1, **fields), ranks=2, save=True, show=None)
     second = launch.run(config("hybrid", **fields), ranks=2, load=first, show=None)
     whole = launch.run(config("hybrid", **fields), ranks=2, show=None)
