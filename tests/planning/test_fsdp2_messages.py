@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
@@ -56,52 +55,56 @@ def test_what_does_not_divide_is_padded():
     assert fsdp2_messages.units({"model.norm.weight": (20,)}, ranks=8) == [24]
 
 
-def test_shapes_are_those_of_transformers():
+def test_shapes_are_those_of_transformers(bridge):
     """By name and without a weight; the tied output layer of Llama 3.2 is there once."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 1024}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "tie_word_embeddings": True}
     assert fsdp2_messages.shapes({"model_type": "llama", **sizes, **heads}) == SHAPES
 
 
-REDUCER = """
-import json, sys, torch, transformers
-from torch.nn.parallel import DistributedDataParallel
-models, caps = map(json.loads, sys.argv[1:])
-torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-
-def reduced(sizes, cap):
-    def note(_, bucket):
-        found.append(bucket.buffer().nbytes)
-        done = torch.futures.Future()
-        done.set_result(bucket.buffer())
-        return done
-
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
-    model = DistributedDataParallel(model, bucket_cap_mb=cap)
-    model.register_comm_hook(None, note)
-    for step in range(3):
-        found = []
-        tokens = torch.zeros(1, 8, dtype=torch.long)
-        model(input_ids=tokens, labels=tokens).loss.backward()
-    return found
-
-print(json.dumps([[reduced(sizes, cap) for cap in caps] for sizes in models]))
-"""
-"""What DDP's reducer asks to be reduced, in a process of its own, which no group of another test can meet."""
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 1024}
+SIZES |= {"num_attention_heads": 8, "num_key_value_heads": 4}
+MODELS = [
+    SIZES | {"num_hidden_layers": layers, "tie_word_embeddings": tied} for layers, tied in ((2, True), (3, False))
+]
+CAPS = [0.02, 0.05, 0.1, 0.2, None]
+"""Where a bucket is full: inside a layer, between layers, and never."""
 
 
-def test_buckets_are_those_of_the_reducer():
+def reduce_them(directory: str) -> None:
+    """Write what DDP's reducer asks to be reduced, in a process whose group no other test can meet."""
+    import torch
+    import transformers
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+
+    def reduced(sizes: dict, cap: float | None) -> list[int]:
+        def note(_, bucket):
+            found.append(bucket.buffer().nbytes)
+            done = torch.futures.Future()
+            done.set_result(bucket.buffer())
+            return done
+
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+        model = DistributedDataParallel(model, bucket_cap_mb=cap)
+        model.register_comm_hook(None, note)
+        for _ in range(3):
+            found: list[int] = []
+            tokens = torch.zeros(1, 8, dtype=torch.long)
+            model(input_ids=tokens, labels=tokens).loss.backward()
+        return found
+
+    found = [[reduced(sizes, cap) for cap in CAPS] for sizes in MODELS]
+    (Path(directory) / "reduced.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+def test_buckets_are_those_of_the_reducer(bridge, in_ranks, tmp_path):
     """Sizes and order, for caps that are met inside a layer, between layers, and never; tied embeddings and untied ones."""
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 1024}
-    sizes |= {"num_attention_heads": 8, "num_key_value_heads": 4}
-    models = [
-        sizes | {"num_hidden_layers": layers, "tie_word_embeddings": tied} for layers, tied in ((2, True), (3, False))
-    ]
-    caps = [0.02, 0.05, 0.1, 0.2, None]
-    command = [sys.executable, "-W", "ignore", "-c", REDUCER, json.dumps(models), json.dumps(caps)]
-    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    shapes = [fsdp2_messages.shapes({"model_type": "llama"} | sizes) for sizes in models]
-    assert [[fsdp2_messages.buckets(one, bucket_cap_mib=cap) for cap in caps] for one in shapes] == found
+    in_ranks(reduce_them, tmp_path)
+    found = json.loads((tmp_path / "reduced.json").read_text(encoding="utf-8"))
+    shapes = [fsdp2_messages.shapes({"model_type": "llama"} | sizes) for sizes in MODELS]
+    assert [[fsdp2_messages.buckets(one, bucket_cap_mib=cap) for cap in CAPS] for one in shapes] == found
     assert len(found[0][0]) > len(found[0][2]) > len(found[0][-1])
 
 
