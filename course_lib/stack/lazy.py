@@ -387,6 +387,14 @@ def defer(*, compiler: bool = False) -> None:
         load_bridges(None)
         return original(cls)
 
+    module = "transformers.utils.import_utils"
+    why = "transformers looks at each line of 2,000 files for the one that begins its list of public names"
+
+    @mine.replaces(f"{module}.fetch__all__", why=why, late=module)
+    def fetch__all__(original: Callable, file_content: str) -> list[str]:
+        """Gets a file from the last such line on, which is the one that counts."""
+        return original(file_content[file_content.rfind("\n__all__") + 1 :])
+
     why = "transformers, TRL and others scan the metadata of all 300 installed packages at import"
 
     @mine.replaces("importlib.metadata.packages_distributions", why=why)

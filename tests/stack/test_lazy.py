@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import gc
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -255,6 +256,28 @@ def test_deferring_names_what_exists():
         path = Path(*rule.module.split("."))
         assert any((p / path / "__init__.py").exists() or (p / path).with_suffix(".py").exists() for p in places), rule
         assert rule.reason
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("__all__ = ['A']\n", ["A"]),
+        ("import a\n__all__ = ['A']\n\n__all__ = [\n    'B',\n    'C',\n]\n", ["B", "C"]),
+        ("# no __all__ here\nx = '__all__'\n", []),
+    ],
+)
+def test_the_last_list_of_public_names_counts(bridge, text, names):
+    """As transformers finds it by looking at every line."""
+    from transformers.utils import import_utils
+
+    assert import_utils.fetch__all__(text) == names
+
+
+def test_metadata_of_packages_is_complete_for_who_asks_for_all(bridge):
+    """By name, by `get`, and by iteration."""
+    found = importlib.metadata.packages_distributions()
+    assert found["PIL"] == ["pillow"] and found.get("yaml") == ["PyYAML"] and found.get("no_such_package") is None
+    assert len(found) > 200 and {"PIL", "torch", "google"} <= set(found)
 
 
 def test_no_collector_runs_while_something_is_imported_to_stay():
