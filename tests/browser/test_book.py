@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import http.server
 import os
@@ -47,8 +48,8 @@ def window():
         chromium.close()
 
 
-@pytest.fixture
-def page(window, site: str, built: Path):
+@contextlib.contextmanager
+def watched(window, site: str, built: Path):
     """A page that fails the test if it asks another machine for anything, or if a script of it fails."""
     opened = window.new_page()
     opened.set_default_timeout(PATIENCE_MS)
@@ -62,6 +63,21 @@ def page(window, site: str, built: Path):
     assert elsewhere == [] and failures == []
 
 
+@pytest.fixture
+def page(window, site: str, built: Path):
+    """A fresh page."""
+    with watched(window, site, built) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def lesson(window, site: str, built: Path):
+    """The small lesson, opened once for all tests that only look at it, each at parts of its own."""
+    with watched(window, site, built) as opened:
+        opened.goto(f"{site}/lessons/07_small.html")
+        yield opened
+
+
 def test_search_finds_a_page(page, site: str) -> None:
     """A word of the glossary is found from the search page, with a link that leads there."""
     page.goto(f"{site}/search.html?q=microbatches")
@@ -71,35 +87,33 @@ def test_search_finds_a_page(page, site: str) -> None:
     page.screenshot(path=str(_shot("book_search.png")))
 
 
-def test_a_control_without_a_kernel_says_so(page, site: str) -> None:
+def test_a_control_without_a_kernel_says_so(lesson) -> None:
     """A widget is drawn, cannot be turned in vain, and a sentence says where it works; in the dark theme it is readable."""
-    page.goto(f"{site}/lessons/07_small.html")
-    page.wait_for_selector(".widget-dropdown select")
-    page.wait_for_selector(".needs-a-kernel >> text=Run this lesson")
-    assert page.locator(".widget-dropdown select").is_disabled() and page.locator(".needs-a-kernel").count() == 1
-    page.evaluate("document.documentElement.dataset.theme = 'dark'")
-    label = page.locator(".widget-dropdown label")
+    lesson.wait_for_selector(".widget-dropdown select")
+    lesson.wait_for_selector(".needs-a-kernel >> text=Run this lesson")
+    assert lesson.locator(".widget-dropdown select").is_disabled() and lesson.locator(".needs-a-kernel").count() == 1
+    lesson.evaluate("document.documentElement.dataset.theme = 'dark'")
+    label = lesson.locator(".widget-dropdown label")
     colour = label.evaluate("label => getComputedStyle(label).color")
     assert min(map(int, colour.removeprefix("rgb(").split(")")[0].split(",")[:3])) > 150, "dark words on a dark page"
-    page.screenshot(path=str(_shot("book_widget_dark.png")))
+    lesson.screenshot(path=str(_shot("book_widget_dark.png")))
 
 
-def test_a_question_unfolds_its_reason_without_a_kernel(page, site: str) -> None:
+def test_a_question_unfolds_its_reason_without_a_kernel(lesson) -> None:
     """Nothing is told before a click; then the reason stands below its option, readable in the dark theme, too."""
-    page.goto(f"{site}/lessons/07_small.html")
-    page.evaluate("document.documentElement.dataset.theme = 'dark'")
-    options = page.locator(".quiz details")
+    lesson.evaluate("document.documentElement.dataset.theme = 'dark'")
+    options = lesson.locator(".quiz details")
     reason = options.first.locator("p")
     assert options.count() == 9 and not reason.is_visible()
     options.first.locator("summary").click()
     assert reason.is_visible() and not options.last.locator("p").is_visible()
     colour = reason.evaluate("words => getComputedStyle(words).color")
     assert min(map(int, colour.removeprefix("rgb(").split(")")[0].split(",")[:3])) > 150, "dark words on a dark page"
-    behind = page.locator(".output.text_html", has=page.locator(".quiz")).evaluate(
+    behind = lesson.locator(".output.text_html", has=lesson.locator(".quiz")).evaluate(
         "box => getComputedStyle(box).backgroundColor"
     )
     assert behind == "rgba(0, 0, 0, 0)", "a light card behind light words"
-    page.screenshot(path=str(_shot("book_quiz_dark.png")))
+    lesson.screenshot(path=str(_shot("book_quiz_dark.png")))
 
 
 def test_the_path_shows_the_place(page, site: str) -> None:
@@ -144,11 +158,13 @@ def test_a_symptom_is_found_by_its_words(page, site: str) -> None:
     assert said.inner_text() == f"1 row of {total}"
 
 
-def test_a_slider_steps_through_a_pipeline_without_a_kernel(page, site: str) -> None:
+def test_a_slider_steps_through_a_pipeline_without_a_kernel(lesson) -> None:
     """At the end all passes are seen, at time 1 the first alone, and a stage keeps what it has not taken back yet."""
-    page.goto(f"{site}/lessons/07_small.html")
-    page.evaluate("document.documentElement.dataset.theme = 'dark'")
-    steps, strong = page.locator("figure.steps"), "marks => marks.filter(mark => +getComputedStyle(mark).opacity === 1)"
+    lesson.evaluate("document.documentElement.dataset.theme = 'dark'")
+    steps, strong = (
+        lesson.locator("figure.steps"),
+        "marks => marks.filter(mark => +getComputedStyle(mark).opacity === 1)",
+    )
     passes = f"{strong}.length"
     kept = f"{strong}.map(mark => mark.textContent)"
     assert steps.locator("g").evaluate_all(passes) == 8
@@ -158,10 +174,10 @@ def test_a_slider_steps_through_a_pipeline_without_a_kernel(page, site: str) -> 
     assert steps.locator("g").evaluate_all(passes) == 1
     assert steps.locator("text[style]").evaluate_all(kept) == ["keeps 1", "keeps 0"]
     steps.get_by_role("button", name="Play").click()
-    page.wait_for_function("document.querySelector('figure.steps input').value === '1'")
-    page.wait_for_function("document.querySelector('figure.steps input').value === '6'")
+    lesson.wait_for_function("document.querySelector('figure.steps input').value === '1'")
+    lesson.wait_for_function("document.querySelector('figure.steps input').value === '6'")
     assert steps.locator("g").evaluate_all(passes) == 8
-    page.screenshot(path=str(_shot("book_steps_dark.png")), full_page=True)
+    lesson.screenshot(path=str(_shot("book_steps_dark.png")), full_page=True)
 
 
 PAGES = ("index", "eight_gpu_plan", "memory_planner", "before_the_first_step", "troubleshooting", "lessons/07_small")
@@ -195,10 +211,9 @@ def test_a_figure_on_a_phone_keeps_its_words_readable(page, site: str) -> None:
     assert figure.locator("img").bounding_box()["width"] > 500 and figure.bounding_box()["width"] <= 390
 
 
-def test_a_wide_table_fits(page, site: str) -> None:
+def test_a_wide_table_fits(lesson) -> None:
     """Long names go on below in their cells: nobody scrolls sideways to find a column, and no number is cut in two."""
-    page.goto(f"{site}/lessons/07_small.html")
-    table = page.locator("div.cell_output table").first
+    table = lesson.locator("div.cell_output table").first
     width, room = table.evaluate("table => [table.scrollWidth, table.closest('.output').clientWidth]")
     assert width <= room
     number = table.locator("td", has_text="3e-05")
@@ -214,12 +229,11 @@ LOOK = """table => ['th', 'td'].map(name => getComputedStyle(table.querySelector
         'verticalAlign'].map(property => style[property]))"""
 
 
-def test_tables_look_the_same_wherever_they_stand(page, site: str) -> None:
+def test_tables_look_the_same_wherever_they_stand(lesson) -> None:
     """A table of the page, a table with its long cells whole, and a frame of pandas have one size, one room, one line."""
-    page.goto(f"{site}/lessons/07_small.html")
     for theme in THEMES:
-        page.evaluate(f"document.documentElement.dataset.theme = '{theme}'")
-        looks = [table.evaluate(LOOK) for table in page.locator(".bd-article table").all()]
+        lesson.evaluate(f"document.documentElement.dataset.theme = '{theme}'")
+        looks = [table.evaluate(LOOK) for table in lesson.locator(".bd-article table").all()]
         assert len(looks) == 3 and looks[0] == looks[1] == looks[2], theme
 
 
