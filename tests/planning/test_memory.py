@@ -49,7 +49,7 @@ EXPERTS |= {"model__moe_grouped_gemm": False, "model__moe_shared_expert_intermed
 SP = {"model__sequence_parallel": True}
 EP = {"model__expert_model_parallel_size": 2}
 CASES = {
-    "TP": (8, {"tp": 2, "ddp__use_distributed_optimizer": True}),
+    "TP": (4, {"tp": 2, "ddp__use_distributed_optimizer": True}),
     "TP, PP": (4, {"tp": 2, "pp": 2}),
     "TP, PP, sharded": (8, {"tp": 2, "pp": 2, "ddp__use_distributed_optimizer": True}),
     "DP": (2, {"tp": 1, "ddp__use_distributed_optimizer": True}),

@@ -15,12 +15,6 @@ import pytest
 from course_lib.text import corpus, hub, sources, tasks, tokenizers
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """The corpus of this Python."""
-    return corpus.python_library(tmp_path_factory.mktemp("corpus") / "python")
-
-
 def test_nothing_is_twice_and_nothing_leaks(built):
     """Every text stands once, under its own hash, and a module's texts are on one side of the split."""
     seen, where = set(), {}

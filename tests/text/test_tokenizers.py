@@ -36,9 +36,8 @@ def megatron(nemotron):
     )
 
 
-def test_both_forms_agree_on_the_whole_corpus(nemotron, megatron, tmp_path):
+def test_both_forms_agree_on_the_whole_corpus(nemotron, megatron, built):
     """Every document gets equal ids from Megatron's TikTokenizer and from Hugging Face, and decodes to itself."""
-    built = corpus.python_library(tmp_path / "corpus")
     texts = [t for source in built.sources for split in corpus.SPLITS for t in built.texts(source, split)]
     texts += [
         "naïve ¿日本語? 𝄞\r\n\t tabs  ",
