@@ -72,7 +72,7 @@ class Layers:
             first = len(self.found)
             result = compute(*args, **named)
             kept = [(module.removeprefix(name), *rest) for module, *rest in self.found[first:]]
-            known.append(_Passed(kept, result, self._mark(result) in self.seen))
+            known.append(_Passed(kept, result, _mark(_first(result)) in self.seen))
             return result
 
         layer.forward = forward
@@ -82,17 +82,23 @@ class Layers:
         import torch
 
         self.found += [(f"{name}{inner}", *rest) for inner, *rest in like.kept]
-        before = like.result[0] if isinstance(like.result, tuple) else like.result
+        before = _first(like.result)
         out = torch.empty_strided(before.shape, before.stride(), dtype=before.dtype, device=before.device)
         out.requires_grad_(before.requires_grad)
         if like.keeps_result:
-            self.seen.add(self._mark(out))
+            self.seen.add(_mark(out))
             self.given.append(out)  # so that no later storage gets its address
         return (out, *like.result[1:]) if isinstance(like.result, tuple) else out
 
-    def _mark(self, result: Any) -> tuple[int, bool]:
-        out = result[0] if isinstance(result, tuple) else result
-        return out.untyped_storage()._cdata, False
+
+def _first(result: Any) -> torch.Tensor:
+    """What goes on to the next layer; a layer may give out more beside it."""
+    return result[0] if isinstance(result, tuple) else result
+
+
+def _mark(tensor: torch.Tensor) -> tuple[int, bool]:
+    """As `activations` marks a storage that was counted."""
+    return tensor.untyped_storage()._cdata, False
 
 
 def _kind(name: str, layer: torch.nn.Module, marked: set[str]) -> object:

@@ -40,7 +40,7 @@ BROKEN = {
 
 @pytest.fixture(scope="module")
 def used_kernel(tmp_path_factory):
-    """One kernel for all broken claims, and the folder of their copies: that a lesson needs no other is shown above."""
+    """One kernel for all broken claims, and the folder of their copies; test_all_run.py gives each lesson a new one."""
     folder = tmp_path_factory.mktemp("broken")
     client = nbclient.NotebookClient(nbformat.v4.new_notebook(), kernel_name="python3")
     environment = {"COURSE_LEDGER": str(folder / "ledger.json"), **notebooks.kernel_environment()}

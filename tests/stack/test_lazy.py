@@ -276,11 +276,9 @@ def test_the_last_list_of_public_names_counts(bridge, text, names):
 def test_metadata_of_packages_is_complete_for_who_asks_for_all(bridge):
     """By name, by `get`, and by iteration."""
     found = importlib.metadata.packages_distributions()
-    names = {package: set(found.get(package, ())) for package in ("PIL", "yaml", "no_such_package")}
-    # sets: the standard library names a distribution once for each folder of sys.path that has it
-    assert names == {"PIL": {"pillow"}, "yaml": {"PyYAML"}, "no_such_package": set()} and set(found["PIL"]) == {
-        "pillow"
-    }
+    # sets: the standard library names a distribution once for each time that sys.path names its folder
+    assert set(found["PIL"]) == {"pillow"} and set(found.get("yaml")) == {"PyYAML"}
+    assert found.get("no_such_package") is None
     assert len(found) > 200 and {"PIL", "torch", "google"} <= set(found)
 
 
