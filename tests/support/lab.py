@@ -116,13 +116,18 @@ class Lab:
         place.scroll_into_view_if_needed()
         place.locator(".jp-InputPrompt").click()
 
-    def dark(self, notebook: str) -> None:
-        """Open a saved notebook again, in JupyterLab's dark theme."""
-        settings = self.root / "settings" / "@jupyterlab" / "apputils-extension" / "themes.jupyterlab-settings"
-        settings.parent.mkdir(parents=True, exist_ok=True)
-        settings.write_text('{"theme": "JupyterLab Dark"}')
-        self.open(notebook)
-        self.page.wait_for_selector('body[data-jp-theme-light="false"]', state="attached")
+    def theme(self, name: str) -> None:
+        """Choose JupyterLab's theme, `"Light"` or `"Dark"`."""
+        self.menu("Settings", "Theme")
+        self.page.locator(".lm-Menu-itemLabel", has_text=f"JupyterLab {name}").first.click()
+        light = "true" if name == "Light" else "false"
+        self.page.wait_for_selector(f'body[data-jp-theme-light="{light}"]', state="attached")
+
+    def shut_down(self) -> None:
+        """End every kernel, so that the next lesson has one of its own."""
+        self.menu("Kernel", "Shut Down All Kernels")
+        self.page.locator(".jp-Dialog button.jp-mod-accept").click()
+        self.page.wait_for_selector(".jp-Dialog", state="detached")
 
     def show(self, selector: str) -> None:
         """Scroll to the last thing of this kind; cells above it may still grow, so more than once."""
