@@ -180,6 +180,20 @@ def test_a_slider_steps_through_a_pipeline_without_a_kernel(lesson) -> None:
     lesson.screenshot(path=str(_shot("book_steps_dark.png")), full_page=True)
 
 
+def test_the_planners_frames_move(page, site: str) -> None:
+    """A reader steps from one planned layout to the next, without a kernel."""
+    page.goto(f"{site}/lessons/08_frames.html")
+    frame = page.locator(".jupyter-widgets img")
+    frame.locator("visible=true").first.wait_for()
+    first = frame.locator("visible=true").first.get_attribute("alt")
+    page.locator(".widget-toggle-button", has_text="TP=2").click()
+    page.locator('.jupyter-widgets img[alt*="TP=2"]').wait_for(state="visible")
+    shown = frame.locator("visible=true")
+    assert "TP=1" in first and shown.count() == 1 and "TP=2" in shown.get_attribute("alt")
+    page.locator(".widget-toggle-button", has_text="TP=1").scroll_into_view_if_needed()
+    page.screenshot(path=str(_shot("book_frames.png")))
+
+
 PAGES = ("index", "eight_gpu_plan", "memory_planner", "before_the_first_step", "troubleshooting", "lessons/07_small")
 
 

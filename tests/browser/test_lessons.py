@@ -8,21 +8,14 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import psutil
 import pytest
 
-from book import builder
 from course_lib import runs
 from course_lib.common.project import PROJECT
 from course_lib.machine import desk as course_desk
-from course_lib.planning import ceiling, controls, memory
-from course_lib.planning.layout import Layout
-from support.lab import QUIET, browser, lab
-from support.notebooks_made_here import clean, code, write
-from support.small_book import copy_book
+from support.lab import browser, lab
 
 SHOTS = PROJECT / "book" / "_build" / "screenshots"
 
@@ -204,60 +197,3 @@ def test_the_planner_of_lesson_06_answers(desk):
         assert time.monotonic() < end, "the picture stayed the same"
         time.sleep(0.2)
     look(desk, name)
-
-
-def planned(tp: int) -> tuple[Any, memory.Plan]:
-    """A configuration and a plan of a model that nobody built, to draw."""
-    fields = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": 1, "context_parallel_size": 1}
-    fields |= {"hidden_size": 4096, "ffn_hidden_size": 14336, "gated_linear_unit": True}
-    model = SimpleNamespace(**fields, sequence_parallel=tp > 1, seq_length=8192, recompute_granularity=None)
-    train = SimpleNamespace(micro_batch_size=1, global_batch_size=128)
-    size = 2**36 // tp
-    plan = memory.Plan(
-        Layout(world_size=8, tensor_model_parallel_size=tp),
-        memory.States(0, size, 0, size, size // 4, size // 8),
-        memory.Activations(size // 2, 0, 1.0, 0, {}),
-    )
-    tokenizer = SimpleNamespace(vocab_size=128256)
-    return SimpleNamespace(model=model, train=train, tokenizer=tokenizer, mixed_precision="bf16_mixed"), plan
-
-
-def test_the_planners_frames_move_in_the_book(tmp_path):
-    """A reader of the built book steps from one planned layout to the next, without a kernel."""
-    from ipywidgets import Widget
-    from playwright.sync_api import sync_playwright
-
-    both = {f"TP={tp}": planned(tp) for tp in (1, 2)}
-    choices = {label: ("llama3_8b_pretrain_config", cfg) for label, (cfg, _) in both.items()}
-    plans = {label: plan for label, (_, plan) in both.items()}
-    panel = controls.frames(choices, plans, gpu=ceiling.gpus()["H100 SXM 80GB"])
-    lesson = clean()
-    lesson["cells"].insert(3, code("frames", "panel"))
-    root = copy_book(tmp_path)
-    write(root / "notebooks" / "07_small.ipynb", lesson)
-    view = {"model_id": panel.model_id, "version_major": 2, "version_minor": 0}
-    lesson["cells"][3] |= {
-        "execution_count": 1,
-        "outputs": [
-            {"output_type": "display_data", "data": {"application/vnd.jupyter.widget-view+json": view}, "metadata": {}}
-        ],
-    }
-    lesson["metadata"]["widgets"] = {"application/vnd.jupyter.widget-state+json": Widget.get_manager_state()}
-    executed = write(root / "book" / "lessons" / "07_small.ipynb", lesson)
-    os.utime(executed, (time.time() + 5,) * 2)
-    html = builder.build(root=root, execute=False).parent / "lessons" / "07_small.html"
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=browser(), args=list(QUIET))
-        page = chromium.new_page(viewport={"width": 1400, "height": 1000})
-        page.goto(html.as_uri())
-        frame = page.locator(".jupyter-widgets img")
-        frame.locator("visible=true").first.wait_for(timeout=60_000)
-        first = frame.locator("visible=true").first.get_attribute("alt")
-        page.locator(".widget-toggle-button", has_text="TP=2").click()
-        page.locator('.jupyter-widgets img[alt*="TP=2"]').wait_for(state="visible", timeout=10_000)
-        shown = frame.locator("visible=true")
-        assert "TP=1" in first and shown.count() == 1 and "TP=2" in shown.get_attribute("alt")
-        page.locator(".widget-toggle-button", has_text="TP=1").scroll_into_view_if_needed()
-        SHOTS.mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=str(SHOTS / "06_frames.png"))
-        chromium.close()

@@ -1,4 +1,4 @@
-"""The project's book with one small lesson, built once for all tests that look at it."""
+"""The project's book with two small lessons, built once for all tests that look at it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ import os
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from book import builder
 from book.builder import assets as book_assets
 from course_lib.common.project import PROJECT
 from course_lib.figures import cuts
 from course_lib.lesson import quiz, tables
+from course_lib.planning import ceiling, controls, memory
+from course_lib.planning.layout import Layout
 from course_lib.reading import pipeline
 from support.hygiene_code import MAX_WIDTH
 from support.notebooks_made_here import clean, code, markdown, write
@@ -77,9 +82,55 @@ def executed_lesson(root: Path, *, extra: str = "") -> Path:
     return path
 
 
+def planned(tp: int) -> tuple[Any, memory.Plan]:
+    """A configuration and a plan of a model that nobody built, to draw."""
+    fields = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": 1, "context_parallel_size": 1}
+    fields |= {"hidden_size": 4096, "ffn_hidden_size": 14336, "gated_linear_unit": True}
+    model = SimpleNamespace(**fields, sequence_parallel=tp > 1, seq_length=8192, recompute_granularity=None)
+    train = SimpleNamespace(micro_batch_size=1, global_batch_size=128)
+    size = 2**36 // tp
+    plan = memory.Plan(
+        Layout(world_size=8, tensor_model_parallel_size=tp),
+        memory.States(0, size, 0, size, size // 4, size // 8),
+        memory.Activations(size // 2, 0, 1.0, 0, {}),
+    )
+    tokenizer = SimpleNamespace(vocab_size=128256)
+    return SimpleNamespace(model=model, train=train, tokenizer=tokenizer, mixed_precision="bf16_mixed"), plan
+
+
+def executed_frames(root: Path) -> Path:
+    """A second lesson and its executed copy: the frames of two planned layouts."""
+    from ipywidgets.embed import dependency_state
+
+    both = {f"TP={tp}": planned(tp) for tp in (1, 2)}
+    choices = {label: ("llama3_8b_pretrain_config", cfg) for label, (cfg, _) in both.items()}
+    plans = {label: plan for label, (_, plan) in both.items()}
+    panel = controls.frames(choices, plans, gpu=ceiling.gpus()["H100 SXM 80GB"])
+    lesson = clean()
+    lesson["cells"].insert(3, code("frames", "panel"))
+    write(root / "notebooks" / "08_frames.ipynb", lesson)
+    view = {"model_id": panel.model_id, "version_major": 2, "version_minor": 0}
+    data = {"application/vnd.jupyter.widget-view+json": view}
+    shown = [{"output_type": "display_data", "data": data, "metadata": {}}]
+    lesson["cells"][3] |= {"execution_count": 1, "outputs": shown}
+    state = {"state": dependency_state(panel), "version_major": 2, "version_minor": 0}
+    lesson["metadata"]["widgets"] = {"application/vnd.jupyter.widget-state+json": state}
+    path = write(root / "book" / "lessons" / "08_frames.ipynb", lesson)
+    os.utime(path, (time.time() + 5,) * 2)
+    return path
+
+
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The book of this project with one small executed lesson, as HTML."""
-    root = copy_book(tmp_path_factory.mktemp("book"))
-    executed_lesson(root)
-    return builder.build(root=root, execute=False).parent
+    """The book of this project with two small executed lessons, as HTML; all workers of pytest-xdist share one."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    told = shared / "small_book.txt"
+    with FileLock(told.with_suffix(".lock")):
+        if not told.exists():
+            root = copy_book(tmp_path_factory.mktemp("book"))
+            executed_lesson(root)
+            executed_frames(root)
+            told.write_text(os.fspath(builder.build(root=root, execute=False).parent))
+    return Path(told.read_text())
