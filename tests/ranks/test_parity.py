@@ -11,7 +11,7 @@ from course_lib import launch, runs
 from support import families, small
 
 DENSE = {
-    "model__num_layers": 8,  # four stages of two chunks
+    "model__num_layers": 4,  # two stages of two chunks
     "model__hidden_size": 64,
     "model__ffn_hidden_size": 128,
     "model__seq_length": 32,
@@ -22,8 +22,8 @@ DENSE = {
     "checkpoint__load_rng": False,  # upstream keeps a generator for each expert-parallel rank, and wants as many back
     "checkpoint__load_optim": False,  # and refuses Adam's state at another EP
 }
-# With four microbatches, four stages of two chunks would only fill and drain.
-LONGER = DENSE | {"train__global_batch_size": 8}
+# Four stages of two chunks, which four microbatches would only fill and drain.
+LONGER = DENSE | {"model__num_layers": 8, "train__global_batch_size": 8}
 EXPERTS = LONGER | {
     "model__num_layers": 4,
     "model__num_moe_experts": 8,
