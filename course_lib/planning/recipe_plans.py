@@ -95,11 +95,14 @@ def plan(tree: str, module: str, name: str) -> dict[str, Any]:
     if model.cuda_graph_impl != "none":
         row["left_out"] = "the pool of its CUDA graphs, a few GiB by NVIDIA's guide"
         model.cuda_graph_impl = "none"
-    row["states_bytes"] = max(one.total_bytes for one in memory.states(cfg, ranks=RANKS))
+    planned, refused = None, {}
     try:
-        row["planned_bytes"] = memory.plan(cfg, ranks=RANKS).total_bytes
+        planned = memory.plan(cfg, ranks=RANKS)
+        row["planned_bytes"] = planned.total_bytes
     except memory.NotPlanned as error:
-        row["refused"] = str(error).split(":")[0]
+        refused = {"refused": str(error).split(":")[0]}
+    stages = [planned.states] if planned and row["pp"] == 1 else memory.states(cfg, ranks=RANKS)
+    row |= {"states_bytes": max(stage.total_bytes for stage in stages)} | refused
     if row["task"] == "pretrain" and row["tp"] * row["pp"] > 1:
         row["uncut_states_bytes"] = memory.states(_cut(cfg, 1, row["ep"], row["cp"]), ranks=RANKS)[0].total_bytes
         row["smallest_tp"] = _smallest_tp(cfg, row) if row["planned_bytes"] else None
@@ -136,7 +139,8 @@ def _smallest_tp(cfg: Any, row: Mapping[str, Any]) -> int | None:
         cut = _cut(cfg, tp, row["ep"], row["cp"])
         try:
             room = usable.of(cut, ranks=RANKS).usable_bytes
-            if memory.plan(cut, ranks=RANKS).total_bytes <= room:
+            least = row["uncut_states_bytes"] / tp  # TP cuts what is cut at all
+            if least <= room and memory.plan(cut, ranks=RANKS).total_bytes <= room:
                 return tp
         except LayoutError:
             continue
