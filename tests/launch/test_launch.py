@@ -1,4 +1,7 @@
-"""Launching: the run directory, equal losses whatever the layout and the launcher, and refusals at the door."""
+"""Launching: the run directory, equal losses whatever the layout, and refusals at the door.
+
+That a warm launch, torchrun, two agents and NeMo Run train the same in every digit is claimed, and run, by lesson 07.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,6 @@ import pytest
 
 from course_lib import launch, runs, stack
 from course_lib.common.project import PROJECT
-from course_lib.experiments import tensors
-from course_lib.experiments.tensors import TARGET
 from course_lib.launch import forkserver, supervise, torchrun
 from course_lib.planning import layout
 from course_lib.ranks import train
@@ -174,20 +175,6 @@ def test_losses_do_not_depend_on_the_layout_after_a_checkpoint(bridge, runs_dire
         assert run.metrics.step.tolist() == [2, 3], "it goes on where the checkpoint ends"
         alone = alone or run
         assert runs.difference(run, alone) < 1e-5, run.name
-
-
-def test_warm_launch_and_torchrun_give_the_same_losses(bridge, runs_directory):
-    """Two launchers, one module, one configuration file, one target: the same digits, and the target did its work in both.
-
-    On one rank; lesson 07 claims the same of two, of two agents and of NeMo Run.
-    """
-    cfg = small.config(tp=1, train_iters=2)
-    by_fork = launch.run(cfg, ranks=1, name="warm", show=None, target=TARGET)
-    by_torchrun = launch.run(cfg, ranks=1, name="torchrun", launcher="torchrun", show=None, target=TARGET)
-    assert runs.difference(by_torchrun, by_fork) == 0
-    held = [tensors.read(run).weights_bytes.tolist() for run in (by_fork, by_torchrun)]
-    assert held[0] == held[1] and min(held[0]) > 1e6
-    assert by_torchrun.launch["launcher"] == "torchrun" and by_torchrun.outcome.status == "succeeded"
 
 
 def test_a_target_that_cannot_be_is_refused(bridge, runs_directory):

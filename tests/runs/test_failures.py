@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -25,7 +26,7 @@ import pytest
 from course_lib import launch, runs
 from course_lib.common.project import PROJECT
 from course_lib.experiments import hello
-from course_lib.launch import forkserver, supervise
+from course_lib.launch import supervise
 from course_lib.ranks import server, train
 from course_lib.runs import failures
 from support import drills, small
@@ -179,7 +180,7 @@ def test_a_taken_port_does_not_matter(cfg, monkeypatch):
 
 @pytest.fixture(scope="module")
 def hemmed_in(bridge, tmp_path_factory) -> str:
-    """What two runs said where mounts are private: one with a full /dev/shm of 4 KiB, then one on a disk of 256 KiB.
+    """What three runs said where mounts are private: with a full /dev/shm of 4 KiB, on a disk of 256 KiB, without a launcher.
 
     They share a warm server of their own, which starts within the small /dev/shm: TMPDIR decides which, if it is short.
     """
@@ -210,6 +211,12 @@ def hemmed_in(bridge, tmp_path_factory) -> str:
         except launch.RunFailed as failed:
             say("CAUSE", failed.outcome.rank, failed.outcome.exception, failed.outcome.hint)
             say("FILE", (failed.run.path / "outcome.json").read_text())
+        os.environ["COURSE_RUNS"] = str(place / "runs")
+        try:
+            a_launcher_is_killed(1, "the launcher was killed: the fork server, the parent of all ranks, is")
+            say("FORK SERVER is told")
+        except BaseException:
+            say(traceback.format_exc())
 
     with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as temporary:
         process = in_another_process(notebook, temporary)
@@ -313,27 +320,8 @@ def test_the_rank_that_began_it_is_named_although_nobody_watched(bridge, runs_di
     assert drills.ENDS[end][2] in outcome.cause and not outcome.provisional
 
 
-@pytest.fixture
-def own_server(monkeypatch):
-    """A server that nobody else's ranks come from: a lesson or another test that runs beside this one would lose its own."""
-    with tempfile.TemporaryDirectory(prefix="course-") as place:
-        monkeypatch.setattr(forkserver, "address", lambda imports: Path(place) / "own.socket")
-        yield
-        forkserver._lease_of.cache_clear()  # its last lease: it ends
-
-
-@pytest.mark.parametrize(
-    ("victim", "cause"),
-    [
-        (0, "the launcher was killed by SIGKILL"),
-        (1, "the launcher was killed: the fork server, the parent of all ranks, is"),
-    ],
-    ids=["agent", "fork server"],
-)
-def test_a_killed_launcher_is_no_rank_s_fault(bridge, runs_directory, request, victim, cause):
-    """Agent or fork server are killed: the outcome says so, names no rank, and says what to do; the next launch works."""
-    if victim == 1:  # an agent is the run's own
-        request.getfixturevalue("own_server")
+def a_launcher_is_killed(victim: int, cause: str) -> None:
+    """Agent (0) or fork server (1) are killed: the outcome says so, names no rank and a way on; the next launch works."""
     watchers: list[psutil.Process] = []
 
     def kill(run: runs.Run) -> None:
@@ -347,6 +335,16 @@ def test_a_killed_launcher_is_no_rank_s_fault(bridge, runs_directory, request, v
     assert no_process_left(caught.value.run)
     assert len(hello.ranks(1)) == 1, "a launch afterwards works, and with it the server buries its fork server"
     assert psutil.wait_procs(watchers[: victim + 1], timeout=30)[1] == [], "neither the agent nor what was killed"
+
+
+def test_a_killed_agent_is_no_rank_s_fault(bridge, runs_directory):
+    """An agent is the run's own, so that of the server that all share is killed."""
+    a_launcher_is_killed(0, "the launcher was killed by SIGKILL")
+
+
+def test_a_killed_fork_server_is_no_rank_s_fault(hemmed_in):
+    """Nobody else's ranks come from the one that is killed: a lesson that runs beside this would lose its own."""
+    assert "FORK SERVER is told" in hemmed_in, hemmed_in
 
 
 def test_a_rank_that_has_returned_wakes_its_agent(monkeypatch):
