@@ -44,7 +44,8 @@ FIRST = (
 """Modules of which any may be the first that somebody imports."""
 
 BEGIN = """
-import importlib, json, os, shutil, sys, tempfile, warnings
+import gc, importlib, json, os, shutil, sys, tempfile, warnings
+gc.disable()  # what is imported stays
 warnings.simplefilter("ignore")
 from course_lib import stack
 stack.prepare_imports()

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from filelock import FileLock
 
 from book import builder
 from book.builder import assets as book_assets
@@ -20,6 +19,7 @@ from course_lib.lesson import quiz, tables
 from course_lib.planning import ceiling, controls, memory
 from course_lib.planning.layout import Layout
 from course_lib.reading import pipeline
+from support import once
 from support.hygiene_code import MAX_WIDTH
 from support.notebooks_made_here import clean, code, markdown, write
 
@@ -120,17 +120,15 @@ def executed_frames(root: Path) -> Path:
     return path
 
 
+def build(folder: Path) -> Path:
+    """Build the book of this project with two small executed lessons, as HTML."""
+    root = copy_book(folder)
+    executed_lesson(root)
+    executed_frames(root)
+    return builder.build(root=root, execute=False).parent
+
+
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The book of this project with two small executed lessons, as HTML; all workers of pytest-xdist share one."""
-    shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent
-    told = shared / "small_book.txt"
-    with FileLock(told.with_suffix(".lock")):
-        if not told.exists():
-            root = copy_book(tmp_path_factory.mktemp("book"))
-            executed_lesson(root)
-            executed_frames(root)
-            told.write_text(os.fspath(builder.build(root=root, execute=False).parent))
-    return Path(told.read_text())
+    """The folder of the small book's pages."""
+    return once.for_all_workers(tmp_path_factory, "book", build)

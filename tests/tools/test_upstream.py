@@ -15,8 +15,9 @@ from course_lib.common.project import PROJECT
 
 PAGE = (PROJECT / "book" / "upstream.md").read_text(encoding="utf-8")
 RUN = """
-import contextlib, io, json, sys
+import contextlib, gc, io, json, sys
 from course_lib import stack
+gc.disable()  # what is imported stays
 stack.prepare_imports()
 said = []
 for code in json.load(sys.stdin):
