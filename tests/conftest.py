@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 pytest_plugins = ["support.lesson_runs", "support.small_book"]
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # on busy cores, waiting by spinning costs a fifth
+gc.set_threshold(50_000, 20, 20)  # at 700, a tenth of a worker's time is a search for cycles
 
 
 FIRST = "tests/lessons/test_all_run.py"

@@ -201,7 +201,7 @@ def prepare_imports(*, compiler: bool = False) -> list[StandIn]:
     """Make `import megatron.bridge` work, and work fast, in this process.
 
     On a GPU node where Transformer Engine and the resiliency extension are installed it changes no import.  In a notebook,
-    what the course refuses ends in your cell from now on.
+    what the course refuses ends in your cell from now on.  Python's garbage collector looks for cycles more seldom then.
 
     Args:
         compiler: Leave `torch.compile` as it is: a GPU rank trains with it.
@@ -226,7 +226,13 @@ def prepare_imports(*, compiler: bool = False) -> list[StandIn]:
     with imported_to_stay():
         lazy.defer(compiler=compiler)
         _put_stand_ins()
+    if 0 < gc.get_threshold()[0] < SELDOM[0]:  # 0 is off, and stays off
+        gc.set_threshold(*SELDOM)
     return rows
+
+
+SELDOM = (50_000, 20, 20)
+"""Thresholds of the collector: planning makes objects by the hundred thousand, and at Python's 700 a tenth of it is search."""
 
 
 @contextmanager

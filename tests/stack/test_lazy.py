@@ -294,6 +294,18 @@ def test_no_collector_runs_while_something_is_imported_to_stay():
     assert gc.isenabled()
 
 
+@pytest.mark.parametrize(("before", "after"), [(700, stack.SELDOM[0]), (200_000, 200_000), (0, 0)])
+def test_the_collector_searches_more_seldom_and_never_more_often(bridge, before, after):
+    """A process that asked for less, or for none, keeps what it asked for."""
+    now = gc.get_threshold()
+    try:
+        gc.set_threshold(before, *now[1:])
+        stack.prepare_imports()
+        assert gc.get_threshold()[0] == after
+    finally:
+        gc.set_threshold(*now)
+
+
 # ------------------------------------------------------------------------------------------------- in a real rank
 
 UNUSED = (
