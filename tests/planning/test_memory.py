@@ -86,7 +86,8 @@ def test_the_plan_is_what_ranks_hold(bridge, runs_directory, case):
     ranks, fields = (CASES | HYBRIDS)[case]
     fields = {"model__seq_length": 256, "dataset__seq_length": 256, **fields}
     cfg = families.hybrid(**fields) if case in HYBRIDS else small.config(train_iters=2, **fields)
-    cfg.train.micro_batch_size, cfg.train.global_batch_size, cfg.mixed_precision = 2, 2 * ranks, None
+    cfg.train.micro_batch_size, cfg.mixed_precision = 2, None
+    cfg.train.global_batch_size = 2 * ranks // cfg.model.tensor_model_parallel_size  # one or two micro-batches a rank
     cfg.optimizer.use_distributed_optimizer = cfg.ddp.use_distributed_optimizer
     cfg = devices.applied(cfg)
     run = launch.run(cfg, ranks=ranks, name="held", show=None, target=tensors.TARGET)

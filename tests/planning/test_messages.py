@@ -36,7 +36,8 @@ LAYOUTS = {
 def test_recorded_equals_closed_form(name, bridge, runs_directory):
     """Every operation of every rank: its phase, group, group size, bytes and count are as the closed form says."""
     ranks, fields = LAYOUTS[name]
-    run = launch.run(config(train_iters=2, **fields), ranks=ranks, show=None, record=True)
+    cfg = config(train_iters=2, train__global_batch_size=4, **fields)
+    run = launch.run(cfg, ranks=ranks, show=None, record=True)
     for rank in range(ranks):
         table = collectives.compare(run, rank=rank)
         wrong = table[table.expected != table.recorded]
