@@ -113,7 +113,7 @@ HYBRIDS = {
 def test_messages_of_hybrids_equal_the_closed_form(pattern, bridge, runs_directory):
     """Letter by letter, in every layout; where tokens travel to experts, as many bytes as the routers chose."""
     ranks, layout, more = HYBRIDS[pattern]
-    cfg = families.hybrid(pattern=pattern, layout=layout, **more)
+    cfg = families.hybrid(pattern=pattern, layout=layout, train__global_batch_size=4, **more)
     run = launch.run(cfg, ranks=ranks, show=None, record=True)
     for rank in range(ranks):
         table = collectives.compare(run, rank=rank)
