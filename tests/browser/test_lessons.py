@@ -135,7 +135,7 @@ def test_lesson_03_goes_on_after_an_interrupt_to_its_end(desk):
         place = [cell["id"] for cell in cells].index("run")
         cells.insert(place, {**cells[place], "id": "long", "source": source})
         parameters = next(cell for cell in cells if cell["id"] == "parameters")
-        parameters["source"] = "".join(parameters["source"]).replace("text_steps = 100 ", "text_steps = 40 ")
+        parameters["source"] = "".join(parameters["source"]).replace("text_steps = 60 ", "text_steps = 40 ")
 
     changed(desk, name, longer_and_shorter)
     place = [cell["id"] for cell in json.loads((desk.root / "notebooks" / name).read_text())["cells"]].index("long")
