@@ -11,26 +11,10 @@ from typing import Any
 
 import pytest
 
-pytest_plugins = ["support.lesson_runs", "support.small_book"]
+pytest_plugins = ["support.lesson_runs", "support.small_book", "support.workers"]
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # on busy cores, waiting by spinning costs a fifth
 gc.set_threshold(50_000, 20, 20)  # at 700, a tenth of a worker's time is a search for cycles
-
-
-FIRST = "tests/lessons/test_all_run.py"
-LATER = "tests/lessons/test_broken_claims.py"
-LAST = ("tests/lessons/test_traced_numbers.py", "tests/lessons/test_words_of_pictures.py", "tests/tools/test_book.py")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With two workers the longest file starts first, and who needs what lessons trained and showed comes after them."""
-    items.sort(
-        key=lambda item: [
-            item.nodeid.startswith(LAST),
-            item.nodeid.startswith(LATER),
-            not item.nodeid.startswith(FIRST),
-        ]
-    )
 
 
 @pytest.fixture(scope="session", autouse=True)
