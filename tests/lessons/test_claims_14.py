@@ -61,12 +61,14 @@ def measured(passes: tuple[float, ...], losses: tuple[float, ...]) -> dict[str, 
     return {"table": pd.DataFrame({"passes": passes, "answer loss": losses}, index=POLICIES)}
 
 
+FIRST_SEED = evaluation.seeds().xs(1, level="seed")
+
+
 def here(**changed: float) -> dict[str, Any]:
     """What the first seed measured, as the lesson has it, with some policy's share that passes changed."""
-    first = evaluation.seeds().xs(1, level="seed")
-    table = first.loc[list(POLICIES), ["passes", "answer loss"]]
+    table = FIRST_SEED.loc[list(POLICIES), ["passes", "answer loss"]].copy()
     table.loc[list(changed), "passes"] = list(changed.values())
-    return {"table": table, "ends": first.loc[list(DPO), ["chosen nats"]].set_axis(["chosen_nats"], axis=1)}
+    return {"table": table, "ends": FIRST_SEED.loc[list(DPO), ["chosen nats"]].set_axis(["chosen_nats"], axis=1)}
 
 
 def spoken(**changed: int) -> SimpleNamespace:

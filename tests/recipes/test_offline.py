@@ -18,7 +18,8 @@ from course_lib.recipes import catalogue
 from course_lib.runs import field_values, foreign_code
 
 FAMILIES = ("llama", "nemotronh", "qwen")
-ENTRIES = [entry for entry in catalogue.entries() if entry.family in FAMILIES]
+ALL = catalogue.entries()
+ENTRIES = [entry for entry in ALL if entry.family in FAMILIES]
 # Two recipes take the text half of a model that also sees; nobody here has read its shape in a public source.
 WANTS = {
     "qwen35_text_9b_pretrain_8gpu_gb200_bf16_config": "qwen35_9b_base.json",
@@ -76,7 +77,7 @@ WITH_NEMOTRON_IDS = {
 }
 
 
-OTHERS = [entry for entry in catalogue.entries() if entry.family not in FAMILIES]
+OTHERS = [entry for entry in ALL if entry.family not in FAMILIES]
 # These two set trust_remote_code, with which a tokenizer's folder could run code of its own.
 RUN_CODE = {"olmoe_7b_sft_8gpu_h100_bf16_config", "olmoe_7b_peft_1gpu_h100_bf16_config"}
 RUN_CODE |= {f"moonlight_16b_{name}_config" for name in ("peft_2gpu_h100_bf16", "peft_4gpu_h100_bf16")}
