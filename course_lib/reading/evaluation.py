@@ -212,8 +212,10 @@ def log_probabilities(model: Model, rows: Sequence[tuple[str, str]], *, batch: i
         counted = torch.tensor([encoded[row][1] for row in some])[:, None]
         position = torch.arange(1, ids.shape[1])
         answer = (position >= lengths - counted) & (position < lengths)
+        begins = int((lengths - counted).min()) - 1  # no row has an answer before it, so no logits are needed there
         with _asking():
-            logits = model.network(input_ids=ids).logits[:, :-1][answer].float()
+            logits = model.network(input_ids=ids, logits_to_keep=ids.shape[1] - begins).logits
+            logits = logits[:, :-1][answer[:, begins:]].float()
         chosen = torch.log_softmax(logits, -1).gather(-1, ids[:, 1:][answer][:, None])[:, 0]
         for row, tokens in zip(some, chosen.split(counted[:, 0].tolist()), strict=True):
             nats[row] = float(tokens.sum())

@@ -142,9 +142,9 @@ def write_harness_task(name: str, choices: Sequence[Choice], directory: Path, *,
         "dataset_kwargs": {"data_files": {"test": str(rows)}},
         "test_split": "test",
         "output_type": "multiple_choice",
-        "doc_to_text": "{{question}}",
+        "doc_to_text": "question",  # a column, and no template to compile for each item
         "target_delimiter": "\n",
-        "doc_to_choice": "{{options}}",
+        "doc_to_choice": "options",
         "doc_to_target": "answer",
         "metric_list": [
             {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")
