@@ -273,6 +273,7 @@ _NOT_COUNTED = {
     "model.moe_paged_stash": ((False,), _ROUTED),
     "model.moe_expert_capacity_factor": ((None,), _ROUTED),
     "model.moe_expert_rank_capacity_factor": ((None,), _ROUTED),
+    "model.moe_input_jitter_eps": ((None,), "the noise on the router's input is drawn on the GPU and kept"),
     "model.moe_router_padding_for_quantization": ((False,), _ROUTED),
     "model.moe_router_padding_for_fp8": ((False,), _ROUTED),
     "model.tensor_parallel_num_weight_shards": ((None, 1), _SHARDED),

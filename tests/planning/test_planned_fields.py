@@ -118,6 +118,16 @@ def test_a_refused_field_is_named_with_what_to_do(bridge: Any, path: str) -> Non
     assert re.search(r"Set .* to plan without it|measure", str(caught.value))
 
 
+def test_noise_on_the_routers_input_is_refused_by_name(bridge: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a process has switched off torch's check of distributions, as its compiler does."""
+    import torch
+
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", False)
+    value, beside = REFUSED[path := "model.moe_input_jitter_eps"]
+    with pytest.raises(memory.NotPlanned, match=f"{path}={value}"):
+        memory.plan(config(beside | {path: value}), ranks=8)
+
+
 @pytest.mark.parametrize("reason", GROUPS)
 def test_fields_without_effect_leave_the_plan_alone(bases: list[Any], reason: str) -> None:
     """All fields of a reason at once, on a pipeline and on a model with experts."""
