@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
+from course_lib import stack
+
 pytest_plugins = ["support.lesson_runs", "support.small_book", "support.workers"]
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # on busy cores, waiting by spinning costs a fifth
-gc.set_threshold(50_000, 20, 20)  # at 700, a tenth of a worker's time is a search for cycles
+gc.set_threshold(*stack.SELDOM)  # from the start: models are planned in workers that never prepare imports
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -45,8 +47,6 @@ def in_ranks(warm_engine) -> Callable[..., None]:
 @pytest.fixture(scope="session")
 def bridge():
     """Megatron-Bridge can be imported in this process."""
-    from course_lib import stack
-
     return stack.prepare_imports()
 
 

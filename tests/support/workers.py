@@ -6,10 +6,11 @@ all of them; those that find what the one before has trained stay together, in t
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pytest
+
+from support.lesson_runs import OF_A_LESSON
 
 LESSONS = "tests/lessons/test_all_run.py"
 TOGETHER = ("13", "14", "15")
@@ -21,8 +22,8 @@ LAST = ("tests/lessons/test_traced_numbers.py", "tests/lessons/test_words_of_pic
 
 def lesson(nodeid: str) -> str | None:
     """The number of the lesson that a test executes from top to bottom, if it is such a test."""
-    match = re.fullmatch(re.escape(LESSONS) + r"::test_the_lesson_runs\[(\w+)\]", nodeid)
-    return match and match.group(1)
+    match = OF_A_LESSON.search(nodeid)
+    return match.group(2) if match and match.group(1) == "test_the_lesson_runs" else None
 
 
 def turn(nodeid: str) -> tuple[int, int]:
