@@ -171,8 +171,9 @@ def known_models(*, directory: Path = _MODELS) -> dict[str, ModelFacts]:
 def offline() -> Iterator[None]:
     """Answer questions for a model's configuration from ``data/models`` instead of the Hub, inside this block only.
 
-    Recipes ask through ``AutoBridge.from_hf_pretrained``, two of them through ``AutoConfig.from_pretrained``.  A path to
-    a local directory still goes to Bridge.  Weights are never made up: asking for them fails in Bridge.
+    Recipes ask through ``AutoBridge.from_hf_pretrained``, two of them through ``AutoConfig.from_pretrained``; one that asks
+    in another way finds the Hub's own client offline, whatever was imported before.  A path to a local directory still goes
+    to Bridge.  Weights are never made up: asking for them fails in Bridge.
 
     Raises:
         UnknownModel: By the recipe inside, if it asks for a model that has no file.
@@ -184,6 +185,7 @@ def offline() -> Iterator[None]:
 
     Source: megatron-bridge 0.6.2 ``models/conversion/auto_bridge.py``, ``from_hf_pretrained`` and ``from_hf_config``.
     """
+    from huggingface_hub import constants
     from transformers import AutoConfig
 
     known, mine, why = known_models(), Patches(), "the Hub cannot be asked"
@@ -204,8 +206,12 @@ def offline() -> Iterator[None]:
             return original(cls, path, **kwargs)
         return cls.from_hf_config(AutoConfig.from_pretrained(path))
 
-    with applied(mine):
-        yield
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True  # read from the environment when it was imported
+    try:
+        with applied(mine):
+            yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _facts(model_id: str, known: dict[str, ModelFacts]) -> ModelFacts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -165,6 +166,19 @@ def test_an_unknown_model_says_which_file_is_missing(bridge: Any, no_network: No
         "Hugging Face login",
     ):
         assert part in str(caught.value)
+
+
+def test_the_hubs_client_is_offline_whoever_imported_it_first(
+    bridge: Any, no_network: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recipe that asks the Hub's client itself is answered at once, also where that client was imported as online."""
+    from huggingface_hub import constants
+    from megatron.bridge.recipes.flux.h100 import flux
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with recipes.offline(), pytest.raises(OSError, match=re.escape("black-forest-labs/FLUX.1-dev")):
+        flux.flux_12b_pretrain_2gpu_h100_bf16_config()
+    assert constants.HF_HUB_OFFLINE is False
 
 
 def test_weights_are_never_made_up(bridge: Any, no_network: None) -> None:
