@@ -206,6 +206,56 @@ def test_loggers_know_their_new_level(bridge):
         logging.root.setLevel(before)
 
 
+def test_a_configuration_is_made_of_plain_values(bridge, tmp_path, monkeypatch):
+    """Field by field, and in its refusals, it is what upstream makes with OmegaConf."""
+    import yaml
+    from megatron.bridge.recipes import llama, nemotronh, qwen
+    from megatron.bridge.training.config import ConfigContainer
+    from megatron.training.config import container
+    from megatron.training.config import instantiate_utils as upstream
+
+    from course_lib import recipes
+    from course_lib.ranks.cpu import megatron
+
+    def made(how, content):
+        try:
+            return how(content, mode=upstream.InstantiationMode.STRICT)
+        except upstream.InstantiationException as refused:
+            return str(refused.__cause__ or refused).splitlines()[0]
+
+    plain, first, second = partial(megatron.instantiate, None), tmp_path / "first.yaml", tmp_path / "second.yaml"
+    for recipe in (
+        llama.llama32_1b_peft_config,
+        nemotronh.nemotron_3_nano_pretrain_config,
+        qwen.qwen3_30b_a3b_sft_config,
+    ):
+        with recipes.offline():
+            cfg = recipe()
+        cfg.to_yaml(str(first))
+        content = yaml.load(first.read_text(), Loader=yaml.CSafeLoader)
+        one = ConfigContainer.from_dict(content)
+        with monkeypatch.context() as patched:
+            patched.setattr(container, "instantiate", plain)
+            other = ConfigContainer.from_dict(content)
+        for section, value in vars(one).items():
+            assert type(value) is type(getattr(other, section)), section
+        other.to_yaml(str(second))
+        assert first.read_text() == second.read_text()
+    activation = "torch.nn.functional.silu"
+    for content in (
+        {"_target_": activation, "_call_": False},
+        {"_target_": activation, "_call_": False, "inplace": True},
+        {"_target_": activation, "_partial_": True, "inplace": True},
+        {"_target_": "os.system", "command": "true"},
+        {"_target_": "torch.no_such_thing"},
+        {"_target_": "megatron.core.optimizer.OptimizerConfig", "no_such_field": 1},
+        {"_target_": "megatron.core.optimizer.OptimizerConfig", "lr": 0.5, "optimizer": "sgd"},
+        {"a": [1, {"_target_": "torch.bfloat16", "_call_": False}, [None, {"b": 2}]]},
+    ):
+        one, other = made(upstream.instantiate, content), made(plain, content)
+        assert repr(one) == repr(other), content
+
+
 def rank_losses(_: str) -> None:
     """In each of two ranks, with half of the ids: values, gradients and messages are upstream's."""
     import torch
