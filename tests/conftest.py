@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from course_lib import stack
 pytest_plugins = ["support.lesson_runs", "support.small_book", "support.workers"]
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # on busy cores, waiting by spinning costs a fifth
+sys.modules["rfc3987_syntax"] = None  # jsonschema would compile 38 grammars for URIs, which no notebook's schema has
 gc.set_threshold(*stack.SELDOM)  # from the start: models are planned in workers that never prepare imports
 
 

@@ -7,6 +7,7 @@ takes a second for all of them, where importing them would take minutes.
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import re
 from collections.abc import Iterator
@@ -62,8 +63,9 @@ class Entry:
         return f"{self.module}:{self.name}"
 
 
+@functools.cache
 def entries(*, directory: Path | None = None) -> tuple[Entry, ...]:
-    """List the recipes.
+    """List the recipes, once for each folder.
 
     Args:
         directory: The folder `recipes` of a Megatron-Bridge; the installed one's if None.

@@ -12,11 +12,13 @@ from course_lib import stack
 from course_lib.common import project
 from course_lib.machine import doctor, readings
 
-CODE = [*project.PROJECT.glob("*/**/*.py"), *project.PROJECT.glob("notebooks/*.ipynb"), project.PROJECT / "Makefile"]
+# Not `*/**`: below .venv are tens of thousands of files.
+PATTERNS = ("[!.]*/**/*.py", "notebooks/*.ipynb", "Makefile", "*.md", "book/*.md")
 TEXT = {
     path: path.read_text(encoding="utf-8")
-    for path in (*CODE, *project.PROJECT.glob("*.md"), *project.PROJECT.glob("book/*.md"))
-    if path != Path(__file__).resolve() and not {".venv", ".tools"} & set(path.parts)
+    for pattern in PATTERNS
+    for path in project.PROJECT.glob(pattern)
+    if path != Path(__file__).resolve()
 }
 READ = re.compile(r"""environ(?:\.get\(|\[)\s*["']COURSE_\w+["'](?:\]|,|\))(?!\s*=[^=])""")
 
