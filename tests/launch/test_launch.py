@@ -159,17 +159,17 @@ def test_a_run_never_changes_the_configuration_that_it_was_given(bridge, runs_di
 
 def test_losses_do_not_depend_on_tensor_or_data_parallelism(bridge, first_run, runs_directory):
     """The same seed gives the same weights without a checkpoint, so the losses agree to fp32's rounding (1e-5)."""
-    for tp, ranks in ((1, 1), (1, 4), (4, 8), (8, 8)):
+    for tp, ranks in ((1, 1), (1, 4), (8, 8)):
         run = launch.run(config(tp=tp), ranks=ranks, name=f"tp{tp}-of-{ranks}", show=None)
         assert runs.difference(run, first_run) < 1e-5, run.name
 
 
 def test_losses_do_not_depend_on_the_layout_after_a_checkpoint(bridge, runs_directory):
-    """Weights and moments of one rank go on in five layouts of four and eight ranks: equal losses and gradient norms."""
+    """Weights and moments of one rank go on in four layouts of four and eight ranks: equal losses and gradient norms."""
     schedule = {"scheduler__lr_decay_iters": 10}
     start = launch.run(config(tp=1, train_iters=1, **schedule), ranks=1, name="start", save=True, show=None)
     alone = None
-    for tp, pp, ranks in ((1, 1, 1), (2, 1, 4), (4, 1, 4), (2, 2, 8), (1, 4, 4), (1, 1, 4)):
+    for tp, pp, ranks in ((1, 1, 1), (4, 1, 4), (2, 2, 8), (1, 4, 4), (1, 1, 4)):
         cfg = config(tp=tp, pp=pp, train_iters=3, **schedule)
         run = launch.run(cfg, ranks=ranks, name=f"tp{tp}-pp{pp}", load=start, show=None)
         assert run.metrics.step.tolist() == [2, 3], "it goes on where the checkpoint ends"
