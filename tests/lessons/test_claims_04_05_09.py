@@ -25,7 +25,7 @@ from course_lib.text import corpus
 from support.lesson_cells import Sample, cells, execute, tagged
 
 LESSONS = ("04", "05", "09")
-UNUSED = dict.fromkeys(("cfg", "cfg_lr", "cfg_short", "cfg_deep", "seeds", "follows"))
+UNUSED = dict.fromkeys(("cfg", "cfg_lr", "cfg_short", "cfg_deep", "seeds", "ranks", "follows"))
 """Names that a cell hands on to something that a stand-in replaces."""
 
 
@@ -209,7 +209,7 @@ def base_of_09(held_out_tokens: int) -> dict[str, Any]:
     """The configuration that the sweep starts from."""
     parts = ("model", "train", "optimizer", "scheduler", "validation", "logger")
     cfg = SimpleNamespace(**{name: SimpleNamespace() for name in parts})
-    return {"cfg": cfg, "steps": 30, "learning_rate": 4e-3, "held_out_tokens": held_out_tokens}
+    return {"cfg": cfg, "steps": 30, "ranks": 2, "learning_rate": 4e-3, "held_out_tokens": held_out_tokens}
 
 
 def one_field(rate: float) -> dict[str, Any]:
@@ -220,7 +220,11 @@ def one_field(rate: float) -> dict[str, Any]:
         raise sweep.NotOneChange("2 fields differ")
 
     given = {"changed_learning_rate": rate, "changed_init_std": 0.021, "seeds": [1]}
-    return swap() | given | {"cfg": cfg, "sweep": SimpleNamespace(compare=refuse, NotOneChange=sweep.NotOneChange)}
+    return (
+        swap()
+        | given
+        | {"cfg": cfg, "ranks": 2, "sweep": SimpleNamespace(compare=refuse, NotOneChange=sweep.NotOneChange)}
+    )
 
 
 def stopped(*, half: float | None) -> dict[str, Any]:
@@ -230,7 +234,7 @@ def stopped(*, half: float | None) -> dict[str, Any]:
     return {
         "sweep": SimpleNamespace(repeat=lambda *a, **k: base, held_out=lambda run: run.loss),
         "runs": SimpleNamespace(listing=lambda: halves if half else []),
-        **{"notebooks": notebooks, "cfg": None, "seeds": [1, 2, 3]},
+        **{"notebooks": notebooks, "cfg": None, "seeds": [1, 2, 3], "ranks": 2},
     }
 
 
