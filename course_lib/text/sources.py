@@ -78,33 +78,41 @@ def python_documents(*, code: bool = True) -> Iterator[Document]:
 
     for name, text in sorted(topics.items()):
         yield Document(text, "prose", f"topic {name}", f"topic {name}", LICENCE)
-    for module, file, source in _library():
-        for found in documented(source, module=module, file=file):
-            yield Document(found.docstring, "prose", f"{file}.{found.name}".rstrip("."), module, LICENCE)
+    for module, file, path in _library():
+        if (each := _file(path, module, file)) is None:
+            continue
+        source, found = each
+        for one in found:
+            yield Document(one.docstring, "prose", f"{file}.{one.name}".rstrip("."), module, LICENCE)
         if code:
             yield Document(without_docstrings(source), "code", file, module, LICENCE)
 
 
 def library_functions() -> Iterator[Documented]:
     """Every function with a docstring that stands in a module, class or function itself, not under an `if` or a `try`."""
-    for module, file, source in _library():
-        yield from (found for found in documented(source, module=module, file=file) if found.signature)
+    for module, file, path in _library():
+        if (each := _file(path, module, file)) is not None:
+            yield from (one for one in each[1] if one.signature)
 
 
-def _library() -> Iterator[tuple[str, str, str]]:
-    """Top-level module, full name and source of each file, in a fixed order."""
+def _library() -> Iterator[tuple[str, str, Path]]:
+    """Top-level module, full name and path of each file, in a fixed order."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).parts):
         parts = path.relative_to(root).with_suffix("").parts
         # Names that CPython itself knows: not site-packages, not what a distribution added.
-        if parts[0] not in sys.stdlib_module_names or parts[0] in LEFT_OUT or TESTS & set(parts):
-            continue
-        try:
-            source = path.read_text(encoding="utf-8")
-            _parse(source)
-        except (UnicodeDecodeError, SyntaxError):
-            continue  # a file in an older encoding, or a template
-        yield parts[0], ".".join(parts).removesuffix(".__init__"), source
+        if parts[0] in sys.stdlib_module_names and parts[0] not in LEFT_OUT and not TESTS & set(parts):
+            yield parts[0], ".".join(parts).removesuffix(".__init__"), path
+
+
+@functools.cache  # a corpus and its pairs are made in one process: parsing takes most of the time of either
+def _file(path: Path, module: str, file: str) -> tuple[str, list[Documented]] | None:
+    """The source of a file and its docstrings; nothing for a file in an older encoding, or a template."""
+    try:
+        source = path.read_text(encoding="utf-8")
+        return source, documented(source, module=module, file=file)
+    except (UnicodeDecodeError, SyntaxError):
+        return None
 
 
 @functools.lru_cache(maxsize=1)
@@ -126,9 +134,9 @@ def documented(source: str, *, module: str, file: str) -> list[Documented]:
     def visit(node: ast.AST, names: tuple[str, ...]) -> None:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             names = names if isinstance(node, ast.Module) else (*names, node.name)
-            is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-            signature = f"def {node.name}({ast.unparse(node.args)})" if is_function else ""
             if text := ast.get_docstring(node, clean=False):
+                is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+                signature = f"def {node.name}({ast.unparse(node.args)})" if is_function else ""
                 found.append(Documented(module, file, ".".join(names), signature, inspect.cleandoc(text)))
             for child in node.body:
                 visit(child, names)
