@@ -93,6 +93,9 @@ def _foreign(node: Any, place: str, declared: tuple[type, ...]) -> Iterator[tupl
     elif isinstance(node, list):
         for number, item in enumerate(node):
             yield from _foreign(item, f"{place}[{number}]", declared)
+    elif not isinstance(node, dict | str | float | int | None):
+        # OmegaConf looks into the tuples that !!omap and !!pairs make, and what they name would run
+        yield place, f"{node!r:.80} is of a kind that Bridge does not write ({type(node).__name__})"
     elif isinstance(node, dict):
         named = "_target_" in node or "_builder_" in node
         owner, problem = _named(node, declared) if named else (None, "")

@@ -245,6 +245,8 @@ def test_a_configuration_is_made_of_plain_values(bridge, tmp_path, monkeypatch):
     for content in (
         {"_target_": activation, "_call_": False},
         {"_target_": activation, "_call_": False, "inplace": True},
+        {"a": {"_target_": activation, "_call_": False, "_partial_": False}},
+        {"_target_": "megatron.core.transformer.enums.AttnMaskType", "_args_": [1], "_name_": "causal"},
         {"_target_": activation, "_partial_": True, "inplace": True},
         {"_target_": "os.system", "command": "true"},
         {"_target_": "torch.no_such_thing"},

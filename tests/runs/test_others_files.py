@@ -25,6 +25,13 @@ def written(bridge, tmp_path_factory):
     return yaml.safe_load(path.read_text())
 
 
+class Pairs(dict):
+    """A mapping that is written as `!!pairs`, as no dumper of PyYAML writes one."""
+
+
+yaml.SafeDumper.add_representer(
+    Pairs, lambda dumper, made: dumper.represent_sequence("tag:yaml.org,2002:pairs", [dict(made)])
+)
 TOUCH = "touch PWNED"
 LAYER = "megatron.core.transformer.spec_utils.ModuleSpec"
 FOREIGN = {
@@ -48,6 +55,11 @@ FOREIGN = {
         {"_target_": "torch.nn.functional.boolean_dispatch", "_call_": False},
     ),
     "inside a list": ("dataset.blend", [["a"], [{"_target_": "torch.os.system", "command": TOUCH}]]),
+    "inside pairs, which YAML makes tuples": (
+        "dataset.blend",
+        Pairs(a={"_target_": "torch.os.system", "command": TOUCH}),
+    ),
+    "inside a set": ("dataset.blend", {"torch.os.system"}),
     "inside a plain mapping": (
         "tokenizer.hf_tokenizer_kwargs",
         {"a": {"_target_": "torch.os.system", "command": TOUCH}},

@@ -64,13 +64,14 @@ def _made(node, place, mode):
         return {key: _made(*each) for key, each in within.items()}
     called, partial = node.get("_call_", True), node.get("_partial_", False)
     target = upstream._resolve_target(node["_target_"], place, check_callable=called)
-    given = within.keys() - {"_target_", "_call_", "_partial_", "_name_"}
-    if not called and given:
-        words = f"_call_ was set to False for target {node['_target_']}, but extra keys were found: {given}"
+    if not called and (extra := node.keys() - {"_target_", "_call_"}):
+        words = f"_call_ was set to False for target {node['_target_']}, but extra keys were found: {extra}"
         raise upstream.InstantiationException(words)
     if not called:
         return target
-    values = {key: _made(*each) for key, each in within.items() if key in given}
+    values = {
+        key: _made(*each) for key, each in within.items() if key not in ("_target_", "_call_", "_partial_", "_name_")
+    }
     values = upstream._filter_kwargs_for_target(target, values, place, mode)
     return upstream._call_target(target, partial, (), values, place)
 
