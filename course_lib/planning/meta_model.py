@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -106,7 +107,7 @@ def built(
                 model.hybrid_stack_spec = get_hybrid_stack_modelopt_spec(
                     local_core_attention=True, use_default_te_spec=_fused(cfg), moe_grouped_gemm=False
                 )
-            with _without_advice():
+            with _without_advice(), _choosing_no_attention():
                 model.finalize()
                 chunks = layout.virtual_pipeline_model_parallel_size
                 made = [model.provide(vp_stage=chunk) for chunk in range(chunks)] if chunks else [model.provide()]
@@ -117,6 +118,30 @@ def built(
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
         sys.excepthook = excepthook
+
+
+@contextmanager
+def _choosing_no_attention() -> Iterator[None]:
+    """Keep Megatron's choice of Transformer Engine's attention from ranks that this process launches later.
+
+    A model that is built writes the choice of its `attention_backend` into the environment, which ranks inherit: they
+    would stop at another choice of their own, or train with this one where they have none.
+
+    Source: megatron-core 0.19.2 ``models/common/language_module/language_module.py``, ``_set_attention_backend``.
+    """
+
+    def chosen() -> dict[str, str]:
+        return {name: value for name, value in os.environ.items() if name.startswith("NVTE_") and "_ATTN" in name}
+
+    before = chosen()
+    for name in before:
+        del os.environ[name]  # building would stop at a choice that is not its own
+    try:
+        yield
+    finally:
+        for name in chosen():
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def forward(chunk: torch.nn.Module, cfg: Any, *, ranks: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -383,6 +384,28 @@ def test_planning_leaves_nothing_behind(llama):
     assert recipes.flatten(llama) == before
     with pytest.raises(UnknownField, match="no field 'model.tensor_size'; the nearest are "):
         memory.with_layout(llama, tensor_size=2)
+
+
+@pytest.mark.parametrize("given", [{}, {"NVTE_FLASH_ATTN": "1", "NVTE_UNFUSED_ATTN": "0", "NVTE_FRAMEWORK": "pytorch"}])
+def test_planning_chooses_no_attention_for_ranks(
+    llama: Any, monkeypatch: pytest.MonkeyPatch, given: dict[str, str]
+) -> None:
+    """Ranks inherit the environment of the process that launches them, and a plan leaves it as it found it."""
+    from megatron.core.transformer.enums import AttnBackend
+
+    for name in [name for name in os.environ if name.startswith("NVTE_")]:
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    for backend in (AttnBackend.flash, AttnBackend.unfused):
+        cfg = changed(llama, {"model.attention_backend": backend, "model.flash_attention_version": 2})
+        assert memory.plan(cfg, ranks=8).total_bytes
+        assert dict(os.environ) == before
+    with meta_model.built(llama, ranks=8), pytest.raises(ZeroDivisionError), meta_model._choosing_no_attention():
+        os.environ["NVTE_FUSED_ATTN"] = "0"
+        raise ZeroDivisionError
+    assert dict(os.environ) == before
 
 
 def test_operations_counted_and_by_formula(llama):
