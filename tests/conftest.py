@@ -21,6 +21,11 @@ sys.modules["rfc3987_syntax"] = None  # jsonschema would compile 38 grammars for
 gc.set_threshold(*stack.SELDOM)  # from the start: models are planned in workers that never prepare imports
 
 
+def pytest_collection_finish() -> None:
+    """Tests find the grammars where they are installed."""
+    sys.modules.pop("rfc3987_syntax", None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def warm_engine():
     """One lease for the session: every launch of every test and notebook shares one warm fork server."""
