@@ -61,6 +61,7 @@ FIELDS: tuple[Field, ...] = (
     Field("model.masked_softmax_fusion", False, _NO_FUSION),
     Field("model.bias_dropout_fusion", False, _NO_FUSION),
     Field("model.apply_rope_fusion", False, _NO_FUSION),
+    Field("model.fused_single_qkv_rope", False, "as model.apply_rope_fusion"),
     Field("model.persist_layer_norm", False, _NO_FUSION),
     Field(
         "model.cross_entropy_loss_fusion", False, "the recipes' kernel of the loss, Transformer Engine's, needs CUDA"
@@ -88,6 +89,8 @@ FIELDS: tuple[Field, ...] = (
     Field("model.dsa_kernel_backend", "none", _NO_FUSION),
     Field("model.tp_comm_overlap", False, "overlaps inside Transformer Engine"),
     Field("model.cuda_graph_impl", "none", _NO_GRAPH),
+    Field("model.enable_cuda_graph", False, _NO_GRAPH),
+    Field("model.external_cuda_graph", False, _NO_GRAPH),
     Field("model.fp8", None, "FP8 needs Transformer Engine"),
     Field("model.moe_router_padding_for_quantization", False, "as model.fp8"),
     Field("model.moe_router_padding_for_fp8", False, "as model.fp8"),
@@ -105,9 +108,12 @@ FIELDS: tuple[Field, ...] = (
         Field(f"optimizer.{name}_dtype", _float32, "as optimizer.use_precision_aware_optimizer")
         for name in ("main_grads", "main_params", "exp_avg", "exp_avg_sq")
     ),
+    Field("optimizer.optimizer_cpu_offload", False, "as model.cpu_offloading"),
+    Field("ddp.nccl_ub", False, "as dist.distributed_backend"),
     Field("ddp.overlap_grad_reduce", False, "gloo's threads would fight the ranks for the same cores"),
     Field("ddp.overlap_param_gather", False, "gloo's threads would fight the ranks for the same cores"),
     Field("optimizer.overlap_param_gather", False, "as ddp.overlap_param_gather"),
+    Field("optimizer.overlap_param_gather_with_optimizer_step", False, "as ddp.overlap_param_gather"),
     Field("comm_overlap", None, "overlaps inside Transformer Engine"),
     *(
         Field(f"model.{name}", False, "overlaps on streams of a GPU, and upstream refuses it without bf16 or fp16")

@@ -122,12 +122,14 @@ def test_what_hangs_on_a_changed_field_is_changed_with_it(bridge, fields):
 
 
 def test_what_only_a_gpu_has_is_left_out_and_changes_no_result(bridge, runs_directory):
-    """Transformer Engine's activation, its largest score, and moving activations to the CPU."""
-    gpu = {"use_te_activation_func": True, "log_max_attention_logit": True, "cpu_offloading": True}
-    gpu |= {"cpu_offloading_num_layers": 1}
+    """Transformer Engine's activation, its largest score, moving to the CPU, NCCL's buffers, and graphs by their older name."""
+    model = {"use_te_activation_func": True, "log_max_attention_logit": True, "cpu_offloading": True}
+    model |= {"cpu_offloading_num_layers": 1, "enable_cuda_graph": True, "fused_single_qkv_rope": True}
+    rest = {"optimizer__optimizer_cpu_offload": True, "ddp__nccl_ub": True}
+    rest |= {"optimizer__overlap_param_gather_with_optimizer_step": True}
     both = [
         launch.run(small.config(tp=1, train_iters=2, **fields), ranks=1, show=None)
-        for fields in ({}, {f"model__{name}": value for name, value in gpu.items()})
+        for fields in ({}, rest | {f"model__{name}": value for name, value in model.items()})
     ]
     assert runs.difference(*both) == 0
 
