@@ -90,7 +90,7 @@ def _foreign(node: Any, place: str, declared: tuple[type, ...]) -> Iterator[tupl
     """Each place of a file that names code which Bridge would not have written, and what is wrong there."""
     if isinstance(node, str) and ("${" in node or node == "???"):
         yield place, f"{node[:80]!r} asks OmegaConf to put another value here"
-    elif isinstance(node, list):
+    elif isinstance(node, list | set):  # a set holds no mapping, and LoRA's `params_to_save` is one
         for number, item in enumerate(node):
             yield from _foreign(item, f"{place}[{number}]", declared)
     elif not isinstance(node, dict | str | float | int | None):

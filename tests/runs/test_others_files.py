@@ -59,7 +59,7 @@ FOREIGN = {
         "dataset.blend",
         Pairs(a={"_target_": "torch.os.system", "command": TOUCH}),
     ),
-    "inside a set": ("dataset.blend", {"torch.os.system"}),
+    "inside a set": ("dataset.blend", {"${oc.env:HOME}"}),
     "inside a plain mapping": (
         "tokenizer.hf_tokenizer_kwargs",
         {"a": {"_target_": "torch.os.system", "command": TOUCH}},
@@ -127,7 +127,7 @@ def test_tags_of_yaml_build_nothing(bridge, tmp_path, monkeypatch, runs_director
 
 
 def test_what_bridge_writes_passes(written, tmp_path) -> None:
-    """The small model, and a configuration with a partial, a specification of layers and an enumeration, come back."""
+    """The small model, and one with a partial, a specification of layers, an enumeration or the set of an adapter."""
     foreign_code.refuse(written, tmp_path / "config.yaml")
     assert written["train"]["exit_signal"]["_target_"] == "signal.Signals"
     spec = {
@@ -138,6 +138,9 @@ def test_what_bridge_writes_passes(written, tmp_path) -> None:
     decoder = "megatron.core.models.gpt.gpt_layer_specs.get_gpt_decoder_block_spec"
     for value in (spec, {"_target_": decoder, "_partial_": True, "_args_": [], "use_transformer_engine": False}):
         foreign_code.refuse(with_field(written, "model.transformer_layer_spec", value), tmp_path / "a")
+    for saved in (set(), {"decoder.layers.0.mlp.linear_fc1.adapter.linear_in.weight"}):
+        adapter = {"_target_": "megatron.bridge.peft.lora.LoRA", "params_to_save": saved}
+        foreign_code.refuse(with_field(written, "peft", adapter), tmp_path / "a")
 
 
 def test_the_cause_of_a_failed_load_reaches_the_learner(tmp_path) -> None:
