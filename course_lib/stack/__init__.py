@@ -201,8 +201,8 @@ def prepare_imports(*, compiler: bool = False) -> list[StandIn]:
     """Make `import megatron.bridge` work, and work fast, in this process.
 
     On a GPU node where Transformer Engine and the resiliency extension are installed it changes no import.  In a notebook,
-    what the course refuses ends in your cell from now on.  Where something is
-    stood in for, Python's garbage collector looks for cycles more seldom afterwards.
+    what the course refuses ends in your cell from now on.  Where something is stood in for, Python's garbage collector
+    looks for cycles more seldom afterwards.
 
     Args:
         compiler: Leave `torch.compile` as it is: a GPU rank trains with it.

@@ -219,12 +219,8 @@ def one_field(rate: float) -> dict[str, Any]:
     def refuse(*_: object, **__: object) -> None:
         raise sweep.NotOneChange("2 fields differ")
 
-    given = {"changed_learning_rate": rate, "changed_init_std": 0.021, "seeds": [1]}
-    return (
-        swap()
-        | given
-        | {"cfg": cfg, "ranks": 2, "sweep": SimpleNamespace(compare=refuse, NotOneChange=sweep.NotOneChange)}
-    )
+    given = {"changed_learning_rate": rate, "changed_init_std": 0.021, "seeds": [1], "ranks": 2}
+    return swap() | given | {"cfg": cfg, "sweep": SimpleNamespace(compare=refuse, NotOneChange=sweep.NotOneChange)}
 
 
 def stopped(*, half: float | None) -> dict[str, Any]:

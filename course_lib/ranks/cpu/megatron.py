@@ -62,18 +62,17 @@ def _made(node, place, mode):
     within = {key: (value, f"{place}.{key}".removeprefix("."), mode) for key, value in node.items()}
     if "_target_" not in node:
         return {key: _made(*each) for key, each in within.items()}
-    called, partial = node.get("_call_", True), node.get("_partial_", False)
+    called = node.get("_call_", True)
     target = upstream._resolve_target(node["_target_"], place, check_callable=called)
-    if not called and (extra := node.keys() - {"_target_", "_call_"}):
-        words = f"_call_ was set to False for target {node['_target_']}, but extra keys were found: {extra}"
-        raise upstream.InstantiationException(words)
     if not called:
+        if extra := node.keys() - {"_target_", "_call_"}:
+            words = f"_call_ was set to False for target {node['_target_']}, but extra keys were found: {extra}"
+            raise upstream.InstantiationException(words)
         return target
-    values = {
-        key: _made(*each) for key, each in within.items() if key not in ("_target_", "_call_", "_partial_", "_name_")
-    }
+    says_how = ("_target_", "_call_", "_partial_", "_name_")
+    values = {key: _made(*each) for key, each in within.items() if key not in says_how}
     values = upstream._filter_kwargs_for_target(target, values, place, mode)
-    return upstream._call_target(target, partial, (), values, place)
+    return upstream._call_target(target, node.get("_partial_", False), (), values, place)
 
 
 @PATCHES.replaces(
