@@ -29,7 +29,7 @@ from course_lib import runs, stack
 from course_lib.common import files, heap
 from course_lib.common.config import ConfigError
 from course_lib.common.project import PROJECT, untested_allowed, variable
-from course_lib.runs import failures, foreign_code
+from course_lib.runs import config_file, failures, foreign_code
 from course_lib.runs.writer import Writer, stage
 from course_lib.stack import patches
 
@@ -56,13 +56,11 @@ def read_config(path: Path) -> ConfigContainer:
         ConfigError: If the file is missing, is no YAML, names a field that Bridge does not have, or code that Bridge does
             not write.
     """
-    import yaml
     from megatron.bridge.training.config import ConfigContainer
     from megatron.training.config.instantiate_utils import InstantiationMode
 
     try:
-        # Bridge's from_yaml without the slow half of PyYAML: it takes half of the time, in every rank
-        content = yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        content = config_file.content_of(path)  # Bridge's from_yaml reads by the slow half of PyYAML
         if not isinstance(content, dict):
             raise ConfigError(f"{path} is empty or not a mapping")
         content = _moved(content, runs.Run(path.parent).launch.get("project"))
@@ -71,8 +69,6 @@ def read_config(path: Path) -> ConfigContainer:
         return ConfigContainer.from_dict(content, mode=InstantiationMode.STRICT)
     except ConfigError:
         raise
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist") from None
     except Exception as error:

@@ -111,9 +111,9 @@ class Run:
     @cached_property
     def config(self) -> dict:
         """`config.yaml` as nested dicts."""
-        import yaml
+        from course_lib.runs.config_file import content_of
 
-        return yaml.load((self.path / "config.yaml").read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        return content_of(self.path / "config.yaml")
 
     @cached_property
     def launch(self) -> dict:

@@ -25,6 +25,7 @@ from course_lib import stack
 from course_lib.common.config import ConfigError, Fields
 from course_lib.planning.layout.rules import embedding_rows
 from course_lib.runs import Run, foreign_code
+from course_lib.runs.config_file import content_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -538,18 +539,13 @@ def _run_config(path: Path) -> dict:
     """A checkpoint's `run_config.yaml` as Bridge reads it; empty if there is none.
 
     Raises:
-        ConfigError: If it is no YAML.
+        ConfigError: If `config_file.content_of` refuses it.
     """
-    import yaml
-
     stack.prepare_imports()  # whoever reads a checkpoint in a script need not know Bridge
     from megatron.bridge.training.utils.checkpoint_utils import _sanitize_run_config_object
 
     file = path / "run_config.yaml"
-    try:
-        content = yaml.safe_load(file.read_text()) if file.exists() else {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
+    content = content_of(file) if file.exists() else {}
     return _sanitize_run_config_object(content) if isinstance(content, dict) else {}
 
 

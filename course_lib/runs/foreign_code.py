@@ -104,6 +104,8 @@ def _foreign(node: Any, place: str, declared: tuple[type, ...]) -> Iterator[tupl
             return
         for key, value in node.items():
             inner = f"{place}.{key}".removeprefix(".")
+            if not isinstance(key, str | int | float):
+                yield inner, f"OmegaConf, which a GPU rank reads with, takes no {type(key).__name__} for a name"
             by_name = key in _CODE_BY_NAME or str(key).endswith("trust_remote_code")
             # a layer's specification may give its module as [package, name]
             if value and (by_name or (key == "module" and not isinstance(value, dict))):

@@ -304,7 +304,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 entry = json.loads(line)
             except UnicodeDecodeError as error:
                 raise BadText(f"{where}: {_not_utf8(error)}") from None
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 spans = line.lstrip().startswith("[") or line.strip() == "{"
                 raise BadText(
                     f"{where}: {AN_ARRAY if spans else f'not JSON ({error}): one object a line is needed'}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ import yaml
 
 from course_lib import launch, runs
 from course_lib.ranks import train
-from course_lib.runs import failures, foreign_code
+from course_lib.runs import checkpoints, failures, foreign_code
 from support import drills, small
 
 
@@ -124,6 +125,52 @@ def test_tags_of_yaml_build_nothing(bridge, tmp_path, monkeypatch, runs_director
         with pytest.raises(launch.ConfigError, match="is not valid YAML"):
             read(tmp_path / "config.yaml")
     assert not (tmp_path / "PWNED").exists()
+
+
+LEVELS = [f"a{level}: &a{level} [{', '.join(9 * [f'*a{level - 1}'])}]" for level in range(1, 30)]
+MERGES = [f"a{level}: &a{level}\n  <<: [{', '.join(9 * [f'*a{level - 1}'])}]" for level in range(1, 30)]
+SWELLING = {
+    "deep": "a: " + 200_000 * "[" + 200_000 * "]",
+    "deep in blocks": "a:\n  " + 200_000 * "- " + "1",
+    "itself": "a: &a\n- *a",
+    "aliases": "\n".join(["a0: &a0 [1]", *LEVELS]),
+    "merges": "\n".join(["a0: &a0\n  b: 1", *MERGES]),
+}
+
+
+@pytest.mark.parametrize("kind", SWELLING)
+def test_a_file_that_would_end_or_fill_the_process_is_refused(kind, bridge, tmp_path) -> None:
+    """Whoever reads a configuration of others names the file: a launcher, a rank, a run, a checkpoint."""
+    for name in ("config.yaml", "run_config.yaml"):
+        (tmp_path / name).write_text(f"train: {{}}\nmodel: {{}}\ndataset: {{}}\n{SWELLING[kind]}\n")
+    readers = {
+        "config.yaml": (
+            lambda: launch.prepare(tmp_path / "config.yaml", ranks=2),
+            lambda: train.read_config(tmp_path / "config.yaml"),
+            lambda: runs.Run(tmp_path).config,
+        ),
+        "run_config.yaml": (lambda: checkpoints._run_config(tmp_path),),
+    }
+    for name, each in readers.items():
+        for read in each:
+            with pytest.raises(launch.ConfigError, match=f"{tmp_path / name} is nested more than 100 deep"):
+                read()
+
+
+def test_aliases_of_a_size_pass(tmp_path) -> None:
+    """PyYAML itself writes one where a list stands in two places."""
+    blend = ["a", "b"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"train": {"a": blend}, "model": {"b": blend}}))
+    assert "*id001" in (tmp_path / "config.yaml").read_text()
+    assert runs.Run(tmp_path).config == {"train": {"a": blend}, "model": {"b": blend}}
+
+
+@pytest.mark.parametrize("name", [None, datetime.date(2026, 1, 2)])
+def test_a_name_that_gpu_ranks_do_not_take_is_refused(written, name, tmp_path) -> None:
+    """OmegaConf, which reads there, takes text and numbers."""
+    content = with_field(written, "tokenizer.hf_tokenizer_kwargs", {name: 1})
+    with pytest.raises(launch.ConfigError, match=f"hf_tokenizer_kwargs.{name}: OmegaConf"):
+        foreign_code.refuse(content, tmp_path / "config.yaml")
 
 
 def test_what_bridge_writes_passes(written, tmp_path) -> None:

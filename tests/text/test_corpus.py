@@ -97,6 +97,13 @@ def test_bad_text_is_refused_by_file_and_line(tmp_path, monkeypatch, name, data,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
 
 
+def test_json_without_a_bottom_is_refused_by_line(tmp_path):
+    """Python's reader of JSON gives up at some depth, with an error of its own kind."""
+    (tmp_path / "a.jsonl").write_text(GOOD + '{"text": ' + 200_000 * "[" + "\n")
+    with pytest.raises(sources.BadText, match=r"a.jsonl, line 2: not JSON \(maximum recursion depth"):
+        list(sources.folder_documents(tmp_path, licence="CC0-1.0", source="mine"))
+
+
 def test_a_file_beside_the_good_ones_is_read_or_named(tmp_path):
     """Capital endings are read; what is packed or of another kind is refused by name, unless it is left out by name."""
     folder, target = tmp_path / "mine", tmp_path / "corpus"
