@@ -185,10 +185,10 @@ def offline() -> Iterator[None]:
 
     Source: megatron-bridge 0.6.2 ``models/conversion/auto_bridge.py``, ``from_hf_pretrained`` and ``from_hf_config``.
     """
-    from huggingface_hub import constants
     from transformers import AutoConfig
 
     known, mine, why = known_models(), Patches(), "the Hub cannot be asked"
+    mine.sets(True, "huggingface_hub.constants.HF_HUB_OFFLINE", why=why)  # which it read when it was imported
 
     @mine.replaces("transformers.AutoConfig.from_pretrained", why=why)
     def config_from_facts(original: Any, cls: type, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
@@ -206,12 +206,8 @@ def offline() -> Iterator[None]:
             return original(cls, path, **kwargs)
         return cls.from_hf_config(AutoConfig.from_pretrained(path))
 
-    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True  # read from the environment when it was imported
-    try:
-        with applied(mine):
-            yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
+    with applied(mine):
+        yield
 
 
 def _facts(model_id: str, known: dict[str, ModelFacts]) -> ModelFacts:
