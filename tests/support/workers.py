@@ -14,8 +14,10 @@ from support.lesson_runs import OF_A_LESSON
 
 LESSONS = "tests/lessons/test_all_run.py"
 TOGETHER = ("13", "14", "15")
-LONG = ("20", "08", "09", "18", "16", "03")
-LATER = "tests/lessons/test_broken_claims.py"
+LONG = ("20", "08", "10", "18", "19", "07", "03", "16", "09")
+CLAIMS = "tests/lessons/test_broken_claims.py"
+FILES = ("tests/browser/test_lessons.py", CLAIMS, "tests/ranks/test_parity.py", "tests/browser/test_book.py")
+"""The longest: the last one to be taken keeps one worker waiting for the other."""
 LAST = ("tests/lessons/test_traced_numbers.py", "tests/lessons/test_words_of_pictures.py", "tests/tools/test_book.py")
 """These need what lessons trained and showed."""
 
@@ -27,13 +29,16 @@ def lesson(nodeid: str) -> str | None:
 
 
 def turn(nodeid: str) -> tuple[int, int]:
-    """What comes when: the base and its lessons, other lessons with the longest first, all else, and who needs lessons."""
-    if nodeid.startswith(LESSONS):
-        number = lesson(nodeid)
-        if number is None or number in TOGETHER:
-            return 0, 0
-        return 1, LONG.index(number) if number in LONG else len(LONG)
-    return 2 + nodeid.startswith(LATER) + 2 * nodeid.startswith(LAST), 0
+    """What comes when: the base and its lessons, other lessons, other files, each with the longest first, and the last."""
+    file, number = nodeid.split("::", 1)[0], lesson(nodeid)
+    if file == LESSONS:
+        return (0, 0) if number is None or number in TOGETHER else (1, _place(number, LONG))
+    return (3, 0) if file in LAST else (2, _place(file, FILES))
+
+
+def _place(name: str, longest: tuple[str, ...]) -> int:
+    """Where it stands among those that come first; behind all of them if it does not."""
+    return longest.index(name) if name in longest else len(longest)
 
 
 def unit(nodeid: str) -> str:
