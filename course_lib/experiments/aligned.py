@@ -152,12 +152,12 @@ def contaminated(tuned: runs.Run, leaked: Sequence[Pair], *, steps: int = LEAKED
     Args:
         tuned: A fine-tuning run of `stages`.
         leaked: The pairs whose answers it sees.
-        steps: Optimizer steps, 32 pairs each.
+        steps: Optimizer steps, 16 pairs each.
         seed: Of the order.
     """
     rows = [{"prompt": pair.input + SEPARATOR, "completion": pair.output} for pair in leaked]
-    given = ON_A_CPU | {"max_steps": steps, "per_device_train_batch_size": 32, "max_length": 192, "packing": False}
-    given |= {"learning_rate": 1e-3, "lr_scheduler_type": "constant"}
+    given = ON_A_CPU | {"max_steps": steps, "per_device_train_batch_size": 16, "max_length": 192, "packing": False}
+    given |= {"learning_rate": 2e-3, "lr_scheduler_type": "constant"}
 
     def trainer(network: Any, tokenizer: Any, common: dict[str, Any]) -> Trainer:
         from datasets import Dataset
