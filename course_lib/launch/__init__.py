@@ -361,7 +361,16 @@ def _threads(ranks: int) -> int:
     The threads of one operation wait for the slowest of them, and on a busy machine that is one without a core.
     """
     share = max(1, len(os.sched_getaffinity(0)) // ranks)
-    return share if share == 1 or _running() <= (os.cpu_count() or 1) else 1
+    return share if share == 1 or _has_room() else 1
+
+
+@functools.cache
+def _has_room() -> bool:
+    """Whether this machine had a core to spare when this process first asked.
+
+    It asks once: a sum's last digit depends on the threads that add it up, and the runs of one notebook are compared.
+    """
+    return _running() <= (os.cpu_count() or 1)
 
 
 def _start_warm(run: runs.Run, ranks: int) -> forkserver.Launch:

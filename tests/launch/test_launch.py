@@ -254,12 +254,23 @@ def test_a_watch_that_fails_ends_the_run(bridge, runs_directory):
     ("cores", "ranks", "running", "threads"),
     [(4, 1, 1, 4), (4, 1, 4, 4), (4, 1, 5, 1), (4, 2, 4, 2), (4, 2, 5, 1), (4, 8, 1, 1), (2, 1, 60, 1)],
 )
-def test_a_rank_takes_its_share_of_the_cores(monkeypatch, cores, ranks, running, threads):
-    """All cores are shared among the ranks; where others keep them busy, a rank has one thread."""
+def test_a_rank_takes_its_share_of_the_cores(monkeypatch, asked_anew, cores, ranks, running, threads):
+    """All cores are shared among the ranks; where others keep them busy, a rank has one thread, and so has the next run."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     monkeypatch.setattr(launch, "_running", lambda: running)
     assert launch._threads(ranks) == threads
+    for now in (1, 60):
+        monkeypatch.setattr(launch, "_running", lambda now=now: now)
+        assert launch._threads(ranks) == threads, "two runs of one notebook would differ in their last digits"
+
+
+@pytest.fixture
+def asked_anew():
+    """Whether the machine is busy is asked in this test, and again after it."""
+    launch._has_room.cache_clear()
+    yield
+    launch._has_room.cache_clear()
 
 
 def test_who_runs_is_counted():
