@@ -330,6 +330,7 @@ def _launch_record(
         launcher=launcher,
         target=target,
         record=record,
+        threads=int(variable("COURSE_THREADS") or _threads(ranks)) if device == "cpu" else None,
         command=" ".join(command(path, ranks=ranks)),
         layout={f"{kind}_parallel_size": getattr(plan, f"{kind}_parallel_size") for kind in kinds},
         seed=(content.get("rng") or {}).get("seed"),

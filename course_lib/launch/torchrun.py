@@ -46,7 +46,10 @@ def settings(run: runs.Run) -> dict[str, str]:
     """
     found = {"PYTHONPATH": os.pathsep.join(dict.fromkeys((str(PROJECT), *_own_places())))}
     if run.launch["device"] == "cpu":
-        found |= {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+        threads = str(
+            run.launch.get("threads") or 1
+        )  # as many as a warm launch gives a rank: the last digits depend on it
+        found |= {"OMP_NUM_THREADS": threads, "TORCHDYNAMO_DISABLE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     return found | train.confirmation(run.launch) | foreign_code.permission()
 
 

@@ -265,6 +265,20 @@ def test_a_rank_takes_its_share_of_the_cores(monkeypatch, asked_anew, cores, ran
         assert launch._threads(ranks) == threads, "two runs of one notebook would differ in their last digits"
 
 
+def test_every_launcher_gives_a_rank_the_same_threads(bridge, runs_directory, monkeypatch):
+    """They stand in launch.json, so that a run has its digits whoever starts it."""
+    monkeypatch.setenv("COURSE_THREADS", "3")
+    prepared = launch.prepare(small.config(), ranks=2, name="threads")
+    monkeypatch.delenv("COURSE_THREADS")
+    assert prepared.launch["threads"] == 3 and launch.settings(prepared)["OMP_NUM_THREADS"] == "3"
+    given = []
+    monkeypatch.setattr(
+        launch.forkserver, "lease", lambda imports: SimpleNamespace(launch=lambda *_, **how: given.append(how))
+    )
+    launch._start_warm(prepared, 2)
+    assert given[0]["env"]["OMP_NUM_THREADS"] == "3"
+
+
 @pytest.fixture
 def asked_anew():
     """Whether the machine is busy is asked in this test, and again after it."""
