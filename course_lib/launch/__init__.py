@@ -330,7 +330,7 @@ def _launch_record(
         launcher=launcher,
         target=target,
         record=record,
-        threads=int(variable("COURSE_THREADS") or _threads(ranks)) if device == "cpu" else None,
+        threads=_threads(ranks) if device == "cpu" else None,
         command=" ".join(command(path, ranks=ranks)),
         layout={f"{kind}_parallel_size": getattr(plan, f"{kind}_parallel_size") for kind in kinds},
         seed=(content.get("rng") or {}).get("seed"),
@@ -357,10 +357,12 @@ def _running() -> int:
 
 
 def _threads(ranks: int) -> int:
-    """Threads of each rank: its share of the cores, or one while others keep every core of the machine busy.
+    """Threads of each rank: what the learner set, its share of the cores, or one while others keep every core busy.
 
     The threads of one operation wait for the slowest of them, and on a busy machine that is one without a core.
     """
+    if chosen := variable("COURSE_THREADS"):
+        return int(chosen)
     share = max(1, len(os.sched_getaffinity(0)) // ranks)
     return share if share == 1 or _has_room() else 1
 
@@ -375,7 +377,7 @@ def _has_room() -> bool:
 
 
 def _start_warm(run: runs.Run, ranks: int) -> forkserver.Launch:
-    threads = str(run.launch.get("threads") or variable("COURSE_THREADS") or _threads(ranks))
+    threads = str(run.launch.get("threads") or _threads(ranks))
     environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads} | train.confirmation(run.launch)
     environment |= foreign_code.permission()
     return forkserver.lease(run.launch.get("imports", train.MEGATRON)).launch(

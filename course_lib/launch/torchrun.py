@@ -46,9 +46,8 @@ def settings(run: runs.Run) -> dict[str, str]:
     """
     found = {"PYTHONPATH": os.pathsep.join(dict.fromkeys((str(PROJECT), *_own_places())))}
     if run.launch["device"] == "cpu":
-        threads = str(
-            run.launch.get("threads") or 1
-        )  # as many as a warm launch gives a rank: the last digits depend on it
+        # as many as a warm launch gives a rank: the last digits depend on it
+        threads = str(run.launch.get("threads") or 1)
         found |= {"OMP_NUM_THREADS": threads, "TORCHDYNAMO_DISABLE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     return found | train.confirmation(run.launch) | foreign_code.permission()
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 _DEPTH, _VALUES = 100, 1_000_000
-"""Some ten times what the largest recipe has, each: the C part of PyYAML ends the process at some ten thousand levels."""
+"""Far above what any recipe has: the C part of PyYAML read 5,000 levels, and ended the process at 200,000."""
 
 
 def content_of(path: Path) -> Any:
