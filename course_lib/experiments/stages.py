@@ -50,6 +50,8 @@ __all__ = [
 
 VOCAB_SIZE = 2048
 BASE_STEPS, TUNING_STEPS = 240, 150
+RANKS = 2
+"""TP=2: more ranks would share a laptop's cores, and a model of this size would train no faster."""
 PROCESSOR_SECONDS = {"base": 0.71, "fine-tuned": 0.54}
 """Of one step, all ranks together, at the sizes below, their start included: the mean of seeds 1 to 3 on two busy cores."""
 SIZES = {"num_layers": 4, "hidden_size": 128, "num_attention_heads": 4, "num_query_groups": 4, "ffn_hidden_size": 384}
@@ -109,7 +111,7 @@ def text() -> Text:
 
 
 def pretraining(data: Text, *, steps: int = BASE_STEPS, seed: int = 1) -> ConfigContainer:
-    """Stage 0: NVIDIA's recipe for Llama 3.2 1B, shrunk to a million parameters, on docstrings and code at TP=2, DP=4."""
+    """Stage 0: NVIDIA's recipe for Llama 3.2 1B, shrunk to a million parameters, on docstrings and code at TP=2."""
     stack.prepare_imports()
     from megatron.bridge.recipes.llama import llama32_1b_pretrain_config
 
@@ -119,13 +121,13 @@ def pretraining(data: Text, *, steps: int = BASE_STEPS, seed: int = 1) -> Config
     blends = [([str(data.prefix(source, split)) for source in ("prose", "code")], [0.5, 0.5]) for split in splits]
     cfg.dataset.blend_per_split, cfg.dataset.split = [*blends, None], None
     cfg.dataset.random_seed = seed
-    cfg.train.global_batch_size, cfg.train.micro_batch_size = 16, 4
+    cfg.train.global_batch_size = cfg.train.micro_batch_size = 16
     cfg.optimizer.lr = 4e-3
     return _small(cfg, data, steps=steps, seed=seed)
 
 
 def fine_tuning(data: Text, start: runs.Run, *, steps: int = TUNING_STEPS, seed: int = 1) -> ConfigContainer:
-    """Stage 1: Bridge's `finetune()` of a base model on pairs of signature and docstring, at TP=2, DP=4.
+    """Stage 1: Bridge's `finetune()` of a base model on pairs of signature and docstring, at TP=2.
 
     Args:
         start: The run whose last checkpoint is tuned.
@@ -144,7 +146,7 @@ def fine_tuning(data: Text, start: runs.Run, *, steps: int = TUNING_STEPS, seed:
             prompt_column="input", completion_column="output", separator=tasks.SEPARATOR, loss_mode="completion"
         ),
     )
-    cfg.train.global_batch_size, cfg.train.micro_batch_size = 32, 8
+    cfg.train.global_batch_size = cfg.train.micro_batch_size = 32
     cfg.optimizer.lr = 1e-3
     cfg.checkpoint.pretrained_checkpoint = str(checkpoints.root(start))
     return cfg
@@ -181,6 +183,7 @@ def states(cfgs: Mapping[str, ConfigContainer]) -> pd.DataFrame:
         sized = copy.deepcopy(cfg)
         sized.tokenizer.use_tokenizer_vocab_size = False  # only a rank reads the tokenizer
         sized.model.vocab_size = sized.tokenizer.vocab_size = VOCAB_SIZE
+        sized.train.micro_batch_size = 1  # no matter for states, and any number of copies can share the batch
         planned[name] = vars(memory.states(sized, ranks=8)[0])
     rows = {"weights_bytes": "weights, MiB", "gradients_bytes": "gradients, MiB", "optimizer_bytes": "optimizer, MiB"}
     return (pd.DataFrame(planned).loc[list(rows)] / MiB).rename(index=rows).round(3)
@@ -203,7 +206,7 @@ def trained(
     *,
     name: str,
     processor_seconds: float,
-    ranks: int = stack.LESSON_RANKS,
+    ranks: int = RANKS,
     show: str | None = "live",
 ) -> runs.Run:
     """The run of this configuration with a whole checkpoint: found, or trained now by `launch.run(cfg, save=True)`.
