@@ -135,9 +135,10 @@ def add(seed: int, *, file: Path = FILE) -> None:
     """Measure a seed and write the file with its rows; those of other seeds stay if the same versions made them."""
     packages = ("torch", "trl", "transformers", "lm-eval", "megatron-bridge", "megatron-core")
     versions = {name: metadata.version(name) for name in packages}
+    measured = rows(seed)  # first: another command may write its own seed meanwhile
     before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     kept = [row for row in before.get("rows", ()) if row["seed"] != seed] if before.get("versions") == versions else []
-    found = sorted([*kept, *rows(seed)], key=lambda row: row["seed"])
+    found = sorted([*kept, *measured], key=lambda row: row["seed"])
     head = {
         "about": (
             "The models of lessons 13 to 15, once a seed: of first weights, order of the data, faults and samples. Shares "

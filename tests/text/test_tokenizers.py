@@ -36,9 +36,9 @@ def megatron(nemotron):
     )
 
 
-def test_both_forms_agree_on_the_whole_corpus(nemotron, megatron, built):
-    """Every document gets equal ids from Megatron's TikTokenizer and from Hugging Face, and decodes to itself."""
-    texts = [t for source in built.sources for split in corpus.SPLITS for t in built.texts(source, split)]
+def test_both_forms_agree_on_the_corpus(nemotron, megatron, built):
+    """Every third document gets equal ids from Megatron's TikTokenizer and from Hugging Face, and decodes to itself."""
+    texts = [t for source in built.sources for split in corpus.SPLITS for t in built.texts(source, split)][::3]
     texts += [
         "naïve ¿日本語? 𝄞\r\n\t tabs  ",
         "aaaaaaaaaaaaaaaaaaa",
@@ -47,7 +47,7 @@ def test_both_forms_agree_on_the_whole_corpus(nemotron, megatron, built):
     ]
     fast = tokenizers.load(nemotron.hugging_face)
     ids = [found.ids for found in fast.encode_batch_fast(texts)]
-    assert sum(map(len, ids)) > 1_000_000
+    assert sum(map(len, ids)) > 500_000
     assert [n for n, text in enumerate(texts) if megatron.tokenize(text) != ids[n]] == []
     assert fast.decode_batch(ids, skip_special_tokens=False) == texts
 
