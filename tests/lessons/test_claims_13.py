@@ -159,8 +159,8 @@ BASE: dict[str, Any] = {
     "stages": SimpleNamespace(
         fine_tuning=gives(CFG), pretraining=gives(CFG), exported=lambda _: Path(__file__).parent, adapter=gives(Path()),
     ),
-    "data": SimpleNamespace(pairs="pairs"), "base": None, "steps": 150, "seed": 1, "units": units, "copy": copy,
-    "pairs": {"test": [SimpleNamespace(output="Return it.")]}, "adapter_parameters": 35_000,
+    "data": SimpleNamespace(pairs="pairs"), "base": None, "steps": 150, "seed": 1, "ranks": 2, "units": units,
+    "copy": copy, "pairs": {"test": [SimpleNamespace(output="Return it.")]}, "adapter_parameters": 35_000,
     "tables": SimpleNamespace(full=gives(None)), "pd": pd,
 }  # fmt: skip
 GOOD: dict[str, dict[str, Any]] = {
