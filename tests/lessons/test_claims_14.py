@@ -71,15 +71,15 @@ def here(**changed: float) -> dict[str, Any]:
     return {"table": table, "ends": FIRST_SEED.loc[list(DPO), ["chosen nats"]].set_axis(["chosen_nats"], axis=1)}
 
 
-def spoken(**changed: int) -> SimpleNamespace:
-    """An `evaluation` in which each model has so many words at each temperature; an underscore stands for the space."""
+def spoken(likeliest: int = 9, **changed: int) -> SimpleNamespace:
+    """An `evaluation` in which each model has so many words, and at temperature 0 all the same; `_` stands for the space."""
     usual = {"fine-tuned": 200, "gamed": 40, "with reference": 170}
     many = usual | {
         name.replace("_", " ").replace("fine tuned", "fine-tuned"): count for name, count in changed.items()
     }
 
-    def sample(model: str, *_: Any, **__: Any) -> list[str]:
-        return [" ".join(f"word{number}" for number in range(many[model]))]
+    def sample(model: str, *_: Any, temperature: float, **__: Any) -> list[str]:
+        return [" ".join(f"word{number}" for number in range(many[model] if temperature else likeliest))]
 
     return SimpleNamespace(Model=lambda *given: given[-1], sample=sample)
 
@@ -149,7 +149,7 @@ CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     ),
     "check-answers": (
         ANSWERS,
-        [{"evaluation": spoken(gamed=250)}, {"evaluation": spoken(gamed=150)}, {"evaluation": spoken(with_reference=30)},
+        [{"evaluation": spoken(likeliest=90)}, {"evaluation": spoken(gamed=150)}, {"evaluation": spoken(with_reference=30)},
          {"table": pd.DataFrame({"distinct": [0.1]}, index=["gamed"])}],
     ),
     "check-seeds": (
