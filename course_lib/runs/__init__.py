@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = [
+    "BrokenRun",
     "NoSuchRun",
     "Outcome",
     "Run",
@@ -57,6 +58,10 @@ A trainer's own columns stand behind them.
 
 class NoSuchRun(FileNotFoundError):
     """There is no run of that name."""
+
+
+class BrokenRun(ValueError):
+    """A file of a run directory is not what was written there."""
 
 
 class RunsUnwritable(OSError):
@@ -124,7 +129,12 @@ class Run:
     def outcome(self) -> Outcome | None:
         """How the run ended, or `None` while it goes on."""
         found = _read_json(self.path / "outcome.json")
-        return Outcome(**found | {"warnings": tuple(found.get("warnings", ()))}) if found else _vanished(self.launch)
+        if not found:
+            return _vanished(self.launch)
+        try:
+            return Outcome(**found | {"warnings": tuple(found.get("warnings", ()))})
+        except TypeError as error:
+            raise BrokenRun(f"{self.path / 'outcome.json'} is no outcome of this course's version: {error}") from None
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -455,9 +465,16 @@ def write_outcome(path: Path, outcome: Outcome) -> None:
 
 def _read_json(path: Path) -> dict | None:
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except FileNotFoundError:
         return None
+    except (ValueError, RecursionError) as error:
+        what = " ".join(str(error).split())
+    else:
+        if isinstance(found, dict):
+            return found
+        what = f"it holds a {type(found).__name__} where an object is needed"
+    raise BrokenRun(f"{path} was changed after it was written: {what}; copy the run again from where it was made")
 
 
 def _vanished(launch: dict) -> Outcome | None:

@@ -157,6 +157,23 @@ def test_a_file_that_would_end_or_fill_the_process_is_refused(kind, bridge, tmp_
                 read()
 
 
+@pytest.mark.parametrize("content", ['{"ranks": 1', "[" * 100_000, "[1, 2]", '"ranks"', b"\xff\xfe\x00"])
+@pytest.mark.parametrize("name", ["launch", "outcome"])
+def test_a_runs_own_file_that_is_broken_is_named(name, content, tmp_path) -> None:
+    """A run that came over a network in half is told as one; that a file is absent says only that it is not there yet."""
+    assert (runs.Run(tmp_path).launch, runs.Run(tmp_path).outcome) == ({}, None)
+    (tmp_path / f"{name}.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(runs.BrokenRun, match=f"{tmp_path / name}.json was changed after it was written"):
+        getattr(runs.Run(tmp_path), name)
+
+
+def test_an_outcome_of_another_version_is_named(tmp_path) -> None:
+    """A field that this version does not know."""
+    runs.write_json(tmp_path / "outcome.json", {"status": "succeeded", "mood": "good"})
+    with pytest.raises(runs.BrokenRun, match="is no outcome of this course's version: .*'mood'"):
+        _ = runs.Run(tmp_path).outcome
+
+
 def test_aliases_of_a_size_pass(tmp_path) -> None:
     """PyYAML itself writes one where a list stands in two places."""
     blend = ["a", "b"]
