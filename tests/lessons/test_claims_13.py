@@ -173,7 +173,7 @@ GOOD: dict[str, dict[str, Any]] = {
         ),
     },
     "check-mask": {"labels": labels()},
-    "check-padding": padded(*[50, 20, 30, 25, 35, 45, 20, 31], packs=1),
+    "check-padding": padded(*[50, 20, 30, 25, 33, 45, 20, 31], packs=1),
     "check-share": sized(),
     "check-run": stored() | {
         "full_mib": 16 * PARAMETERS / units.MiB, "adapter_mib": 16 * ADAPTER / units.MiB, "share": ADAPTER / PARAMETERS,
