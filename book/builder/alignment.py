@@ -1,7 +1,7 @@
 """What lessons 13 to 15 measure, under several seeds, as `data/alignment_seeds.json`.
 
 `python -m book.builder.alignment 1 2 3` trains a base for each seed, fine-tunes it, aligns the result by each policy of
-lesson 14, and measures them all; some ten minutes a seed on two cores.  What was trained is found again, and the file is
+lesson 14, and measures them all; some five minutes a seed on two cores.  What was trained is found again, and the file is
 written after each seed: a command that was cut goes on where it stopped.
 """
 

@@ -188,7 +188,7 @@ BROKEN: list[tuple[str, str, dict[str, Any], str]] = [
     ("check-seeds", "a gamed model that kept the truth", seeds(gamed=4.8), "gaming loses more than preferring"),
     ("check-seeds", "a base that knew it", seeds(base=4.6), "under each seed tuning gains on the truth"),
     ("check-seeds", "a rung that was not won", seeds(rung=0.2), "under each seed fine-tuning wins on pep257_fault"),
-    ("check-seeds", "a gamed model with style", seeds(style=60), "tells less well than before it was gamed"),
+    ("check-seeds", "a gamed model with style", seeds(style=60), "tells less well than before"),
     ("check-seeds", "a model that knows", seeds(known=0.6), "whose docstring none knows"),
     ("check-nano3", "an installed launcher", {"importlib": installed("there")}, "not a part of this environment"),
 ]  # fmt: skip
