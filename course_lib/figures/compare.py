@@ -17,20 +17,29 @@ if TYPE_CHECKING:
 __all__ = ["curves", "effects", "grouped", "intervals", "memory_by_step", "restarted", "seeds"]
 
 
-def curves(runs: Mapping[str, Run], column: str, *, ax: Axes, unit: str, title: str = "") -> Axes:
+def curves(
+    runs: Mapping[str, Run], column: str, *, ax: Axes, unit: str, title: str = "", averaged: int | None = None
+) -> Axes:
     """Draw one column of `metrics` against the step for several runs.
 
     Args:
         runs: Name to run; at most four.
         column: Such as `"loss"` or `"grad_norm"`.
         unit: Unit of the column; empty if it has none.
+        averaged: So many steps, whose mean is drawn over a longer curve, because single batches hide its course.
     """
     ends = []
     for name, run in runs.items():
-        ax.plot(run.metrics["step"], run.metrics[column], label=name)
-        values = run.metrics[column]
+        steps, values = run.metrics["step"], run.metrics[column]
+        (line,) = ax.plot(steps, values, label=name)
+        if mean := averaged is not None and len(values) > averaged:
+            line.set(label="", **plots.FAINT)
+            values = values.rolling(averaged, center=True).mean().dropna()  # a trailing mean lies above one that falls
+            line = {"color": line.get_color(), "linestyle": line.get_linestyle(), "label": name}
+            ax.plot(steps[values.index], values, **line)
         highest = f", at most {values.max():.3g}" if values.max() > max(values.iloc[0], values.iloc[-1]) else ""
-        ends.append(f"{name} goes from {values.iloc[0]:.3g} to {values.iloc[-1]:.3g}{highest}")
+        how = f", as the mean of {averaged} steps" if mean else ""
+        ends.append(f"{name} goes from {values.iloc[0]:.3g} to {values.iloc[-1]:.3g}{highest}{how}")
     words = column.replace("_", " ")
     plots.finish(ax, x="step", y=f"{words} ({unit})" if unit else words, title=title, sentences=ends)
     ax.legend()

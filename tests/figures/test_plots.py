@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
 from course_lib.figures import compare, plots
 
@@ -188,3 +189,18 @@ def test_a_restart_is_drawn_over_the_run_without_a_break():
     )
     assert plots.describe(ax) == f"Restarted. {words} 0% at most."
     assert f"{words} 76% at most" in plots.describe(other)
+
+
+def test_a_mean_lies_over_long_curves_alone() -> None:
+    """Fifty steps that jump by one show the course in between, faintly themselves; ten are drawn as they are."""
+    with plots.style():
+        ax = Figure().subplots()
+    short, long = run_of(10), run_of(50)
+    long.metrics["loss"] = [7.0, 8.0] * 25
+    compare.curves({"short": short, "long": long}, "loss", ax=ax, unit="nats/token", averaged=20)
+    of_short, steps, mean = ax.get_lines()
+    assert (of_short.get_alpha(), steps.get_alpha(), mean.get_alpha()) == (None, plots.FAINT["alpha"], None)
+    assert mean.get_color() == steps.get_color() != of_short.get_color()
+    assert len(mean.get_xdata()) == 31 and mean.get_ydata() == pytest.approx(7.5)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["short", "long"]
+    assert "long goes from 7.5 to 7.5, as the mean of 20 steps" in plots.describe(ax)
