@@ -32,13 +32,12 @@ def curves(
     for name, run in runs.items():
         steps, values = run.metrics["step"], run.metrics[column]
         (line,) = ax.plot(steps, values, label=name)
-        if mean := averaged is not None and len(values) > averaged:
+        how = ""
+        if averaged is not None and len(values) > averaged:
             line.set(label="", **plots.FAINT)
-            values = values.rolling(averaged, center=True).mean().dropna()  # a trailing mean lies above one that falls
-            line = {"color": line.get_color(), "linestyle": line.get_linestyle(), "label": name}
-            ax.plot(steps[values.index], values, **line)
+            values, how = plots.centred(values, averaged).dropna(), f", as the mean of {averaged} steps"
+            ax.plot(steps[values.index], values, color=line.get_color(), linestyle=line.get_linestyle(), label=name)
         highest = f", at most {values.max():.3g}" if values.max() > max(values.iloc[0], values.iloc[-1]) else ""
-        how = f", as the mean of {averaged} steps" if mean else ""
         ends.append(f"{name} goes from {values.iloc[0]:.3g} to {values.iloc[-1]:.3g}{highest}{how}")
     words = column.replace("_", " ")
     plots.finish(ax, x="step", y=f"{words} ({unit})" if unit else words, title=title, sentences=ends)

@@ -15,6 +15,7 @@ from course_lib.common.screen import where
 from course_lib.common.units import GiB, MiB
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -109,8 +110,7 @@ def loss(run: Run, *, ax: Axes | None = None, baseline: Mapping[str, float] | No
         look = {"color": COLOURS["blue"], "marker": "o" if len(metrics) <= 40 else "", "markersize": 4}
         ax.plot(metrics["step"], metrics["loss"], label="training", **look, **(FAINT if long else {}))
         if long:
-            # Centred: a trailing mean lies above a loss that falls.
-            average = metrics["loss"].rolling(AVERAGED, center=True).mean()
+            average = centred(metrics["loss"], AVERAGED)
             ax.plot(metrics["step"], average, label=f"average of {AVERAGED}", color=COLOURS["blue"], linestyle="-")
         sentences.append(
             f"Training loss goes from {metrics['loss'].iloc[0]:.3g} at step {int(metrics['step'].iloc[0])} "
@@ -228,6 +228,11 @@ def stacked(
 def loss_unit(run: Run) -> str:
     """The unit of a run's loss, as in ``Run.loss_unit``; what only has its tables is taken for a pretraining."""
     return getattr(run, "loss_unit", "nats/token")
+
+
+def centred(values: pd.Series, count: int) -> pd.Series:
+    """The mean of so many values around each, none near the ends: a trailing mean lies above a loss that falls."""
+    return values.rolling(count, center=True).mean()
 
 
 def per_rank(run: Run) -> tuple[list[int], list[float], list[float]]:

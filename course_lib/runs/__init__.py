@@ -199,7 +199,7 @@ class Run:
     def answers(self) -> list[Any]:
         """What the target returned in each rank, in their order; of a run that went well there is one a rank."""
         files = sorted((self.path / "ranks").glob("*.answer"), key=lambda file: int(file.stem))
-        return [json.loads(file.read_text()) for file in files]
+        return [_parsed(file) for file in files]
 
     def stage(self) -> str:
         """What the slowest rank is doing, in words."""
@@ -465,16 +465,23 @@ def write_outcome(path: Path, outcome: Outcome) -> None:
 
 def _read_json(path: Path) -> dict | None:
     try:
-        found = json.loads(path.read_text())
+        found = _parsed(path)
     except FileNotFoundError:
         return None
+    if not isinstance(found, dict):
+        raise _broken(path, f"it holds a {type(found).__name__} where an object is needed")
+    return found
+
+
+def _parsed(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
-        what = " ".join(str(error).split())
-    else:
-        if isinstance(found, dict):
-            return found
-        what = f"it holds a {type(found).__name__} where an object is needed"
-    raise BrokenRun(f"{path} was changed after it was written: {what}; copy the run again from where it was made")
+        raise _broken(path, " ".join(str(error).split())) from None
+
+
+def _broken(path: Path, what: str) -> BrokenRun:
+    return BrokenRun(f"{path} was changed after it was written: {what}; copy the run again from where it was made")
 
 
 def _vanished(launch: dict) -> Outcome | None:

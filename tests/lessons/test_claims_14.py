@@ -149,7 +149,8 @@ CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     ),
     "check-answers": (
         ANSWERS,
-        [{"evaluation": spoken(likeliest=90)}, {"evaluation": spoken(gamed=150)}, {"evaluation": spoken(with_reference=30)},
+        [{"evaluation": spoken(likeliest=40)}, {"evaluation": spoken(gamed=250)}, {"evaluation": spoken(gamed=150)},
+         {"evaluation": spoken(with_reference=30)},
          {"table": pd.DataFrame({"distinct": [0.1]}, index=["gamed"])}],
     ),
     "check-seeds": (

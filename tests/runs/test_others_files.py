@@ -167,6 +167,16 @@ def test_a_runs_own_file_that_is_broken_is_named(name, content, tmp_path) -> Non
         getattr(runs.Run(tmp_path), name)
 
 
+def test_a_broken_answer_is_named(tmp_path) -> None:
+    """What a target returned is a file of the run as well."""
+    (tmp_path / "ranks").mkdir()
+    (tmp_path / "ranks" / "0.answer").write_text("[1, 2]")
+    assert runs.Run(tmp_path).answers() == [[1, 2]]
+    (tmp_path / "ranks" / "1.answer").write_text("[1, ")
+    with pytest.raises(runs.BrokenRun, match="1.answer was changed after it was written"):
+        runs.Run(tmp_path).answers()
+
+
 def test_an_outcome_of_another_version_is_named(tmp_path) -> None:
     """A field that this version does not know."""
     runs.write_json(tmp_path / "outcome.json", {"status": "succeeded", "mood": "good"})
